@@ -1,0 +1,1 @@
+"""All tests of nestling; `python -m tests` lists the ways to run them."""

@@ -1,0 +1,87 @@
+"""Messages to bytes and back: one msgpack map each, small, with the version and the kind in front.
+
+``{"v": 1, "k": "order", ...fields}``. Unknown keys are ignored, so that a newer peer may add some; a missing or mistyped
+one is `Malformed` with its path.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgpack
+
+from wire import VERSION, messages
+from wire.errors import Malformed, TooLarge, Unsupported
+from wire.schema import from_plain, to_plain
+
+T = TypeVar("T")
+
+KINDS: dict[str, type[Any]] = {
+    "lead": messages.Lead,
+    "presence": messages.Presence,
+    "beat": messages.Beat,
+    "order": messages.Order,
+    "reply": messages.Reply,
+    "refusal": messages.Refusal,
+    "ack": messages.Ack,
+    "need": messages.Need,
+    "cancel": messages.Cancel,
+}
+"""The word in ``k`` to the class of the message; topics use the same words."""
+
+_NAMES = {cls: kind for kind, cls in KINDS.items()}
+
+
+def encode(message: Any) -> bytes:
+    """Give a message's bytes.
+
+    Raises:
+        TooLarge: It is longer than `messages.MESSAGE_BYTES`.
+    """
+    data: bytes = msgpack.packb({"v": VERSION, "k": _NAMES[type(message)], **to_plain(message)})
+    if len(data) > messages.MESSAGE_BYTES:
+        raise TooLarge(f"a {_NAMES[type(message)]} of {len(data)} bytes; the limit is {messages.MESSAGE_BYTES}")
+    return data
+
+
+def decode(data: bytes | memoryview, cls: type[T]) -> T:
+    """Read a message of a known kind. Time and memory are linear in `data`, which is bounded first.
+
+    Raises:
+        TooLarge: `data` is longer than the limit.
+        Malformed: It is not one msgpack map, or a field is missing, mistyped or out of bounds.
+        Unsupported: It speaks another major version.
+    """
+    plain = unpack(data, messages.MESSAGE_BYTES)
+    if not isinstance(plain, dict):
+        raise Malformed(f"expected a map, got {type(plain).__name__}")
+    if plain.get("v") != VERSION:
+        raise Unsupported(f"wire version {plain.get('v')!r}; this side speaks {VERSION}")
+    kind = _NAMES[cls]
+    if plain.get("k") != kind:
+        raise Malformed(f"expected a {kind}, got {plain.get('k')!r}", "$.k")
+    return from_plain(cls, plain)
+
+
+def unpack(data: bytes | memoryview, bytes_max: int) -> Any:
+    """Read one msgpack document with every length bounded and no key twice in a map.
+
+    Raises:
+        TooLarge: `data` is longer than `bytes_max`.
+        Malformed: It is not exactly one document, nests too deep, or repeats a key.
+    """
+    if len(data) > bytes_max:
+        raise TooLarge(f"{len(data)} bytes; the limit is {bytes_max}")
+    try:
+        return msgpack.unpackb(data, object_pairs_hook=_unique, max_array_len=65_536, max_map_len=8_192, max_ext_len=0)
+    except Malformed:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise Malformed(f"not one msgpack document: {error or type(error).__name__}") from None
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise Malformed("a key stands twice in one map")
+    return result

@@ -1,0 +1,1 @@
+"""How messages are carried: `mqtt` over a broker, `memory` within one process."""

@@ -1,0 +1,278 @@
+"""A model as data: a graph over a closed list of ops, its tensors, and the axes that must be cut together.
+
+A `ModelSpec` says everything that is needed to run, cut, ship and measure a model; it never holds code. Shapes leave the
+batch axis out. Nodes stand in the order in which they run; the input of the model is the name ``input``.
+
+**Axis groups.** Cutting a channel out of one layer cuts it out of every tensor that touches it. Axes that live and die
+together share an `AxisGroup`. A tensor's dimension is ``outer * group size * inner`` long: ``inner`` is the repeat that a
+flatten makes (channel-major), ``outer`` the repeat that gates make.
+
+**Wire order.** A ranking gives every channel of a prunable group a level: the narrowest width that still has it. In wire
+order channels stand sorted by (level, index), so that each width is a prefix and a narrower width is a view. A hidden
+channel's position does not change what a network computes, so a device never needs the original order to train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import msgpack
+
+from wire.errors import SpecError
+from wire.schema import Limit, Name, Natural, Positive, to_plain
+
+Shape = tuple[Positive, ...]
+Counts = Annotated[tuple[Positive, ...], Limit(1, 64)]
+
+OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add")
+"""The closed list. `linear` and `conv2d` have the params ``weight`` and ``bias``; `conv2d` and the pools have the attrs
+``kernel``, ``stride`` and (conv2d only) ``padding``; the rest have neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisGroup:
+    """Channels that are cut together.
+
+    Attributes:
+        name: Unique within the spec.
+        size: Number of channels in the full model.
+        prunable: False for what must stay whole, such as the classes.
+    """
+
+    name: Name
+    size: Positive
+    prunable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """How one dimension of a tensor follows a group: its length is ``outer * size of the group * inner``.
+
+    Attributes:
+        group: The group's name; empty for a dimension that is never cut (its length stands in ``inner``).
+        inner: Consecutive entries per channel.
+        outer: Repeats of the whole group.
+    """
+
+    group: Annotated[str, Limit(0, 64)] = ""
+    inner: Positive = 1
+    outer: Positive = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One trainable array.
+
+    Attributes:
+        name: Unique within the spec, for example ``fc1.weight``.
+        axes: One per dimension; the full shape follows from them.
+        init: ``kaiming`` (uniform, bound ``sqrt(6 / fan_in)``), ``fan`` (uniform, bound ``1 / sqrt(fan_in)``) or ``zeros``.
+        fan_in: Inputs that feed one output, for `init`.
+    """
+
+    name: Name
+    axes: Annotated[tuple[Axis, ...], Limit(1, 6)]
+    init: Literal["kaiming", "fan", "zeros"] = "zeros"
+    fan_in: Positive = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One step of the graph.
+
+    Attributes:
+        name: Unique; later nodes name it as their input.
+        op: One of `OPS`.
+        inputs: Names of earlier nodes, or ``input``.
+        params: Role (``weight``, ``bias``) to tensor name.
+        attrs: Whole numbers such as ``kernel``, ``stride``, ``padding``.
+    """
+
+    name: Name
+    op: Name
+    inputs: Annotated[tuple[Name, ...], Limit(1, 16)]
+    params: Mapping[Name, Name] = field(default_factory=dict)
+    attrs: Mapping[Name, Natural] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A whole model. The last node's output is the logits, one per class.
+
+    Attributes:
+        name: For people.
+        input_shape: Of one sample, for example ``(1, 8, 8)``.
+        classes: Length of the output.
+        groups: All axis groups.
+        tensors: All trainable arrays, in the order in which they travel.
+        nodes: All steps, in the order in which they run.
+    """
+
+    name: Name
+    input_shape: Annotated[Shape, Limit(1, 4)]
+    classes: Positive
+    groups: Annotated[tuple[AxisGroup, ...], Limit(1, 4096)]
+    tensors: Annotated[tuple[TensorSpec, ...], Limit(1, 4096)]
+    nodes: Annotated[tuple[Node, ...], Limit(1, 16384)]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Which part of a model: a width, that is a prefix of every axis group in wire order. Empty means the whole model.
+
+    Attributes:
+        capacity: Index of the width, 0 being the narrowest.
+        widths: Group name to the channel counts of all widths, ascending; a group that is not named is whole.
+        ranking: Digest of the levels that define the wire order; empty when nothing is cut.
+    """
+
+    capacity: Natural = 0
+    widths: Mapping[Name, Counts] = field(default_factory=dict)
+    ranking: Annotated[str, Limit(0, 64)] = ""
+
+    def narrowed(self, capacity: int) -> Structure:
+        """Give the same ranking at another capacity."""
+        return dataclasses.replace(self, capacity=capacity)
+
+
+def group_sizes(spec: ModelSpec, structure: Structure) -> dict[str, int]:
+    """Count the channels that each group has in this structure. Cost: one step per group.
+
+    Raises:
+        SpecError: The structure names a group that is not there or not prunable, or asks for more than it has.
+    """
+    sizes = {g.name: g.size for g in spec.groups}
+    fixed = {g.name for g in spec.groups if not g.prunable}
+    for name, counts in structure.widths.items():
+        if name not in sizes or name in fixed:
+            raise SpecError(f"model {spec.name!r} has no prunable axis group {name!r}")
+        if structure.capacity >= len(counts):
+            raise SpecError(f"capacity {structure.capacity} of group {name!r}, which has {len(counts)} widths")
+        if list(counts) != sorted(counts) or counts[-1] > sizes[name]:
+            raise SpecError(f"widths {counts} of group {name!r} must ascend to at most {sizes[name]}")
+        sizes[name] = counts[structure.capacity]
+    return sizes
+
+
+def tensor_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Give a tensor's shape for these group sizes (see `group_sizes`)."""
+    return tuple(a.outer * sizes.get(a.group, 1) * a.inner for a in tensor.axes)
+
+
+def tensor_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Give every tensor's shape within a structure, in the spec's order."""
+    sizes = group_sizes(spec, structure)
+    return {t.name: tensor_shape(t, sizes) for t in spec.tensors}
+
+
+def parameter_count(spec: ModelSpec, structure: Structure) -> int:
+    """Count the weights of a structure."""
+    total = 0
+    for shape in tensor_shapes(spec, structure).values():
+        count = 1
+        for length in shape:
+            count *= length
+        total += count
+    return total
+
+
+def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Infer the output shape of ``input`` and of every node, batch axis left out, and check the whole graph on the way.
+
+    Raises:
+        SpecError: Naming the node and what is wrong: unknown op, forward reference, shapes that do not meet.
+    """
+    tensors = tensor_shapes(spec, structure)
+    shapes: dict[str, tuple[int, ...]] = {"input": tuple(spec.input_shape)}
+    for node in spec.nodes:
+        if node.op not in OPS:
+            raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
+        if node.name in shapes:
+            raise SpecError(f"node {node.name!r} stands twice")
+        try:
+            inputs = [shapes[name] for name in node.inputs]
+            params = {role: tensors[name] for role, name in node.params.items()}
+        except KeyError as error:
+            raise SpecError(f"node {node.name!r} uses {error.args[0]!r}, which is not there yet") from None
+        try:
+            shapes[node.name] = _output_shape(node, inputs, params)
+        except (KeyError, IndexError, ValueError) as error:
+            raise SpecError(f"node {node.name!r} ({node.op}): {error}") from None
+    last = shapes[spec.nodes[-1].name]
+    if last != (spec.classes,):
+        raise SpecError(f"the last node gives {last}, but the model has {spec.classes} classes")
+    return shapes
+
+
+def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    first = inputs[0]
+    if node.op == "linear":
+        (out, width) = params["weight"]
+        _meet((width,), first, "input")
+        _meet(params["bias"], (out,), "bias")
+        return (out,)
+    if node.op == "conv2d":
+        (out, channels, *kernel) = params["weight"]
+        (found, height, width) = first
+        _meet((channels,), (found,), "input channels")
+        _meet((out,), params["bias"], "bias")
+        _meet(tuple(kernel), (node.attrs["kernel"],) * 2, "kernel")
+        padding = node.attrs["padding"]
+        return (out, _slide(height, node, padding), _slide(width, node, padding))
+    if node.op in ("max_pool2d", "avg_pool2d"):
+        (channels, height, width) = first
+        return (channels, _slide(height, node, 0), _slide(width, node, 0))
+    if node.op == "flatten":
+        count = 1
+        for length in first:
+            count *= length
+        return (count,)
+    if node.op == "add":
+        for other in inputs[1:]:
+            _meet(other, first, "summands")
+    return first
+
+
+def _slide(length: int, node: Node, padding: int) -> int:
+    steps = (length + 2 * padding - node.attrs["kernel"]) // node.attrs["stride"] + 1
+    if steps < 1:
+        raise ValueError(f"kernel {node.attrs['kernel']} does not fit {length}")
+    return steps
+
+
+def _meet(found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{what} {found} does not meet {wanted}")
+
+
+def check(spec: ModelSpec) -> ModelSpec:
+    """Refuse a spec that cannot be run: names that clash, groups that are not there, shapes that do not meet.
+
+    Raises:
+        SpecError: Naming the place.
+    """
+    for what, names in (("group", [g.name for g in spec.groups]), ("tensor", [t.name for t in spec.tensors])):
+        if len(set(names)) != len(names):
+            raise SpecError(f"two {what}s of model {spec.name!r} share a name")
+    groups = {g.name for g in spec.groups}
+    for tensor in spec.tensors:
+        for axis in tensor.axes:
+            if axis.group and axis.group not in groups:
+                raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
+    node_shapes(spec, Structure())
+    return spec
+
+
+def digest(spec: ModelSpec) -> str:
+    """Name a spec by its content: SHA-256 (hex) of its canonical msgpack form."""
+    return hashlib.sha256(encode(spec)).hexdigest()
+
+
+def encode(spec: ModelSpec) -> bytes:
+    """Give the canonical msgpack form: fields in declared order, shortest integers."""
+    packed: bytes = msgpack.packb(to_plain(spec))
+    return packed
