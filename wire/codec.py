@@ -12,7 +12,7 @@ import msgpack
 
 from wire import VERSION, messages
 from wire.errors import Malformed, TooLarge, Unsupported
-from wire.schema import from_plain, to_plain
+from wire.schema import from_plain, to_plain, unpack
 
 T = TypeVar("T")
 
@@ -61,27 +61,3 @@ def decode(data: bytes | memoryview, cls: type[T]) -> T:
     if plain.get("k") != kind:
         raise Malformed(f"expected a {kind}, got {plain.get('k')!r}", "$.k")
     return from_plain(cls, plain)
-
-
-def unpack(data: bytes | memoryview, bytes_max: int) -> Any:
-    """Read one msgpack document with every length bounded and no key twice in a map.
-
-    Raises:
-        TooLarge: `data` is longer than `bytes_max`.
-        Malformed: It is not exactly one document, nests too deep, or repeats a key.
-    """
-    if len(data) > bytes_max:
-        raise TooLarge(f"{len(data)} bytes; the limit is {bytes_max}")
-    try:
-        return msgpack.unpackb(data, object_pairs_hook=_unique, max_array_len=65_536, max_map_len=8_192, max_ext_len=0)
-    except Malformed:
-        raise
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise Malformed(f"not one msgpack document: {error or type(error).__name__}") from None
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise Malformed("a key stands twice in one map")
-    return result

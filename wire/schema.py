@@ -16,7 +16,9 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from wire.errors import Malformed
+import msgpack
+
+from wire.errors import Malformed, TooLarge
 
 T = TypeVar("T")
 
@@ -36,6 +38,8 @@ class Limit:
     pattern: str | None = None
 
 
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+
 Natural = Annotated[int, Limit(0, 2**53)]
 Positive = Annotated[int, Limit(1, 2**53)]
 Amount = Annotated[float, Limit(0.0, 1e18)]
@@ -48,12 +52,14 @@ Text = Annotated[str, Limit(0, 2000)]
 
 def to_plain(value: Any) -> Any:
     """Turn a dataclass (or a tuple or map of them) into maps, lists and scalars. Cost: one visit per leaf."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
+    if type(value) in _SCALARS:
+        return value
     if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
     return value
 
 
@@ -86,6 +92,11 @@ def from_plain(cls: type[T], data: object, *, strict: bool = False, path: str = 
 
 
 @functools.cache
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls))
+
+
+@functools.cache
 def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     missing = dataclasses.MISSING
@@ -95,6 +106,8 @@ def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
 
 
 def _read(hint: Any, value: Any, strict: bool, path: str) -> Any:
+    if type(value) is hint and hint is not float:
+        return value  # most leaves, without a look at the annotation
     origin = typing.get_origin(hint)
     if origin is Annotated:
         inner, *notes = typing.get_args(hint)
@@ -167,3 +180,32 @@ def _bound(limit: Limit, value: Any, path: str) -> None:
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
+
+
+def unpack(data: bytes | memoryview, bytes_max: int) -> Any:
+    """Read one msgpack document with every length bounded and no key twice in a map.
+
+    Raises:
+        TooLarge: `data` is longer than `bytes_max`.
+        Malformed: It is not exactly one document, nests too deep, or repeats a key.
+    """
+    if len(data) > bytes_max:
+        raise TooLarge(f"{len(data)} bytes; the limit is {bytes_max}")
+    try:
+        return msgpack.unpackb(data, object_pairs_hook=unique, max_array_len=65_536, max_map_len=8_192, max_ext_len=0)
+    except Malformed:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise Malformed(f"not one msgpack document: {error or type(error).__name__}") from None
+
+
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a map of pairs (a hook for msgpack's readers).
+
+    Raises:
+        Malformed: A key stands twice.
+    """
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise Malformed("a key stands twice in one map")
+    return result

@@ -23,10 +23,11 @@ from typing import Annotated, Literal
 import msgpack
 
 from wire.errors import SpecError
-from wire.schema import Limit, Name, Natural, Positive, to_plain
+from wire.schema import Limit, Name, Natural, Positive, from_plain, to_plain, unpack
 
 Shape = tuple[Positive, ...]
 Counts = Annotated[tuple[Positive, ...], Limit(1, 64)]
+SPEC_BYTES = 1 << 20
 
 OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add")
 """The closed list. `linear` and `conv2d` have the params ``weight`` and ``bias``; `conv2d` and the pools have the attrs
@@ -276,3 +277,14 @@ def encode(spec: ModelSpec) -> bytes:
     """Give the canonical msgpack form: fields in declared order, shortest integers."""
     packed: bytes = msgpack.packb(to_plain(spec))
     return packed
+
+
+def decode(data: bytes) -> ModelSpec:
+    """Read and check a spec. Time and memory are linear in `data`, which is bounded first.
+
+    Raises:
+        TooLarge: `data` is longer than `SPEC_BYTES`.
+        Malformed: It is not one msgpack map, or a field is missing, mistyped or out of bounds.
+        SpecError: The graph cannot be run.
+    """
+    return check(from_plain(ModelSpec, unpack(data, SPEC_BYTES)))

@@ -1,0 +1,167 @@
+"""What an algorithm is: three pure functions over plain state (DESIGN decision 1).
+
+``init(spec, weights, params) -> State``, ``plan(state, round_number, devices, rng) -> (State, drafts)`` and
+``close(state, answers) -> State``. An algorithm never sends, waits, logs, or reads a clock or a file. Whoever calls it adds
+ids, blobs and deadlines to its drafts, and hands it only answers that were checked: of this round, of the structure's
+shapes, finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.fleet import Device
+from wire.messages import Recipe, Usage, Verb
+from wire.schema import Amount, Name, Natural
+from wire.spec import ModelSpec, Structure
+
+Floats = NDArray[np.float32]
+Arrays = Mapping[str, Floats]
+Levels = Mapping[str, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that an algorithm remembers; one round's state and answers give the next round's state and nothing else does.
+
+    Attributes:
+        spec: The model. It never changes, so that a saved state may leave it out.
+        round: Number of the round that was planned last; 0 before the first.
+        weights: The global model by tensor name, in canonical order.
+        levels: Group name to the narrowest capacity that still has each channel, in canonical order; empty when the model
+            is never cut.
+        widths: Group name to the channel counts of all widths, ascending; empty when the model is never cut.
+        scalars: Plain nested maps, lists, strings and numbers.
+        arrays: Whatever else is an array.
+    """
+
+    spec: ModelSpec
+    round: int
+    weights: Arrays
+    levels: Levels = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """What an algorithm may know of a device.
+
+    Attributes:
+        name: Its name.
+        bytes_budget: Memory that an order may take there, above the worker's base.
+        samples: Training samples that it holds.
+        memory_scale: Measured over predicted memory, at least 1.
+        seconds: Training time of its last answer; 0 when it never answered. Measured, so what depends on it cannot be
+            repeated to the bit.
+    """
+
+    name: Name
+    bytes_budget: Natural
+    samples: Natural = 0
+    memory_scale: Amount = 1.0
+    seconds: Amount = 0.0
+
+    @staticmethod
+    def of(device: Device) -> DeviceView:
+        """Take a view of a device of the fleet."""
+        return DeviceView(
+            name=device.name,
+            bytes_budget=0 if device.caps is None else device.caps.bytes_budget,
+            samples=0 if device.caps is None else device.caps.samples,
+            memory_scale=device.memory_scale,
+            seconds=0.0 if device.usage is None else device.usage.seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The half of an order that the algorithm decides.
+
+    Attributes:
+        device: Who is asked.
+        verb: What to do.
+        structure: Which part of the model.
+        recipe: How to train; its seed is already this round's and this device's.
+        bytes_peak: What the device's memory must hold above base, margin included.
+    """
+
+    device: Name
+    verb: Verb
+    structure: Structure
+    recipe: Recipe
+    bytes_peak: Natural = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One device's answer to its order of the round that is being closed.
+
+    Attributes:
+        device: Who answers.
+        samples: Training samples behind the update.
+        structure: What was trained; may be narrower than asked.
+        metrics: As in `wire.messages.Reply`.
+        usage: As in `wire.messages.Reply`.
+        update: Trained minus received weights: compact, in wire order; read-only, and valid until the next answer is taken.
+    """
+
+    device: str
+    samples: int
+    structure: Structure
+    metrics: Mapping[str, float]
+    usage: Usage
+    update: Arrays
+
+
+class Answers(Protocol):
+    """A round's answers in the order of device names: may be gone through again and again, with one in memory at a time."""
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Start over from the first device."""
+
+
+class Algorithm(Protocol):
+    """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``."""
+
+    @property
+    def PARAMS(self) -> Mapping[str, float | str]:  # noqa: N802 - a module's constant
+        """Names of all parameters with their defaults; those of the recipe are called ``recipe.NAME``."""
+
+    def init(self, spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
+        """Make the state before the first round.
+
+        Args:
+            spec: The model.
+            weights: Initial weights in canonical order.
+            params: What the operator changes about ``PARAMS``.
+
+        Raises:
+            ConfigError: A parameter is unknown or impossible; the text says what to write.
+        """
+
+    def plan(
+        self, state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
+    ) -> tuple[State, tuple[Draft, ...]]:
+        """Decide who gets what in a round. A device that nothing fits gets no draft; no devices, no drafts.
+
+        Args:
+            state: After the last close.
+            round_number: From 1.
+            devices: Who is here and was selected, by name.
+            rng: Of this run's seed and this round.
+        """
+
+    def close(self, state: State, answers: Answers | Iterable[Answer]) -> State:
+        """Join a round's answers into the model. No answers leave it as it is."""
+
+
+def rng_of(seed: int, round_number: int) -> np.random.Generator:
+    """Give the source of all randomness of one round."""
+    return np.random.default_rng([seed, round_number])

@@ -1,0 +1,45 @@
+"""Algorithms by name: one file each, and one line here. None is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, cast
+
+from coordinator.algorithm import Algorithm
+from wire.errors import ConfigError
+
+ALGORITHMS: dict[str, str] = {
+    "fedavg": "coordinator.algorithms.fedavg",
+    "nestfl": "coordinator.algorithms.nestfl",
+}
+"""Name to module."""
+
+
+def by_name(name: str) -> Algorithm:
+    """Load an algorithm.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    return cast("Algorithm", _module(name))
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Say of every algorithm what it is.
+
+    Returns:
+        Name to ``summary`` (one line), ``text`` (what its module says about it) and ``params`` (name to default).
+    """
+    return {name: _facts(_module(name)) for name in ALGORITHMS}
+
+
+def _module(name: str) -> Any:
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+    return importlib.import_module(ALGORITHMS[name])
+
+
+def _facts(module: Any) -> dict[str, Any]:
+    summary, _, text = (inspect.getdoc(module) or "").partition("\n")
+    return {"summary": summary, "text": text.strip(), "params": dict(module.PARAMS)}

@@ -1,0 +1,210 @@
+"""NestFL: nested widths of one model, each device the widest that its memory holds; joined partition by partition.
+
+"NestFL: efficient federated learning through progressive model pruning in heterogeneous edge computing", MobiCom 2022,
+poster. The poster gives no equations; docs/decisions says what was filled in and why.
+
+* Channels are ranked by progressive L1 pruning, from the smallest pruning rate to the largest, so that every width
+  contains the narrower ones. The ranking is renewed in the first ``ranking_rounds`` rounds and stays from then on.
+* Joining goes partition by partition, from the narrowest width outward. On each, a device's weight is its samples times a
+  function of the angle between its update and the mean update of all that cover the partition (FedAdp; ``angle`` is that
+  function's steepness, and 0 leaves only the samples), the angle being averaged over the device's own rounds.
+* The recipe's ``widths`` and ``distil`` train narrower widths inside each device as well (see the rule `sgd`). The poster has
+  nothing like it; without it the narrow widths, and now and then the whole model, fail on uneven data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.algorithm import Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks.aggregate import add_partitions, shares
+from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
+from coordinator.blocks.nesting import kept_counts, partition, rank
+from coordinator.recipes import merged, recipe_of
+from wire.errors import ConfigError, Malformed
+from wire.memory import fit
+from wire.spec import ModelSpec, Structure
+from wire.structure import ranking_digest, to_canonical, to_wire
+
+PARAMS: Mapping[str, float | str] = MappingProxyType(
+    {
+        "fractions": "0.2 0.4 0.6 0.8 1",
+        "ranking_rounds": 1000.0,
+        "angle": 5.0,
+        "recipe.rule": "sgd",
+        "recipe.epochs": 2.0,
+        "recipe.batch": 32.0,
+        "recipe.rate": 0.05,
+        "recipe.momentum": 0.0,
+        "recipe.decay": 0.0,
+        "recipe.clip": 1.0,
+        "recipe.widths": 1.0,
+        "recipe.distil": 0.5,
+    }
+)
+"""Names of all parameters with their defaults."""
+
+
+_WIDTHS_MAX = 64
+
+
+def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
+    """See `coordinator.algorithm.Algorithm.init`."""
+    known = merged(PARAMS, params)
+    recipe_of(known)
+    fractions = _fractions(str(known["fractions"]))
+    widths = {g.name: kept_counts(g.size, fractions) for g in spec.groups if g.prunable}
+    if not widths:
+        raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
+    levels = rank(spec, weights, widths)
+    scalars = {"params": known, "clients": []}
+    return State(spec, 0, dict(weights), levels, widths, scalars)
+
+
+def plan(
+    state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
+) -> tuple[State, tuple[Draft, ...]]:
+    """See `coordinator.algorithm.Algorithm.plan`: rank, then give each device the widest structure that it can hold."""
+    params = state.scalars["params"]
+    if round_number <= params["ranking_rounds"]:
+        state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
+    recipe = recipe_of(params)
+    whole = _whole(state)
+    structures = [whole.narrowed(k) for k in range(whole.capacity + 1)]
+    drafts = []
+    for device in sorted(devices, key=lambda d: d.name):
+        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
+        fits = fit(state.spec, structures, seeded, device.bytes_budget, device.memory_scale)
+        if fits is not None:
+            drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))
+    return dataclasses.replace(state, round=round_number), tuple(drafts)
+
+
+def close(state: State, answers: Answers | Iterable[Answer]) -> State:
+    """See `coordinator.algorithm.Algorithm.close`. Goes through the answers three times: mean, angles, sum.
+
+    Memory: the model in wire order and one sum of its size.
+
+    Raises:
+        Malformed: An answer is of another ranking than this round's.
+    """
+    whole = _whole(state)
+    seats = [_Seat(a.device, a.samples, a.structure.capacity) for a in _counted(answers, whole)]
+    if not seats:
+        return state
+    covers = [[s for s in seats if s.capacity >= k] for k in range(whole.capacity + 1)]
+    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
+    _add_up(state.spec, total, _counted(answers, whole), covers, [shares([s.samples for s in c]) for c in covers])
+    angles = {a.device: _angles(state.spec, total, whole, a) for a in _counted(answers, whole)}
+    state = _remembered(state, covers, angles)
+    for array in total.values():
+        array[...] = 0.0
+    _add_up(state.spec, total, _counted(answers, whole), covers, _weights(state, covers))
+    model = to_wire(state.spec, state.weights, state.levels)
+    joined = {name: array + total[name] for name, array in model.items()}
+    return dataclasses.replace(state, weights=to_canonical(state.spec, joined, state.levels))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seat:
+    """What weighting must know of one answer."""
+
+    device: str
+    samples: int
+    capacity: int
+
+
+_Covers = list[list[_Seat]]
+"""For each partition, narrowest first, the answers that cover it."""
+
+
+def _counted(answers: Answers | Iterable[Answer], whole: Structure) -> Iterator[Answer]:
+    for answer in answers:
+        if answer.structure != whole.narrowed(answer.structure.capacity):
+            raise Malformed(f"{answer.device} answers with a structure of another ranking")
+        if answer.samples > 0:
+            yield answer
+
+
+def _add_up(
+    spec: ModelSpec, total: Arrays, answers: Iterable[Answer], covers: _Covers, weights: list[list[float]]
+) -> None:
+    """Add every answer into `total`, on each partition with its own weight."""
+    for answer in answers:
+        own = [
+            weight
+            for cover, row in zip(covers, weights, strict=True)
+            for seat, weight in zip(cover, row, strict=True)
+            if seat.device == answer.device
+        ]
+        add_partitions(spec, total, answer.update, answer.structure, own)
+
+
+def _angles(spec: ModelSpec, mean: Arrays, whole: Structure, answer: Answer) -> list[float]:
+    """Measure the angle between an update and the mean on each partition that it covers."""
+    found = []
+    for capacity in range(answer.structure.capacity + 1):
+        dot = square_mean = square_own = 0.0
+        means = partition(spec, mean, whole, capacity)
+        for target, own in zip(means, partition(spec, answer.update, answer.structure, capacity), strict=True):
+            dot += inner_product(target, own)
+            square_mean += inner_product(target, target)
+            square_own += inner_product(own, own)
+        found.append(angle(dot, square_mean, square_own))
+    return found
+
+
+def _remembered(state: State, covers: _Covers, angles: Mapping[str, list[float]]) -> State:
+    """Average each device's angles over its own rounds, partition by partition.
+
+    A device that covers a partition alone *is* the mean there. Its angle of 0 says nothing about it and is not remembered.
+    """
+    clients = [*state.scalars["clients"]]
+    clients += sorted(set(angles) - set(clients))
+    means, counts = _memory(len(clients), len(covers))
+    known = len(state.scalars["clients"])
+    if known:
+        means[:known], counts[:known] = state.arrays["angles"], state.arrays["rounds"]
+    row = {name: i for i, name in enumerate(clients)}
+    for capacity, cover in enumerate(covers):
+        for seat in cover if len(cover) > 1 else ():
+            at = (row[seat.device], capacity)
+            means[at] = smoothed(float(means[at]), int(counts[at]), angles[seat.device][capacity])
+            counts[at] += 1
+    scalars = {**state.scalars, "clients": clients}
+    return dataclasses.replace(state, scalars=scalars, arrays={"angles": means, "rounds": counts})
+
+
+def _weights(state: State, covers: _Covers) -> list[list[float]]:
+    row = {name: i for i, name in enumerate(state.scalars["clients"])}
+    means, steepness = state.arrays["angles"], float(state.scalars["params"]["angle"])
+    return [
+        angle_weights([s.samples for s in cover], [float(means[row[s.device], k]) for s in cover], steepness)
+        for k, cover in enumerate(covers)
+    ]
+
+
+def _memory(clients: int, capacities: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Give mean angles and how many rounds they are the mean of; both ``(clients, capacities)``."""
+    return np.zeros((clients, capacities), np.float64), np.zeros((clients, capacities), np.int64)
+
+
+def _whole(state: State) -> Structure:
+    return Structure(len(next(iter(state.widths.values()))) - 1, state.widths, ranking_digest(state.levels))
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        fractions = tuple(float(word) for word in text.split())
+    except ValueError:
+        fractions = ()
+    rising = all(low < high for low, high in pairwise((0.0, *fractions)))
+    if not rising or not 1 <= len(fractions) <= _WIDTHS_MAX or fractions[-1] != 1.0:
+        raise ConfigError(f"parameter fractions = {text!r}: write rising numbers that end with 1, such as '0.25 0.5 1'")
+    return fractions

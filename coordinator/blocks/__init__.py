@@ -1,0 +1,1 @@
+"""The equations that algorithms are made of: one per function, with its source; numpy only."""

@@ -1,0 +1,122 @@
+"""Write the global model as safetensors: whole, or any nested width, cut to its own small size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.advance import load_state, structures_of
+from coordinator.algorithm import State
+from coordinator.journal import Journal
+from coordinator.standing import Standing, fold
+from wire import structure as cutting
+from wire.errors import ConfigError
+from wire.schema import to_plain
+from wire.spec import ModelSpec, Structure, decode, group_sizes, parameter_count
+from wire.spool import Spool
+
+JOURNAL = "journal.sqlite"
+SPOOL = "spool"
+MODEL = "model.safetensors"
+
+
+def export_model(state: Path, file: Path, width: float | None, *, as_json: bool) -> int:
+    """Export and say what was written.
+
+    Raises:
+        ConfigError: There is no model yet, or no such width.
+    """
+    written, facts = write_model(state, width, file)
+    facts["file"] = str(written)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print(f"{written}: {facts['parameters']} weights, {facts['bytes']} bytes, width {facts['width']:g}")
+    return 0
+
+
+def write_model(folder: Path, width: float | None, file: Path | None = None) -> tuple[Path, dict[str, object]]:
+    """Write the model of a run's folder.
+
+    Args:
+        folder: The run's folder.
+        width: Fraction of the channels of a nested width; None for the whole model.
+        file: Where to; default `MODEL` in the folder.
+
+    Returns:
+        The file and what is in it. The file's metadata hold the spec of exactly these tensors as JSON.
+    """
+    from safetensors.numpy import save_file
+
+    standing = standing_of(folder)
+    spool = Spool(folder / SPOOL)
+    if standing.started is None or not standing.state:
+        raise ConfigError(f"{folder}: no round has been planned yet, so there is no model to export")
+    spec = decode(spool.path(str(standing.started.about["spec"])).read_bytes())
+    state = load_state(spool, standing.state, spec)
+    structure = choose_width(spec, state, width)
+    if width is None:
+        arrays = {name: np.ascontiguousarray(array) for name, array in state.weights.items()}
+    else:
+        whole = cutting.to_wire(spec, state.weights, state.levels)
+        arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, whole, structure).items()}
+    target = folder / MODEL if file is None else file
+    small = narrowed_spec(spec, structure)
+    fraction = 1.0 if width is None else width
+    metadata = {"spec": json.dumps(to_plain(small)), "round": str(standing.done), "width": f"{fraction:g}"}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, str(target), metadata=metadata)
+    facts: dict[str, object] = {
+        "round": standing.done,
+        "width": fraction,
+        "parameters": parameter_count(spec, structure),
+        "bytes": target.stat().st_size,
+    }
+    return target, facts
+
+
+def standing_of(folder: Path) -> Standing:
+    """Read where the run in a folder stands, beside its writer or after it.
+
+    Raises:
+        StoreError: There is no journal, or it is damaged.
+    """
+    with Journal(folder / JOURNAL, viewing=True) as journal:
+        return fold(journal.replay())
+
+
+def widths_of_state(spec: ModelSpec, state: State) -> dict[float, Structure]:
+    """Name every nested width by the fraction of prunable channels that it keeps, narrowest first."""
+    sizes = {g.name: g.size for g in spec.groups if g.prunable}
+    whole = sum(sizes.values())
+    named = {}
+    for structure in structures_of(state):
+        kept = group_sizes(spec, structure)
+        named[round(sum(kept[name] for name in sizes) / whole, 2) if whole else 1.0] = structure
+    return named
+
+
+def choose_width(spec: ModelSpec, state: State, width: float | None) -> Structure:
+    """Find the nested width that was asked for.
+
+    Raises:
+        ConfigError: There is none; the text lists those that are.
+    """
+    if width is None:
+        return Structure()
+    named = widths_of_state(spec, state)
+    found = min(named, key=lambda fraction: abs(fraction - width))
+    if abs(found - width) > 0.02:
+        known = ", ".join(f"{fraction:g}" for fraction in named)
+        raise ConfigError(f"--width {width:g}: this run's nested widths are {known}")
+    return named[found]
+
+
+def narrowed_spec(spec: ModelSpec, structure: Structure) -> ModelSpec:
+    """Give the spec of the cut model by itself: smaller groups, nothing else changes."""
+    sizes = group_sizes(spec, structure)
+    groups = tuple(dataclasses.replace(g, size=sizes[g.name]) for g in spec.groups)
+    return dataclasses.replace(spec, groups=groups)

@@ -1,0 +1,161 @@
+"""What the coordinator knows of its devices, as a frozen value; who is here, what they bring and what they cost.
+
+A device has lives: each start of its agent draws a new `boot` and a higher `seq`. MQTT keeps order within one
+connection only, so a will of an old life may come after the birth of a new one: of two presences the higher `seq`
+counts. Within one life the last word counts, and a sign of life corrects a wrong `lost`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from immutables import Map
+
+from coordinator.events import Born, Lost
+from wire.messages import Beat, Caps, Presence, Usage
+
+_SILENCE = 1.5
+_FORGETTING = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the coordinator knows of one device.
+
+    Attributes:
+        name: As in its topics.
+        state: ``online``, ``lost`` (advisory) or ``bye`` (left on purpose).
+        boot: Name of its latest known life.
+        seq: Number of that life.
+        caps: What it brings; kept when it is lost.
+        seconds_seen: When it last gave a sign of life, on the caller's clock.
+        order: What it works on, by its own word; empty when idle.
+        done: Fraction of that order that is done.
+        bytes_peak: Highest memory above base in that order so far.
+        memory_scale: Measured over predicted memory, at least 1; multiply predictions for this device by it.
+        usage: What its last counted reply cost.
+    """
+
+    name: str
+    state: Literal["online", "lost", "bye"]
+    boot: str
+    seq: int
+    caps: Caps | None = None
+    seconds_seen: float = 0.0
+    order: str = ""
+    done: float = 0.0
+    bytes_peak: int = 0
+    memory_scale: float = 1.0
+    usage: Usage | None = None
+
+
+_NOBODY: Map[str, Device] = Map()
+_NOTHING: Map[str, float] = Map()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All devices. Every method gives a new fleet (the same object when nothing changed) and costs O(log n).
+
+    Attributes:
+        devices: By name.
+        scales: Device to `Device.memory_scale`, also of devices that have not been seen yet: what the journal knew.
+    """
+
+    devices: Map[str, Device] = _NOBODY
+    scales: Map[str, float] = _NOTHING
+
+    def present(self, presence: Presence, now: float) -> tuple[Fleet, Born | Lost | None]:
+        """Take in a birth, a last will or a farewell.
+
+        Returns:
+            The fleet and what the round is to hear: `Born` at every birth, also a repeated one, because the broker may
+            have lost what was on its way to the device; `Lost` once per loss.
+        """
+        known = self.devices.get(presence.device)
+        if known is not None and presence.seq < known.seq:
+            return self, None
+        if presence.state == "online":
+            following = _alive(known, presence, now)
+            if known is None:
+                following = replace(following, memory_scale=self.scales.get(presence.device, 1.0))
+            return self._with(following), Born(following.name, following.seq)
+        if known is None:
+            scale = self.scales.get(presence.device, 1.0)
+            unseen = Device(presence.device, presence.state, presence.boot, presence.seq, memory_scale=scale)
+            return self._with(unseen), None
+        gone = replace(
+            known, state=presence.state, boot=presence.boot, seq=presence.seq, order="", done=0.0, bytes_peak=0
+        )
+        if gone == known:
+            return self, None
+        return self._with(gone), Lost(gone.name, gone.seq)
+
+    def beat(self, name: str, beat: Beat, now: float) -> tuple[Fleet, Born | None]:
+        """Take in a sign of life; it brings back a life that counts as lost; other lives' signs are ignored."""
+        known = self.devices.get(name)
+        if known is None or known.boot != beat.boot or known.seq != beat.seq or known.state == "bye":
+            return self, None
+        following = replace(
+            known,
+            state="online",
+            seconds_seen=now,
+            order=beat.order,
+            done=beat.done,
+            bytes_peak=beat.bytes_peak,
+        )
+        return self._with(following), Born(name, known.seq) if known.state == "lost" else None
+
+    def heard(self, name: str, now: float) -> Fleet:
+        """Count any other message as a sign of life, without bringing anybody back."""
+        known = self.devices.get(name)
+        return self if known is None else self._with(replace(known, seconds_seen=now))
+
+    def expire(self, now: float, keepalive: float) -> tuple[Fleet, tuple[Lost, ...]]:
+        """Count devices as lost that were silent for 1.5 times `keepalive` seconds. Cost: one look per device."""
+        before = now - _SILENCE * keepalive
+        late = sorted(d.name for d in self.devices.values() if d.state == "online" and d.seconds_seen < before)
+        if not late:
+            return self, ()
+        gone = {n: replace(self.devices[n], state="lost", order="", done=0.0, bytes_peak=0) for n in late}
+        return replace(self, devices=self.devices.update(gone)), tuple(Lost(d.name, d.seq) for d in gone.values())
+
+    def excused(self, now: float) -> Fleet:
+        """Forgive all silence so far: this side was away, or without its broker."""
+        return replace(self, devices=Map({d.name: replace(d, seconds_seen=now) for d in self.devices.values()}))
+
+    def absorb(self, name: str, usage: Usage, bytes_predicted: int) -> Fleet:
+        """Learn from what an order of `bytes_predicted` cost (see `memory_scale`); 0 predicted teaches nothing."""
+        scale = memory_scale(self.scales.get(name, 1.0), usage.bytes_peak, bytes_predicted)
+        known = self.devices.get(name)
+        taught = self if known is None else self._with(replace(known, usage=usage, memory_scale=scale))
+        return replace(taught, scales=self.scales.set(name, scale))
+
+    def online(self) -> tuple[Device, ...]:
+        """Give the devices that are here and have said what they bring, sorted by name. Cost: O(n log n)."""
+        here = (d for d in self.devices.values() if d.state == "online" and d.caps is not None)
+        return tuple(sorted(here, key=lambda d: d.name))
+
+    def _with(self, device: Device) -> Fleet:
+        return replace(self, devices=self.devices.set(device.name, device))
+
+
+def memory_scale(known: float, bytes_measured: int, bytes_predicted: int) -> float:
+    """Correct a device's factor between predicted and measured memory.
+
+    Up at once, down by a tenth of the excess per order, never below 1: a prediction that was too low costs an order,
+    one that was too high only a little width. As long as predictions are upper bounds the factor is exactly 1 and a
+    run does not depend on measurements.
+    """
+    measured = bytes_measured / bytes_predicted if bytes_predicted > 0 else 1.0
+    return max(1.0, measured, 1.0 + (known - 1.0) * _FORGETTING if known > 1.001 else 1.0)
+
+
+def _alive(known: Device | None, presence: Presence, now: float) -> Device:
+    fresh = Device(presence.device, "online", presence.boot, presence.seq, presence.caps, now)
+    if known is None:
+        return fresh
+    if known.seq == presence.seq and known.boot == presence.boot:
+        return replace(known, state="online", caps=presence.caps or known.caps, seconds_seen=now)
+    return replace(fresh, caps=presence.caps or known.caps, memory_scale=known.memory_scale, usage=known.usage)

@@ -1,0 +1,60 @@
+"""What the coordinator says and hears: its link, the pieces that it keeps published, the uploads that it receives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.publish import Publisher
+from coordinator.uploads import Uploads
+from wire import codec, topics
+from wire.link import Link
+from wire.messages import Ack, BlobRef, Lead, Order
+from wire.spool import Spool
+
+_KINDS = {Order: "order", Ack: "ack"}
+
+
+class Mail:
+    """One federation's traffic at one broker."""
+
+    def __init__(self, link: Link, spool: Spool, federation: str, lead: Lead) -> None:
+        """Nothing is sent before `start`. `lead` is what every device is told, retained."""
+        self.link = link
+        self.publisher = Publisher(link, spool, federation)
+        self.uploads = Uploads(spool)
+        self.is_up = False
+        self._federation = federation
+        self._lead = lead
+
+    def start(self) -> None:
+        """Connect, in the background, for as long as it takes."""
+        self.link.subscribe([topics.all_up(self._federation), topics.presence(self._federation, "+")], qos=1)
+        self.link.start()
+
+    def up(self, session_present: bool) -> None:
+        """Announce this life; publish the live pieces again when the broker has forgotten us."""
+        self.is_up = True
+        self.link.publish(topics.lead(self._federation), codec.encode(self._lead), qos=1, retain=True)
+        if not session_present:
+            self.publisher.restore()
+
+    def down(self) -> None:
+        """Note that nobody can be heard."""
+        self.is_up = False
+
+    def send(self, device: str, message: Order | Ack) -> None:
+        """Send one message to one device."""
+        self.link.publish(topics.down(self._federation, device, _KINDS[type(message)]), codec.encode(message), qos=1)
+
+    def retire(self, live: tuple[BlobRef, ...]) -> None:
+        """Delete what is retained for these blobs: the run is over."""
+        self.publisher.clear(live)
+
+    def stop(self) -> None:
+        """Say goodbye and disconnect."""
+        self.link.stop((topics.lead(self._federation), codec.encode(offline(self._lead)), True))
+
+
+def offline(lead: Lead) -> Lead:
+    """Give what the broker is to say when this coordinator is gone."""
+    return replace(lead, state="offline")

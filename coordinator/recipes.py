@@ -1,0 +1,66 @@
+"""An algorithm's parameters: its defaults with the operator's changes laid over them, checked by name and type.
+
+Parameters are one flat map of numbers and strings. Those of the training recipe are called ``recipe.NAME``: a field of
+`wire.messages.Recipe`, or else a knob of its rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from wire.errors import ConfigError, Malformed
+from wire.messages import Recipe
+from wire.schema import from_plain
+
+Params = Mapping[str, float | str]
+_PREFIX = "recipe."
+_FIELDS = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("knobs", "seed")}
+_WHOLE = ("epochs", "batch")
+
+
+def merged(defaults: Params, params: Params) -> dict[str, float | str]:
+    """Lay an operator's parameters over an algorithm's.
+
+    Raises:
+        ConfigError: One is unknown, or a number where the default is a string, or the other way round. When the rule is not
+            the default one, its knobs are not known here, and every number is taken as a knob.
+    """
+    foreign_rule = params.get("recipe.rule", defaults.get("recipe.rule")) != defaults.get("recipe.rule")
+    result = dict(defaults)
+    for name, value in params.items():
+        known = defaults.get(name, 0.0 if _takes(name, foreign_rule) else None)
+        if known is None:
+            raise ConfigError(f"parameter {name!r} is not known here; there are {', '.join(sorted(defaults))}")
+        if isinstance(known, str) != isinstance(value, str) or isinstance(value, bool):
+            wanted = "a text" if isinstance(known, str) else "a number"
+            raise ConfigError(f"parameter {name} = {value!r}: write {wanted}, such as {known!r}")
+        result[name] = value
+    return result
+
+
+def recipe_of(params: Params) -> Recipe:
+    """Make the recipe out of the ``recipe.`` parameters.
+
+    Raises:
+        ConfigError: A value is out of its bounds.
+    """
+    plain: dict[str, object] = {}
+    knobs: dict[str, object] = {}
+    for name, value in params.items():
+        if not name.startswith(_PREFIX):
+            continue
+        key = name.removeprefix(_PREFIX)
+        whole = key in _WHOLE and isinstance(value, float) and value.is_integer()
+        (plain if key in _FIELDS else knobs)[key] = int(value) if whole else value
+    try:
+        return from_plain(Recipe, {**plain, "knobs": knobs})
+    except Malformed as error:
+        raise ConfigError(
+            f"parameter {error.path.replace('$', 'recipe').replace('.knobs', '')}: {error.problem}"
+        ) from None
+
+
+def _takes(name: str, foreign_rule: bool) -> bool:
+    key = name.removeprefix(_PREFIX)
+    return name.startswith(_PREFIX) and key != "seed" and (key in _FIELDS or foreign_rule)

@@ -1,0 +1,489 @@
+"""The coordinator's shell: one owner thread that takes events, folds them, makes the result durable, then speaks.
+
+One turn of the loop takes what has come, steps the round for each event, and ends in `_flush`: files first, one journal
+transaction second, messages last. So whatever anybody was told is on disk, a crash at any line is repeated from the journal, and
+a turn costs two waits for the disk however many devices spoke in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator import events as ev
+from coordinator.advance import Outcome, Task, advance, check_update
+from coordinator.algorithm import DeviceView, Draft
+from coordinator.config import Config
+from coordinator.evaluate import Evaluator, Measured
+from coordinator.events import Arrived, Born, Lost, Refused
+from coordinator.fleet import Fleet
+from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Journal, Planned, Published, Record
+from coordinator.mail import Mail
+from coordinator.round import Round, open_round, step, word
+from coordinator.select import choose
+from coordinator.standing import Standing, absorb
+from wire import codec, link, topics
+from wire.child import Child, Ended, Said
+from wire.errors import NonFinite, PeerError, StoreError
+from wire.job import Failed
+from wire.messages import Ack, Beat, BlobRef, Need, Order, Presence, Reason, Refusal, Reply
+from wire.spec import ModelSpec, Structure, parameter_count
+from wire.spool import Spool
+
+log = logging.getLogger("coordinator")
+
+_INLINE_BYTES = 4 << 20
+_TURN_EVENTS = 256
+_TICK = 0.25
+_HEADROOM = 1 << 20
+_RETRY = 5.0
+
+
+@dataclass(slots=True)
+class Store:
+    """What is on this machine's disk for one run.
+
+    Attributes:
+        spool: Blobs by digest.
+        journal: What happened.
+        spec: The model.
+        spec_ref: The model's blob.
+    """
+
+    spool: Spool
+    journal: Journal
+    spec: ModelSpec
+    spec_ref: BlobRef
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one turn of the loop has decided and not yet done.
+
+    Attributes:
+        rows: For the journal.
+        files: Digests to make durable before the rows.
+        sends: Device and message, to go out after the rows.
+        following: The round that the rows plan, to be issued after them.
+    """
+
+    rows: list[Record] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    sends: list[tuple[str, Order | Ack]] = field(default_factory=list)
+    following: Round | None = None
+
+
+@dataclass(slots=True)
+class Pace:
+    """Instants on the monotonic clock, and counters since then.
+
+    Attributes:
+        deadline: Of the open round.
+        retry: No round is planned before.
+        issued: When the open round was issued.
+        bytes_up: The link's counter at that time.
+        bytes_down: Likewise.
+        clearing: Blobs whose pieces are being deleted at the broker.
+        task: What the child works on.
+    """
+
+    deadline: float = float("inf")
+    retry: float = 0.0
+    issued: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    clearing: tuple[BlobRef, ...] = ()
+    task: Task | None = None
+
+
+class Server:
+    """One run from its standing to its end."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        standing: Standing,
+        mail: Mail,
+        evaluator: Evaluator | None,
+        say: Callable[[str], None] = log.info,
+    ) -> None:
+        """Take up a run where its journal left it; nothing is sent before `run`."""
+        self._config = config
+        self._store = store
+        self._mail = mail
+        self._evaluator = evaluator
+        self._say = say
+        self._standing = standing
+        self._fleet = Fleet()
+        self._round: Round | None = standing.round
+        self._turn = Turn()
+        self._child: Child | None = None
+        self._pace = Pace()
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Lead the run until its rounds are done (True) or `stop` says so (False)."""
+        self._mail.start()
+        self._resume()
+        while not stop():
+            event = self._mail.link.next(_TICK)
+            taken = 0
+            while event is not None:
+                self._take(event)
+                taken += 1
+                event = self._mail.link.next(0.0) if taken < _TURN_EVENTS else None
+            self._tick()
+            self._flush()
+            if self._finished():
+                self._end()
+                return True
+        self._mail.stop()
+        return False
+
+    # --- events in -----------------------------------------------------------------------------------------------
+
+    def _take(self, event: Any) -> None:
+        match event:
+            case link.Message():
+                try:
+                    self._message(event)
+                except PeerError as error:
+                    log.warning("dropped a message on %s: %s", event.topic[:120], error)
+                finally:
+                    self._mail.link.done(event)
+            case link.Published():
+                self._mail.publisher.sent(event.id)
+            case link.Up():
+                self._fleet = self._fleet.excused(time.monotonic())
+                self._mail.up(event.session_present)
+            case link.Down():
+                log.warning("no broker: %s", event.why)
+                self._mail.down()
+            case Said() | Ended() if event.child == "local" and self._evaluator is not None:
+                self._measured(self._evaluator.take(event))
+            case Said() | Ended() if self._child is not None and event.pid == self._child.pid:
+                self._advanced(event)
+            case _:
+                pass
+
+    def _message(self, message: link.Message) -> None:
+        place = topics.parse(message.topic)
+        now = time.monotonic()
+        if place.room == "s" and message.payload:
+            presence = codec.decode(message.payload, Presence)
+            if presence.device == place.device:
+                self._fleet, told = self._fleet.present(presence, now)
+                self._announce(presence, told)
+            return
+        if place.room != "u":
+            return
+        self._fleet = self._fleet.heard(place.device, now)
+        if place.index >= 0:
+            self._mail.uploads.piece(place.kind, place.device, place.index, message.payload)
+        elif place.kind == "beat":
+            self._fleet, born = self._fleet.beat(place.device, codec.decode(message.payload, Beat), now)
+            if born is not None:
+                self._happen(born)
+        elif place.kind == "reply":
+            self._offered(place.device, codec.decode(message.payload, Reply))
+        elif place.kind == "refusal":
+            self._refused(place.device, codec.decode(message.payload, Refusal))
+        elif place.kind == "need":
+            self._mail.publisher.renew(codec.decode(message.payload, Need).blob)
+
+    def _announce(self, presence: Presence, told: Born | Lost | None) -> None:
+        if told is None:
+            return
+        if isinstance(told, Lost):
+            self._say(f"device {presence.device} is {presence.state}")
+        self._happen(told)
+
+    def _offered(self, device: str, reply: Reply) -> None:
+        if self._round is None or reply.device != device:
+            return
+        said = word(self._round, device, reply.order)
+        if said != "more":
+            self._turn.sends.append((device, Ack(reply.order, said)))
+            return
+        problem = self._unusable(reply)
+        if problem:
+            self._happen(Refused(device, reply.order, _refusal(reply, "unsupported", problem)))
+        elif self._mail.uploads.offer(reply):
+            self._arrived(reply)
+
+    def _unusable(self, reply: Reply) -> str:
+        order = self._standing.orders.get(reply.device)
+        asked = order.structures[0] if order is not None else reply.structure
+        if reply.structure.capacity > asked.capacity or reply.structure != asked.narrowed(reply.structure.capacity):
+            return "the reply is for a structure that was not asked"
+        if reply.update is None:
+            return "the reply brings no update"
+        limit = 4 * parameter_count(self._store.spec, reply.structure) + _HEADROOM
+        return (
+            f"an update of {reply.update.size} bytes; at most {limit} make sense" if reply.update.size > limit else ""
+        )
+
+    def _arrived(self, reply: Reply) -> None:
+        assert reply.update is not None
+        try:
+            check_update(self._store.spool.path(reply.update.digest), self._store.spec, reply.structure)
+        except PeerError as error:
+            reason: Reason = "nonfinite" if isinstance(error, NonFinite) else "unsupported"
+            self._happen(Refused(reply.device, reply.order, _refusal(reply, reason, str(error))))
+            self._store.spool.drop(reply.update.digest)
+            return
+        self._turn.files.append(reply.update.digest)
+        order = self._standing.orders.get(reply.device)
+        if order is not None:
+            self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak)
+        self._happen(Arrived(reply.device, reply.order, reply))
+
+    def _refused(self, device: str, refusal: Refusal) -> None:
+        if refusal.device == device:
+            self._say(f"device {device} refuses: {refusal.reason}: {refusal.detail}")
+            self._happen(Refused(device, refusal.order, refusal))
+
+    def _measured(self, result: Measured | Failed | None) -> None:
+        if isinstance(result, Measured):
+            self._turn.rows.append(Evaluated(result.round, result.metrics))
+            shown = " ".join(f"{v:.3f}" for k, v in sorted(result.metrics.items()) if k.startswith("accuracy."))
+            self._say(f"round {result.round}: accuracy by width, narrowest first: {shown}")
+        elif result is not None:
+            self._say(f"evaluation failed: {result.reason}: {result.detail}")
+
+    # --- the round -----------------------------------------------------------------------------------------------
+
+    def _happen(self, event: ev.Event) -> None:
+        if self._round is None:
+            return
+        before = self._round
+        self._round, effects = step(before, event)
+        if self._round is not before and not isinstance(event, (ev.Issued, ev.Resumed)):
+            self._turn.rows.append(event)
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Arm(at=at):
+                self._pace.deadline = at
+            case ev.Send(device=device):
+                self._turn.sends.append((device, self._standing.orders[device]))
+            case ev.Settle(device=device, order=order):
+                self._turn.sends.append((device, Ack(order, "committed")))
+            case ev.Unwanted(device=device, order=order):
+                self._mail.uploads.drop(order)
+                self._turn.sends.append((device, Ack(order, "unwanted")))
+            case ev.Close():
+                self._advance(closing=True)
+            case ev.Abandon(why=why):
+                assert self._round is not None
+                self._say(f"round {self._round.number} abandoned: {why}")
+                self._turn.rows.append(Abandoned(self._round.number, why))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._mail.is_up:
+            self._fleet, lost = self._fleet.expire(now, self._config.round.keepalive)
+            for event in lost:
+                self._say(f"device {event.device} has fallen silent")
+                self._happen(event)
+        if self._round is not None and now >= self._pace.deadline:
+            self._pace.deadline = float("inf")
+            self._happen(ev.Deadline(now))
+        if self._pace.clearing and not self._mail.publisher.busy:
+            self._turn.rows.append(Cleared(tuple(ref.digest for ref in self._pace.clearing)))
+            self._pace.clearing = ()
+        if self._may_plan(now) and len(self._fleet.online()) >= self._config.round.devices:
+            self._advance(closing=False)
+
+    def _may_plan(self, now: float) -> bool:
+        standing, turn = self._standing, self._turn
+        settled = standing.round is None or standing.done >= standing.round.number
+        busy = self._child is not None or turn.following is not None or turn.rows
+        return settled and not busy and standing.done < self._config.rounds and now >= self._pace.retry
+
+    def _advance(self, *, closing: bool) -> None:
+        replies = self._round.replies if closing and self._round is not None else ()
+        number = (self._round.number if closing and self._round is not None else self._standing.done) + 1
+        here = self._fleet.online()
+        enough = len(here) >= self._config.round.devices
+        chosen = choose(self._config.round.select, [d.name for d in here], seed=self._config.seed, round_number=number)
+        views = tuple(DeviceView.of(d) for d in here if d.name in set(chosen)) if enough else ()
+        task = Task(
+            spool=str(self._store.spool.root),
+            spec=self._store.spec_ref.digest,
+            algo=self._config.algo,
+            params=self._config.params,
+            recipe=self._config.recipe,
+            seed=self._config.seed,
+            state=self._standing.state,
+            closing=closing,
+            replies=replies,
+            round=number,
+            devices=views,
+        )
+        volume = 4 * parameter_count(self._store.spec, Structure()) + sum(r.update.size for r in replies if r.update)
+        if volume <= _INLINE_BYTES:
+            self._outcome(task, advance(task))
+            return
+        self._child = Child("advance", ["coordinator.advance"], self._mail.link.post, also=(Outcome,))
+        self._pace.task = task
+        self._child.send(task)
+
+    def _advanced(self, event: Said | Ended) -> None:
+        assert self._child is not None
+        if isinstance(event, Said):
+            self._child.close()
+            self._child = None
+            if isinstance(event.frame, Outcome) and self._pace.task is not None and not event.frame.error:
+                self._outcome(self._pace.task, event.frame)
+                return
+        raise StoreError(f"closing a round failed: {getattr(getattr(event, 'frame', event), 'error', event)}")
+
+    def _outcome(self, task: Task, outcome: Outcome) -> None:
+        turn, store = self._turn, self._store
+        turn.files += [outcome.state, *(ref.digest for ref in outcome.shells)]
+        if task.closing:
+            turn.rows.append(self._closed(task, outcome))
+            if self._evaluator is not None:
+                token = _order_id(self._run, task.round - 1, "local")
+                self._evaluator.measure(task.round - 1, token, self._run, store.spec_ref, outcome)
+        if task.round > self._config.rounds or not task.devices:
+            return
+        orders = tuple(self._order(draft, outcome, task.round) for draft in outcome.drafts)
+        if not orders:
+            self._say(f"round {task.round}: no device can take part in it; looking again in {_RETRY:.0f} s")
+            self._pace.retry = time.monotonic() + _RETRY
+            return
+        blobs = {ref.digest: ref for order in orders for ref in order.blobs}
+        new = tuple(ref for digest, ref in blobs.items() if digest not in self._standing.live)
+        quorum = self._config.round.quorum or None
+        seconds = self._config.round.seconds
+        turn.rows += [Published(new), Planned(task.round, outcome.state, orders, quorum, seconds)]
+        turn.following = open_round(
+            task.round, self._run, {o.device: o.id for o in orders}, quorum=quorum, seconds=seconds, earlier=self._round
+        )
+
+    def _closed(self, task: Task, outcome: Outcome) -> Closed:
+        pace, wire = self._pace, self._mail.link
+        return Closed(
+            round=task.round - 1,
+            state=outcome.state,
+            devices=tuple(reply.device for reply in task.replies),
+            seconds=max(0.0, time.monotonic() - pace.issued),
+            bytes_up=max(0, wire.bytes_received - pace.bytes_up),
+            bytes_down=max(0, wire.bytes_sent - pace.bytes_down),
+        )
+
+    def _order(self, draft: Draft, outcome: Outcome, number: int) -> Order:
+        return Order(
+            id=_order_id(self._run, number, draft.device),
+            run=self._run,
+            round=number,
+            device=draft.device,
+            verb=draft.verb,
+            spec=self._store.spec_ref,
+            shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
+            structures=(draft.structure,),
+            recipe=draft.recipe,
+            bytes_peak=draft.bytes_peak,
+            seconds=self._config.round.seconds,
+        )
+
+    @property
+    def _run(self) -> str:
+        assert self._standing.started is not None
+        return self._standing.started.run
+
+    # --- out: files, rows, messages ------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        for reply in self._mail.uploads.complete():
+            self._arrived(reply)
+        for reply, have in self._mail.uploads.due():
+            self._turn.sends.append((reply.device, Ack(reply.order, "more", have)))
+        turn, self._turn = self._turn, Turn()
+        if turn.rows:
+            if turn.files:
+                self._store.spool.sync(turn.files)
+            self._store.journal.append(turn.rows)
+            for row in turn.rows:
+                self._standing = absorb(self._standing, row)
+        for device, message in turn.sends:
+            self._mail.send(device, message)
+        if turn.following is not None:
+            self._issue(turn.following)
+        elif any(isinstance(row, Closed) for row in turn.rows):
+            self._clear(set())
+        if any(isinstance(row, Closed) for row in turn.rows):
+            self._sweep()
+
+    def _issue(self, following: Round) -> None:
+        self._round = following
+        wanted = {ref.digest: ref for order in self._standing.orders.values() for ref in order.blobs}
+        self._clear(set(wanted))
+        self._mail.publisher.want(wanted.values())
+        pace, wire = self._pace, self._mail.link
+        pace.issued, pace.bytes_up, pace.bytes_down = time.monotonic(), wire.bytes_received, wire.bytes_sent
+        shown = ", ".join(f"{o.device} width {o.structures[0].capacity}" for o in self._standing.orders.values())
+        self._say(f"round {following.number} of {self._config.rounds}: {shown}")
+        self._happen(ev.Issued(pace.issued))
+        self._flush()
+
+    def _clear(self, wanted: set[str]) -> None:
+        gone = tuple(ref for ref in self._standing.live.values() if ref.digest not in wanted)
+        self._mail.publisher.clear(gone)
+        self._pace.clearing = gone
+
+    def _sweep(self) -> None:
+        keep = {self._standing.state, self._store.spec_ref.digest, *self._standing.live}
+        if self._evaluator is not None:
+            keep |= self._evaluator.needs()
+        self._store.spool.sweep(keep)
+
+    # --- beginning and end ---------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        standing = self._standing
+        arrived = {r.update.digest for r in self._round.replies if r.update} if self._round is not None else set()
+        self._store.spool.sweep({standing.state, self._store.spec_ref.digest, *standing.live, *arrived})
+        if self._evaluator is not None:
+            self._evaluator.start()
+        if self._round is None or standing.done >= self._round.number:
+            return
+        self._say(
+            f"going on with round {self._round.number}: {self._round.arrived} of {len(self._round.seats)} are here"
+        )
+        self._mail.publisher.want(ref for order in standing.orders.values() for ref in order.blobs)
+        self._pace.issued = time.monotonic()
+        self._happen(ev.Resumed(self._pace.issued))
+
+    def _finished(self) -> bool:
+        waiting = self._evaluator is not None and not self._evaluator.idle
+        return (
+            self._standing.done >= self._config.rounds and self._child is None and not waiting and not self._turn.rows
+        )
+
+    def _end(self) -> None:
+        self._turn.rows.append(Finished("all rounds are done"))
+        self._clear(set())
+        self._flush()
+        until = time.monotonic() + 2.0
+        while self._mail.publisher.busy and time.monotonic() < until:
+            event = self._mail.link.next(0.1)
+            if isinstance(event, link.Published):
+                self._mail.publisher.sent(event.id)
+        self._mail.stop()
+
+
+def _order_id(run: str, number: int, device: str) -> str:
+    return hashlib.blake2b(f"{run}/{number}/{device}".encode(), digest_size=8).hexdigest()
+
+
+def _refusal(reply: Reply, reason: Reason, detail: str) -> Refusal:
+    return Refusal(reply.order, reply.device, reply.boot, reason, detail[:2000])

@@ -1,0 +1,334 @@
+"""What a run has done, read from its journal: `status`, `devices`, `inspect`, `replay`, `algos`; text or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator import algorithms
+from coordinator.events import Arrived, Refused
+from coordinator.export import JOURNAL
+from coordinator.journal import (
+    Abandoned,
+    Closed,
+    Entry,
+    Evaluated,
+    Finished,
+    Journal,
+    Planned,
+    RunStarted,
+)
+from coordinator.standing import fold
+from wire.errors import ConfigError
+from wire.messages import Order, Refusal, Reply
+from wire.schema import to_plain
+
+MIB = 1 << 20
+
+
+@dataclass(slots=True)
+class RoundView:
+    """One round as its journal tells it.
+
+    Attributes:
+        number: From 1.
+        orders: Device to order.
+        replies: Device to counted reply.
+        refusals: Device to refusal.
+        outcome: ``open``, ``closed`` or ``abandoned: why``.
+        seconds: From issue to close.
+        bytes_up: Bytes of the counted updates.
+        bytes_down: Bytes of the blobs that the asked devices had to fetch.
+        bytes_sent: Payload that left the coordinator, pieces published once for all devices.
+        metrics: Of the model after the round.
+    """
+
+    number: int
+    orders: dict[str, Order] = field(default_factory=dict)
+    replies: dict[str, Reply] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    outcome: str = "open"
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_sent: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def accuracy(self) -> dict[int, float]:
+        """Accuracy on the evaluation data by capacity, narrowest first; empty when it was not measured."""
+        found = {int(k.partition(".")[2]): v for k, v in self.metrics.items() if k.startswith("accuracy.")}
+        return dict(sorted(found.items()))
+
+
+@dataclass(slots=True)
+class RunView:
+    """A whole run as its journal tells it.
+
+    Attributes:
+        about: How it was started.
+        run: Its token.
+        rounds: By number.
+        finished: Whether it has ended.
+        seconds: Wall time between the first and the last entry.
+        last: Highest entry that is in here.
+    """
+
+    about: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    run: str = ""
+    rounds: dict[int, RoundView] = field(default_factory=dict)
+    finished: bool = False
+    seconds: float = 0.0
+    last: int = 0
+    _first: float = 0.0
+
+    def absorb(self, entries: Iterable[Entry]) -> None:
+        """Take in further entries; cost linear in them."""
+        for entry in entries:
+            self._first = self._first or entry.seconds_wall
+            self.seconds = max(0.0, entry.seconds_wall - self._first)
+            self.last = entry.seq
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        record = entry.record
+        view = self.rounds.get(entry.round)
+        match record:
+            case RunStarted():
+                self.about, self.run, self.rounds = record.about, record.run, {}
+            case Planned():
+                fetched = sum(ref.size for order in record.orders for ref in order.shells)
+                orders = {order.device: order for order in record.orders}
+                self.rounds[record.round] = RoundView(record.round, orders, bytes_down=fetched)
+            case Arrived() if view is not None:
+                view.replies[record.device] = record.reply
+                view.bytes_up += record.reply.update.size if record.reply.update else 0
+            case Refused() if view is not None:
+                view.refusals[record.device] = record.refusal
+            case Closed() if view is not None:
+                view.outcome, view.seconds, view.bytes_sent = "closed", record.seconds, record.bytes_down
+            case Abandoned() if view is not None:
+                view.outcome = f"abandoned: {record.why}"
+            case Evaluated() if view is not None:
+                view.metrics = dict(record.metrics)
+            case Finished():
+                self.finished = True
+            case _:
+                pass
+
+
+def read(folder: Path) -> RunView:
+    """Read a run's journal, beside its writer or after it.
+
+    Raises:
+        StoreError: There is none, or it is damaged.
+    """
+    view = RunView()
+    with Journal(folder / JOURNAL, viewing=True) as journal:
+        view.absorb(journal.replay())
+    return view
+
+
+def show_status(folder: Path, *, as_json: bool) -> int:
+    """Print what the run has reached, a line per round."""
+    run = read(folder)
+    rows = [
+        {
+            "round": r.number,
+            "outcome": r.outcome,
+            "devices": f"{len(r.replies)}/{len(r.orders)}",
+            "seconds": round(r.seconds, 2),
+            "bytes_up": r.bytes_up,
+            "bytes_down": r.bytes_down,
+            "bytes_published": r.bytes_sent,
+            "accuracy": [round(a, 4) for a in r.accuracy().values()],
+        }
+        for r in run.rounds.values()
+    ]
+    if as_json:
+        facts = {
+            "run": run.run,
+            "about": dict(run.about),
+            "finished": run.finished,
+            "seconds": run.seconds,
+            "rounds": rows,
+        }
+        print(json.dumps(facts))
+        return 0
+    state = "finished" if run.finished else "going on, or waiting to be started again"
+    print(f"run {run.run} {dict(run.about)}: {state}, {run.seconds:.1f} s")
+    print(
+        table(
+            ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "accuracy, narrowest first"],
+            [
+                [
+                    str(r["round"]),
+                    str(r["outcome"]),
+                    str(r["devices"]),
+                    f"{r['seconds']}",
+                    str(v.bytes_up >> 10),
+                    str(v.bytes_down >> 10),
+                    " ".join(f"{a:.3f}" for a in v.accuracy().values()) or "-",
+                ]
+                for r, v in zip(rows, run.rounds.values(), strict=True)
+            ],
+        )
+    )
+    return 0
+
+
+def device_rows(run: RunView) -> list[dict[str, str | int | float]]:
+    """Sum up every device of a run: its last width, what its work cost at most, how often it answered."""
+    names = sorted({name for r in run.rounds.values() for name in r.orders})
+    rows: list[dict[str, str | int | float]] = []
+    for name in names:
+        replies = [r.replies[name] for r in run.rounds.values() if name in r.replies]
+        asked = sum(name in r.orders for r in run.rounds.values())
+        last = replies[-1] if replies else None
+        structure = last.structure if last is not None else None
+        rows.append(
+            {
+                "name": name,
+                "width": structure.capacity if structure is not None else -1,
+                "density": 1.0,
+                "engine": last.usage.engine if last is not None else "",
+                "bytes_budget": last.usage.bytes_budget if last is not None else 0,
+                "bytes_peak": max((reply.usage.bytes_peak for reply in replies), default=0),
+                "bytes_predicted": max(
+                    (r.orders[name].bytes_peak for r in run.rounds.values() if name in r.orders), default=0
+                ),
+                "micro_batch": last.usage.micro_batch if last is not None else 0,
+                "seconds": round(sum(reply.usage.seconds for reply in replies), 3),
+                "samples": last.samples if last is not None else 0,
+                "answered": len(replies),
+                "asked": asked,
+            }
+        )
+    return rows
+
+
+def show_devices(folder: Path, *, as_json: bool) -> int:
+    """Print every device of the run."""
+    rows = device_rows(read(folder))
+    if as_json:
+        print(json.dumps({"devices": rows}))
+        return 0
+    print(
+        table(
+            ["device", "width", "engine", "budget MiB", "peak MiB", "samples", "seconds", "answered"],
+            [
+                [
+                    str(r["name"]),
+                    str(r["width"]),
+                    str(r["engine"]),
+                    f"{int(r['bytes_budget']) / MIB:.1f}",
+                    f"{int(r['bytes_peak']) / MIB:.1f}",
+                    str(r["samples"]),
+                    str(r["seconds"]),
+                    f"{r['answered']}/{r['asked']}",
+                ]
+                for r in rows
+            ],
+        )
+    )
+    return 0
+
+
+def show_round(folder: Path, number: int | None, *, as_json: bool) -> int:
+    """Print one round in detail.
+
+    Raises:
+        ConfigError: There is no such round.
+    """
+    run = read(folder)
+    wanted = max(run.rounds, default=0) if number is None else number
+    view = run.rounds.get(wanted)
+    if view is None:
+        raise ConfigError(f"round {wanted} is not in {folder}; it holds rounds 1 to {max(run.rounds, default=0)}")
+    print(json.dumps(to_plain(_detail(view)), default=str, indent=None if as_json else 2))
+    return 0
+
+
+def _detail(view: RoundView) -> dict[str, object]:
+    return {
+        "round": view.number,
+        "outcome": view.outcome,
+        "seconds": view.seconds,
+        "metrics": view.metrics,
+        "orders": {
+            name: {
+                "id": order.id,
+                "capacity": order.structures[0].capacity,
+                "bytes_predicted": order.bytes_peak,
+                "recipe": order.recipe,
+                "shells": order.shells,
+            }
+            for name, order in view.orders.items()
+        },
+        "replies": view.replies,
+        "refusals": view.refusals,
+    }
+
+
+def show_journal(folder: Path, *, as_json: bool) -> int:
+    """Print the journal, entry by entry, and where its fold stands."""
+    with Journal(folder / JOURNAL, viewing=True) as journal:
+        for entry in journal.replay():
+            plain = {
+                "seq": entry.seq,
+                "seconds_wall": entry.seconds_wall,
+                "round": entry.round,
+                "kind": type(entry.record).__name__,
+                "body": to_plain(entry.record),
+            }
+            if as_json:
+                print(json.dumps(plain, default=_readable))
+            else:
+                text = json.dumps(plain["body"], default=_readable)
+                print(f"{entry.seq:6d} {entry.seconds_wall:.3f} round {entry.round} {plain['kind']}: {text[:200]}")
+        standing = fold(journal.replay())
+    if not as_json:
+        print(f"adds up to: rounds done {standing.done}, state {standing.state or '-'}, finished {standing.finished}")
+    return 0
+
+
+def show_algorithms(name: str | None, *, as_json: bool) -> int:
+    """List the algorithms, or explain one.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    facts = algorithms.describe() if name is None else {name: algorithms.describe()[_known(name)]}
+    if as_json:
+        print(json.dumps({"algorithms": facts}))
+        return 0
+    for key, about in facts.items():
+        print(f"{key}: {about['summary']}")
+        if name is not None:
+            print(f"\n{about['text']}\n")
+            for param, default in about["params"].items():
+                print(f"  {param} = {default}")
+    return 0
+
+
+def _known(name: str) -> str:
+    if name not in algorithms.describe():
+        raise ConfigError(f"algorithm {name!r}: there are {', '.join(algorithms.describe())}")
+    return name
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out columns of text, numbers to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if cell[:1].isdigit() else cell.ljust(w) for cell, w in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _readable(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,151 @@
+"""A run's result as data (the one shape of `demo` and `simulate`), as text and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.show import MIB, RunView, device_rows, table
+from wire.errors import ConfigError
+from wire.messages import Order
+from wire.spec import ModelSpec, node_shapes, tensor_shapes
+
+Result = dict[str, Any]
+
+
+def flops(spec: ModelSpec, order: Order, samples: int) -> int:
+    """Count the multiply-adds, as two operations each, of one training order.
+
+    Forward, gradient to the inputs and gradient to the weights count alike (3 x forward), for linear and conv2d nodes; the
+    narrower widths that a recipe's `widths` knob trains in every step are not in it.
+    """
+    structure = order.structures[0]
+    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
+    forward = 0
+    for node in spec.nodes:
+        if node.op in ("linear", "conv2d"):
+            positions = int(np.prod(shapes[node.name][1:])) if node.op == "conv2d" else 1
+            forward += 2 * int(np.prod(tensors[node.params["weight"]])) * positions
+    return 3 * forward * samples * order.recipe.epochs
+
+
+def result(
+    view: RunView, spec: ModelSpec, *, data: str, partition: str, partition_digest: str, seconds: float
+) -> Result:
+    """Sum up a finished run in the shape of DESIGN section 6."""
+    rounds = [view.rounds[n] for n in sorted(view.rounds) if view.rounds[n].outcome == "closed"]
+    measured = [r for r in rounds if r.metrics]
+    last = measured[-1].accuracy() if measured else {}
+    curve: list[dict[str, Any]] = []
+    virtual = up = down = work = 0.0
+    for current in rounds:
+        virtual += current.seconds
+        up += current.bytes_up
+        down += current.bytes_down
+        work += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
+        accuracy = current.accuracy()
+        curve.append(
+            {
+                "round": current.number,
+                "seconds_virtual": round(virtual, 4),
+                "accuracy": accuracy[max(accuracy)] if accuracy else None,
+                "by_width": {str(k): v for k, v in accuracy.items()},
+                "bytes_up": int(up),
+                "bytes_down": int(down),
+                "flops": int(work),
+            }
+        )
+    final = rounds[-1].replies.values() if rounds else ()
+    return {
+        "algo": view.about.get("algo"),
+        "model": view.about.get("model"),
+        "data": data,
+        "partition": partition,
+        "partition_digest": partition_digest,
+        "seed": view.about.get("seed"),
+        "rounds": len(rounds),
+        "seconds": round(seconds, 3),
+        "seconds_virtual": round(virtual, 3),
+        "accuracy": {
+            "full": last[max(last)] if last else None,
+            "by_width": {str(k): v for k, v in last.items()},
+        },
+        "personal": {
+            "before": spread([r.metrics["accuracy.before"] for r in final if "accuracy.before" in r.metrics]),
+            "after": spread([r.metrics["accuracy.after"] for r in final if "accuracy.after" in r.metrics]),
+        },
+        "bytes_up": int(up),
+        "bytes_down": int(down),
+        "flops": int(work),
+        "density_by_layer": {tensor.name: 1.0 for tensor in spec.tensors},
+        "devices": device_rows(view),
+        "curve": curve,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Give mean and 10th percentile."""
+    if not values:
+        return {"mean": None, "p10": None}
+    return {"mean": float(np.mean(values)), "p10": float(np.percentile(values, 10))}
+
+
+def text(facts: Result) -> str:
+    """Lay a result out for people."""
+    rows = [
+        [
+            str(d["name"]),
+            str(d["width"]),
+            f"{d['bytes_budget'] / MIB:.1f}",
+            f"{d['bytes_predicted'] / MIB:.1f}",
+            f"{d['bytes_peak'] / MIB:.1f}",
+            "yes" if d["bytes_peak"] <= d["bytes_budget"] else "NO",
+            str(d["micro_batch"]),
+            str(d["samples"]),
+            f"{d['seconds']:.1f}",
+        ]
+        for d in facts["devices"]
+    ]
+    head = ["device", "width", "budget MiB", "predicted", "peak MiB", "within", "micro-batch", "samples", "seconds"]
+    by_width = "  ".join(f"width {k}: {v:.4f}" for k, v in facts["accuracy"]["by_width"].items())
+    full = facts["accuracy"]["full"]
+    before, after = facts["personal"]["before"]["mean"], facts["personal"]["after"]["mean"]
+    own = f"; on the devices' own test data {before:.3f} before and {after:.3f} after training" if after else ""
+    return (
+        f"\n{facts['algo']} on {facts['data']} ({facts['partition']}), {facts['rounds']} rounds, {facts['seconds']:.1f} s\n"
+        f"{table(head, rows)}\n"
+        f"test accuracy: {by_width}\nfull width: {'-' if full is None else f'{full:.4f}'}{own}\n"
+        f"down {facts['bytes_down'] / MIB:.1f} MiB, up {facts['bytes_up'] / MIB:.1f} MiB, {facts['flops'] / 1e9:.1f} GFLOP\n"
+    )
+
+
+def plot(facts: Mapping[str, Any], path: Path) -> Path:
+    """Draw accuracy by round for every width.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise ConfigError("the plot needs matplotlib: pip install 'nestling[plot]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    points = [entry for entry in facts["curve"] if entry["by_width"]]
+    for width in points[-1]["by_width"] if points else ():
+        xs = [p["round"] for p in points if width in p["by_width"]]
+        axes.plot(
+            xs, [p["by_width"][width] for p in points if width in p["by_width"]], marker=".", label=f"width {width}"
+        )
+    axes.set(xlabel="round", ylabel="global test accuracy", ylim=(0, 1), title=f"{facts['algo']} on {facts['data']}")
+    axes.grid(alpha=0.3)
+    if points:
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

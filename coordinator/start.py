@@ -1,0 +1,133 @@
+"""`coordinator start`: put the pieces together, lead the run, leave a model behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from coordinator import algorithms
+from coordinator.broker import Broker, choose, instructions
+from coordinator.config import Config
+from coordinator.evaluate import Evaluator
+from coordinator.export import JOURNAL, SPOOL, standing_of, write_model
+from coordinator.journal import Journal, RunStarted
+from coordinator.mail import Mail, offline
+from coordinator.server import Server, Store
+from coordinator.standing import Standing, absorb, fold
+from wire import codec, topics, zoo
+from wire import spec as specs
+from wire.errors import ConfigError
+from wire.link import Address, Will
+from wire.link.mqtt import MqttLink
+from wire.messages import Lead
+from wire.schema import to_plain
+from wire.spool import Spool
+
+
+def start(config: Config) -> int:
+    """Run the service until its rounds are done (exit code 0), or until SIGTERM or Ctrl-C (130; the next start goes on).
+
+    Raises:
+        ConfigError: The algorithm, the model or the data set is not there, or the folder holds another run.
+        LinkError: There is no broker.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    say = logging.getLogger("coordinator").info
+    algorithms.by_name(config.algo)
+    state = Path(config.state)
+    store, standing = prepare(config, state)
+    if standing.finished:
+        say("this run is finished; its model is %s (another run: another --state)", write_model(state, None)[0])
+        return 0
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, _: stopping.append(caught))
+    with closing(store.journal), choose(config.broker.url, config.broker.listen, state) as broker:
+        say("broker: %s at %s: %s", broker.name, broker.url, broker.note)
+        say("on a device: %s", instructions(broker, config.federation))
+        server = compose(config, store, standing, broker, say)
+        done = server.run(stop=lambda: bool(stopping))
+    if not done:
+        say("stopped; start again with the same --state to go on")
+        return 130
+    if not standing_of(state).state:
+        return 4
+    say("the model: %s", write_model(state, None)[0])
+    return 0
+
+
+def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
+    """Open or create a run's folder.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings.
+        StoreError: It cannot be read or written.
+    """
+    spec = zoo.load(config.model)
+    spool = Spool(state / SPOOL)
+    ref = spool.add_bytes(specs.encode(spec))
+    spool.sync([ref.digest])
+    journal = Journal(state / JOURNAL)
+    standing = fold(journal.replay())
+    asked = digest(config)
+    if standing.started is None:
+        about: dict[str, str | int | float | bool] = {
+            "algo": config.algo,
+            "model": spec.name,
+            "spec": ref.digest,
+            "rounds": config.rounds,
+            "seed": config.seed,
+            "federation": config.federation,
+        }
+        started = RunStarted(run=secrets.token_hex(8), config=asked, about=about)
+        journal.append([started])
+        standing = absorb(standing, started)
+    elif standing.started.config != asked:
+        journal.close()
+        raise ConfigError(
+            f"{state} holds a run with other settings ({dict(standing.started.about)}); use another --state,"
+            " or give the settings that it was started with"
+        )
+    return Store(spool, journal, spec, ref), standing
+
+
+def digest(config: Config) -> str:
+    """Name what defines a run's result: everything but the broker, the waiting and the evaluation."""
+    parts = {"algo", "model", "rounds", "seed", "federation", "recipe", "params"}
+    chosen = {key: value for key, value in to_plain(config).items() if key in parts}
+    chosen["select"] = config.round.select
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def compose(config: Config, store: Store, standing: Standing, broker: Broker, say: Callable[[str], None]) -> Server:
+    """Build a server over MQTT; nothing is sent before its `run`."""
+    assert standing.started is not None
+    address = Address.parse(
+        broker.url,
+        username=config.broker.username,
+        password_file=config.broker.password_file,
+        ca=config.broker.ca,
+        cert=config.broker.cert,
+        key=config.broker.key,
+    )
+    lead = Lead("online", secrets.token_hex(8), standing.started.run, config.round.keepalive)
+    will = Will(topics.lead(config.federation), codec.encode(offline(lead)), retain=True)
+    link = MqttLink(
+        address, f"{config.federation}-coordinator", session_seconds=3600, keepalive=config.round.keepalive, will=will
+    )
+    mail = Mail(link, store.spool, config.federation, lead)
+    evaluator = Evaluator(link.post, source(config.data), store.spool) if config.data else None
+    return Server(config, store, standing, mail, evaluator, say)
+
+
+def source(data: str) -> str:
+    """Turn NAME or NAME=PATH into the worker's data source (JSON): everything of it is for testing."""
+    name, _, path = data.partition("=")
+    return json.dumps({"source": name, "path": path, "validation": 0.0, "test": 1.0})

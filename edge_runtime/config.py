@@ -1,0 +1,146 @@
+"""What a device's owner may set, as frozen dataclasses read from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from edge_runtime.data import Source
+from wire import settings, topics
+from wire.errors import ConfigError
+from wire.schema import Limit, Name, Natural, Positive
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """Where the broker is.
+
+    Attributes:
+        url: ``mqtt://host[:port]`` or ``mqtts://host[:port]``.
+        username: The device's name at the broker; default: `Config.device`, when there is a password.
+        password_file: File with the password on its first line.
+        ca: File with the broker's certificate authority.
+        cert: File with the device's certificate.
+        key: File with its key.
+    """
+
+    url: str
+    username: str = ""
+    password_file: str = ""
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """How much memory training may take.
+
+    Attributes:
+        budget: Above the worker's base, as bytes or as text such as ``"48 MiB"``; 0 for what the machine has to give.
+        reserve: What must stay available to the rest of the machine.
+    """
+
+    budget: int | str = 0
+    reserve: int | str = "64 MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """The process that trains.
+
+    Attributes:
+        mode: ``spawn`` (one per order), ``warm`` (kept) or ``auto`` (kept for a while after an order, memory permitting).
+        engine: Which engine; empty for the best that is installed.
+        threads: Cores that training may use.
+        seconds_warm: For ``auto``: how long it is kept.
+        seconds_stall: A worker that has shown no progress for so long is killed.
+    """
+
+    mode: Literal["auto", "spawn", "warm"] = "auto"
+    engine: str = ""
+    threads: Positive = 1
+    seconds_warm: Annotated[float, Limit(0, 86400)] = 60.0
+    seconds_stall: Annotated[float, Limit(1, 86400)] = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StateConfig:
+    """What the agent keeps on disk.
+
+    Attributes:
+        dir: Folder.
+        bytes_spool: Bound of the cache of models, as bytes or as text.
+    """
+
+    dir: str = "edge-state"
+    bytes_spool: int | str = "2 GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole device.
+
+    Attributes:
+        device: Its name.
+        broker: See `BrokerConfig`.
+        federation: As the coordinator calls it.
+        data: The device's data; see `edge_runtime.data.Source`.
+        memory: See `MemoryConfig`.
+        worker: See `WorkerConfig`.
+        state: See `StateConfig`.
+    """
+
+    device: Name
+    broker: BrokerConfig
+    federation: Name = "home"
+    data: Source = field(default_factory=lambda: Source("digits"))
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    state: StateConfig = field(default_factory=StateConfig)
+
+    @property
+    def bytes_budget(self) -> Natural:
+        """The memory budget in bytes; 0 for no limit of the owner's."""
+        return amount(self.memory.budget, "memory.budget")
+
+    @property
+    def bytes_reserve(self) -> Natural:
+        """The memory reserve in bytes."""
+        return amount(self.memory.reserve, "memory.reserve")
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: Naming file, key and what to write.
+    """
+    config = settings.read(Config, path)
+    try:
+        topics.valid_name(config.device, "device")
+        topics.valid_name(config.federation, "federation")
+        amount(config.memory.budget, "memory.budget")
+        amount(config.memory.reserve, "memory.reserve")
+        amount(config.state.bytes_spool, "state.bytes_spool")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    folder = Path(config.state.dir).expanduser()
+    return dataclasses.replace(config, state=dataclasses.replace(config.state, dir=str(folder)))
+
+
+def amount(value: int | str, key: str) -> int:
+    """Read an amount of memory: ``50331648`` or ``"48 MiB"``.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigError(f'{key}: {value!r} is no amount of memory; write bytes or text such as "48 MiB"')
+    return int(float(found[1]) * _UNITS[found[2].lower()])

@@ -1,0 +1,157 @@
+"""Engines: what runs a model forward and backward. A rule sees numpy arrays and never learns which engine made them.
+
+An engine is one module in this folder with a function ``create(threads)`` that gives a maker of `Engine`, and one line
+in `ENGINES`. This module itself loads neither numpy nor an engine, so that the agent may ask what there is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from wire.errors import DeviceError, Unsupported
+
+if TYPE_CHECKING:
+    from edge_runtime.engines.arrays import Arrays, Floats, Labels
+    from wire.spec import ModelSpec, Structure
+
+ENGINES: dict[str, tuple[str, str]] = {"torch": ("edge_runtime.engines.torch", "torch")}
+"""Name to the module that holds it and the package that it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """How weights move along a gradient; the closed list that an engine may fuse into its backward pass.
+
+    With gradient ``g`` and weight ``w``: ``g += decay * w + pull * (w - anchor)``; ``v = momentum * v + g`` (``v = g``
+    without momentum); ``w -= rate * v``. It is the plain SGD of torch, without dampening or Nesterov.
+
+    Attributes:
+        rate: Learning rate.
+        momentum: 0 for none; otherwise `velocity` is needed.
+        decay: L2 weight decay.
+        pull: Strength of the proximal term; 0 for none, otherwise `anchor` is needed.
+        velocity: The rule's own momentum arrays, by tensor name; they are written.
+        anchor: Weights that `pull` draws towards, by tensor name.
+    """
+
+    rate: float
+    momentum: float = 0.0
+    decay: float = 0.0
+    pull: float = 0.0
+    velocity: Mapping[str, Floats] | None = None
+    anchor: Mapping[str, Floats] | None = None
+
+
+class Weights(Protocol):
+    """Anything that gives weights by tensor name: a dict, or files that are read as they are asked for."""
+
+    def __getitem__(self, name: str, /) -> Floats: ...
+
+
+class Engine(Protocol):
+    """One loaded model."""
+
+    @property
+    def name(self) -> str:
+        """As in `ENGINES`."""
+
+    @property
+    def structure(self) -> Structure:
+        """Which part of the model is loaded."""
+
+    @property
+    def params(self) -> Arrays:
+        """Weights by tensor name, float32; writing to them changes the model."""
+
+    @property
+    def grads(self) -> Arrays:
+        """Gradients by tensor name; a backward pass adds to them. Made when first asked for."""
+
+    @property
+    def logits(self) -> Floats:
+        """Output of the latest `forward_backward`, ``(n, classes)``."""
+
+    def load(self, spec: ModelSpec, structure: Structure, arrays: Weights) -> None:
+        """Take a copy of the weights, one tensor at a time in the spec's order.
+
+        Raises:
+            SpecError: The model cannot be run, or a weight has another shape than the structure says.
+        """
+
+    def forward(self, x: Floats) -> Floats:
+        """Give the logits ``(n, classes)`` of inputs ``(n, *input_shape)``."""
+
+    def forward_backward(
+        self, x: Floats, y: Labels | Floats, *, scale: float = 1.0, update: Update | None = None
+    ) -> float:
+        """Add ``scale`` times the gradient of the mean cross-entropy to `grads`, or apply `update` and keep none.
+
+        Args:
+            x: Inputs ``(n, *input_shape)``.
+            y: Labels, int64 ``(n,)``; or distributions over the classes, float32 ``(n, classes)``.
+            scale: Weight of this call; micro-batches of n out of N samples with scale n / N add up to the full batch.
+            update: Move the weights at once. `grads` is left as it was found.
+
+        Returns:
+            The mean cross-entropy, not scaled.
+        """
+
+    def narrow(self, structure: Structure) -> Engine:
+        """Give a narrower width of this model: its weights are views of these, its gradients add into these.
+
+        Raises:
+            SpecError: It is no prefix of what is loaded.
+        """
+
+    def evaluate(self, x: Floats, y: Labels, batch: int = 64) -> tuple[float, int]:
+        """Give the summed cross-entropy and the number of right answers, `batch` samples at a time. No gradients."""
+
+
+Make = Callable[[], Engine]
+
+
+def available() -> tuple[str, ...]:
+    """Name the engines whose package is installed, best first. Nothing is loaded. Cost: a few stat calls."""
+    return tuple(name for name, (_, package) in ENGINES.items() if importlib.util.find_spec(package) is not None)
+
+
+def open_engine(name: str, threads: int = 1) -> Make:
+    """Load an engine's package and give a function that makes empty engines.
+
+    Args:
+        name: One of `ENGINES`; empty for the best that is available.
+        threads: Cores that it may use; with 1, the same inputs give the same bits again.
+
+    Raises:
+        Unsupported: There is no such engine.
+        DeviceError: Its package is not installed or does not load here; the text says what to do.
+    """
+    if not name:
+        name = next(iter(available()), next(iter(ENGINES)))
+    if name not in ENGINES:
+        raise Unsupported(f"engine {name!r}; known here: {', '.join(ENGINES)}")
+    module_name, package = ENGINES[name]
+    if package == "torch":
+        _spare_dynamo()
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise DeviceError(f"engine {name!r} does not load: {error}; install it with: pip install {package}") from None
+    return cast("Make", module.create(threads))
+
+
+def _spare_dynamo() -> None:
+    """Stand in for torch's compiler, which decorators would pull in: 72 MB and a second that nothing here needs."""
+    if "torch" in sys.modules or "torch._dynamo" in sys.modules:
+        return
+    stub = types.ModuleType("torch._dynamo")
+    stub.__dict__.update(
+        disable=lambda fn=None, *_, **__: fn, is_compiling=lambda: False, graph_break=lambda *_, **__: None
+    )
+    sys.modules["torch._dynamo"] = stub

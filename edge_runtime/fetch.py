@@ -1,0 +1,136 @@
+"""Pulling an order's blobs from the broker's retained pieces, a few exact topics at a time.
+
+The device sets the pace: it subscribes to at most eight pieces, whichever blobs they belong to, takes what comes, unsubscribes, and goes
+on. Every piece goes straight to its place in a file, so memory does not grow with the model, and what is there after a crash
+is not fetched again. Retained messages come once per subscription: pulling again means to unsubscribe first.
+"""
+
+from __future__ import annotations
+
+from wire import codec, topics
+from wire.chunks import WINDOW_DOWN, Assembly
+from wire.errors import DigestMismatch, Malformed
+from wire.link import Link
+from wire.messages import Need, Order
+from wire.spool import Spool
+
+SECONDS_PATIENCE = 3.0
+_MISMATCHES_MAX = 3
+
+
+class Fetcher:
+    """One order's downloads."""
+
+    def __init__(self, link: Link, spool: Spool, federation: str, device: str) -> None:
+        self._link = link
+        self._spool = spool
+        self._where = (federation, device)
+        self._order = ""
+        self._open: dict[str, Assembly] = {}
+        self._window: dict[tuple[str, int], str] = {}
+        self._subscribed: list[str] = []
+        self._due = float("inf")
+        self._silences = 0
+        self._mismatches = 0
+
+    @property
+    def due(self) -> float:
+        """When `late` wants to be called."""
+        return self._due
+
+    def begin(self, order: Order, now: float) -> bool:
+        """Start to fetch what is not here. True when everything is.
+
+        Raises:
+            StoreError: There is no room for it.
+        """
+        self.stop()
+        self._order = order.id
+        missing = {ref.digest: ref for ref in order.blobs if not self._spool.has(ref.digest)}
+        if missing:
+            self._spool.make_room(sum(ref.size for ref in missing.values()), {ref.digest for ref in order.blobs})
+        self._open = {ref.digest[:32]: self._spool.assembly(ref) for ref in missing.values()}
+        return self._advance(now)
+
+    def piece(self, prefix: str, index: int, data: bytes, now: float) -> bool:
+        """Take in one piece; True when that was the last one of all.
+
+        Raises:
+            DigestMismatch: A blob was wrong as a whole again and again.
+            StoreError: The disk refuses.
+        """
+        assembly = self._open.get(prefix)
+        if assembly is None or not data:
+            return False
+        try:
+            assembly.put(index, data)
+        except Malformed:
+            return False
+        self._silences = 0
+        self._due = now + SECONDS_PATIENCE
+        self._window.pop((prefix, index), None)
+        if self._window:
+            return False
+        return self._advance(now)
+
+    def late(self, now: float) -> None:
+        """Nothing has come for a while: pull the window again, and from the second time on ask the coordinator as well."""
+        federation, device = self._where
+        self._silences += 1
+        wanted = list(self._window.values())
+        if wanted:
+            self._link.unsubscribe(wanted)
+            self._link.subscribe(wanted)
+        if self._silences > 1:
+            for prefix in {prefix for prefix, _ in self._window}:
+                need = Need(self._open[prefix].ref.digest, self._order)
+                self._link.publish(topics.up(federation, device, "need"), codec.encode(need))
+        self._due = now + SECONDS_PATIENCE * min(self._silences, 5)
+
+    def stop(self) -> None:
+        """Stop; what has come stays for the next time."""
+        self._unsubscribe()
+        for assembly in self._open.values():
+            assembly.save()
+            assembly.close()
+        self._open, self._window = {}, {}
+        self._due = float("inf")
+        self._silences = self._mismatches = 0
+
+    def _advance(self, now: float) -> bool:
+        """Close what is complete and open the next window."""
+        for prefix, assembly in list(self._open.items()):
+            if not assembly.complete:
+                continue
+            try:
+                self._spool.adopt(assembly)
+            except DigestMismatch:
+                self._mismatches += 1
+                if self._mismatches >= _MISMATCHES_MAX:
+                    raise
+                continue
+            del self._open[prefix]
+        self._unsubscribe()
+        if not self._open:
+            self._due = float("inf")
+            return True
+        self._subscribe(now)
+        return False
+
+    def _subscribe(self, now: float) -> None:
+        federation, _ = self._where
+        for prefix, assembly in self._open.items():
+            room = WINDOW_DOWN - len(self._window)
+            if room <= 0:
+                break
+            assembly.save()
+            for index in assembly.missing(room):
+                self._window[prefix, index] = topics.piece(federation, assembly.ref.digest, index)
+        self._subscribed = list(self._window.values())
+        self._link.subscribe(self._subscribed)
+        self._due = now + SECONDS_PATIENCE
+
+    def _unsubscribe(self) -> None:
+        if self._subscribed:
+            self._link.unsubscribe(self._subscribed)
+            self._subscribed = []

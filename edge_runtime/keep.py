@@ -1,0 +1,121 @@
+"""The device's own state per federation: personal model, residuals, ticket. It moves with the commit of its reply.
+
+A worker leaves its new state beside its reply, named there by digest. `Keep.stage` makes it durable under the order's id before
+the reply is offered; only the coordinator's commit promotes it. So a residual is never applied twice, and never lost after it
+was counted. One file per federation and rule; a new one takes the place of the old one by rename.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from wire.errors import StoreError
+
+BYTES_MAX = 1 << 30
+_STAGED = ".staged"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One state that is held.
+
+    Attributes:
+        federation: Whose.
+        rule: Of which training rule.
+        path: The file.
+        size: Its bytes.
+        seconds_wall: When it was promoted, for people.
+    """
+
+    federation: str
+    rule: str
+    path: Path
+    size: int
+    seconds_wall: float
+
+
+class Keep:
+    """One folder: ``<federation>/<rule>`` and what is staged, ``<federation>/<rule>.<order>.staged``."""
+
+    def __init__(self, root: Path, bytes_max: int = BYTES_MAX) -> None:
+        """Use `root`; `bytes_max` bounds one state.
+
+        Raises:
+            StoreError: The folder cannot be made.
+        """
+        self._root = root
+        self._bytes_max = bytes_max
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StoreError(f"{root}: {error.strerror}") from error
+
+    def current(self, federation: str, rule: str) -> Path | None:
+        """Give the state that counts; None when there is none."""
+        path = self._root / federation / rule
+        return path if path.is_file() else None
+
+    def stage(self, federation: str, rule: str, order: str, path: Path) -> None:
+        """Take over a worker's file, durable when this returns, without letting it count yet.
+
+        Raises:
+            StoreError: It is beyond the bound, or the disk refuses.
+        """
+        try:
+            size = path.stat().st_size
+            if size > self._bytes_max:
+                raise StoreError(f"{path}: a state of {size} bytes; the bound is {self._bytes_max}")
+            folder = self._root / federation
+            folder.mkdir(exist_ok=True, mode=0o700)
+            _flush(path)
+            path.replace(self._staged(federation, rule, order))
+            _flush(folder)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+
+    def promote(self, federation: str, rule: str, order: str) -> bool:
+        """Let what was staged for an order count. False when nothing was: it was promoted before, or there was none."""
+        staged = self._staged(federation, rule, order)
+        if not staged.is_file():
+            return False
+        try:
+            staged.replace(self._root / federation / rule)
+            _flush(self._root / federation)
+        except OSError as error:
+            raise StoreError(f"{staged}: {error.strerror}") from error
+        return True
+
+    def drop(self, order: str = "") -> None:
+        """Delete what is staged for an order; for all orders when it is empty."""
+        for staged in self._root.glob(f"*/*{order}{_STAGED}"):
+            staged.unlink(missing_ok=True)
+
+    def listing(self) -> list[Kept]:
+        """Give every state that counts, sorted by federation and rule."""
+        found = []
+        for path in sorted(self._root.glob("*/*")):
+            if path.is_file() and path.suffix != _STAGED:
+                status = path.stat()
+                found.append(Kept(path.parent.name, path.name, path, status.st_size, status.st_mtime))
+        return found
+
+    def wipe(self, federation: str = "") -> int:
+        """Delete everything of a federation, or of all; gives the number of states that counted."""
+        count = 0
+        for path in self._root.glob(f"{federation or '*'}/*"):
+            count += path.suffix != _STAGED
+            path.unlink(missing_ok=True)
+        return count
+
+    def _staged(self, federation: str, rule: str, order: str) -> Path:
+        return self._root / federation / f"{rule}.{order}{_STAGED}"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

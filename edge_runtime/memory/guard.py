@@ -1,0 +1,106 @@
+"""Enforce and measure a worker's memory. All of it is about the process that calls.
+
+The wall is RLIMIT_DATA, which works on every kernel, also where Raspberry Pi OS has switched the memory control group
+off. Beyond it torch sometimes raises and sometimes crashes, so it must stand around a child process and never around
+the agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+from pathlib import Path
+
+from edge_runtime.memory.probe import MEBIBYTE
+
+MMAP_THRESHOLD = MEBIBYTE
+"""Blocks from this size on are mapped singly and given back at once. A fixed threshold makes peaks predictable and
+small; 1 MiB has the same peaks as 64 KiB and costs less page-fault time."""
+
+WALL_SLACK = 24 * MEBIBYTE
+"""What the wall leaves beyond the budget: address space counts before it is touched (arenas, stacks, code buffers)."""
+
+_M_MMAP_THRESHOLD = -3
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def settle_allocator() -> bool:
+    """Fix glibc's threshold for singly mapped blocks; call it before the engine is loaded. False: no glibc here."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1)
+    except (AttributeError, OSError):
+        return False
+
+
+def offer_to_oom_killer(score: int = 800) -> None:
+    """Ask the kernel to end this process before others when memory runs out; raising one's own score needs no right."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+
+
+def wall(bytes_budget: int) -> None:
+    """Let this process map `bytes_budget` more than it has now, plus `WALL_SLACK`. 0 takes the wall away."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = hard
+    data = _field("VmData")
+    if bytes_budget and data:
+        soft = data + bytes_budget + WALL_SLACK
+        if hard != resource.RLIM_INFINITY:
+            soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class Gauge:
+    """Measures the peak of resident memory above a base that was taken at rest.
+
+    The base stays what it was before the first order, so that what an allocator keeps afterwards counts as used.
+
+    Attributes:
+        bytes_base: Resident size at rest.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_base = 0
+        self._taken: set[str] = set()
+        self.begin("")
+
+    def begin(self, engine: str) -> None:
+        """Start a measurement; the base is taken anew when this is the first with a (just loaded) engine.
+
+        Unused memory is given back and the kernel's high-water mark cleared first. Cost: some milliseconds.
+        """
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError):
+            _CLEAR.write_text("5")
+        if engine not in self._taken:
+            self._taken.add(engine)
+            self.bytes_base = _field("VmRSS") or _lifetime_peak()
+
+    def peak(self) -> int:
+        """Give the highest resident size since the beginning, above base. Cost: about 20 us.
+
+        Where the kernel keeps no high-water mark (not Linux), it is the lifetime's, which can only be higher.
+        """
+        return max(0, (_field("VmHWM") or _lifetime_peak()) - self.bytes_base)
+
+
+def _field(name: str) -> int:
+    try:
+        with _STATUS.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith(name + ":"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+    return 0
+
+
+def _lifetime_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,285 @@
+"""A device's life with one order at a time, as a table: ``step(session, event) -> (session, effects)``. Pure.
+
+============ ==================== ============ =====================================================
+phase        event                becomes      effects
+============ ==================== ============ =====================================================
+any          `Ordered`, new       fetching     `Forget` the old one, `Fetch`
+any          `Ordered`, older     same
+any          `Ordered`, ended     same         (a late copy; done again, its Keep would be promoted twice)
+fetching     `Ordered`, same      fetching     (it is being worked on)
+working      `Ordered`, same      working
+offering     `Ordered`, same      offering     `Offer` again
+refusing     `Ordered`, same      refusing     `Refuse` again
+fetching     `Fetched`            working      `Work`
+working      `Worked`             offering     `Offer`
+fetching     `Failed`             refusing     `Refuse`
+working      `Failed`             refusing     `Refuse`
+offering     `Acked` more         offering     `Push` on from what is durable there
+offering     `Acked` committed    idle         `Promote` the Keep, `Forget`
+any but idle `Acked` unwanted     idle         `Forget`
+any but idle `Cancelled`          idle         `Forget`
+any but idle `Led`, another run   idle         `Forget`
+offering     `Led`, `Silence`     offering     `Offer` again
+refusing     `Led`, `Silence`     refusing     `Refuse` again
+============ ==================== ============ =====================================================
+
+What is not in the table changes nothing. `Forget` stops the worker and drops everything but the blobs, which stay cached. A
+device that is killed forgets its order too: the coordinator gives it again at the next birth, and the same order over the
+same data gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wire.messages import Ack, Cancel, Lead, Order, Reason, Refusal, Reply
+
+Phase = Literal["idle", "fetching", "working", "offering", "refusing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """The coordinator asks."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Every blob of the order is here."""
+
+    order: str
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """The worker has an answer."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The order cannot be done, or could not."""
+
+    order: str
+    reason: Reason
+    detail: str
+    bytes_needed: int = 0
+    bytes_free: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """The coordinator's word on our upload."""
+
+    ack: Ack
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The coordinator takes an order back."""
+
+    cancel: Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Led:
+    """A coordinator is there, perhaps a new one."""
+
+    lead: Lead
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Nobody has answered our offer or refusal for a while."""
+
+
+Event = Ordered | Fetched | Worked | Failed | Acked | Cancelled | Led | Silence
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Get the order's blobs."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Give the order to a worker."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Send the reply and, from the start of the window, its update."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send more of the update; the coordinator has these pieces."""
+
+    have: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Send the refusal."""
+
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """The reply counts: what the worker left for the Keep becomes the device's state."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Stop working on the order and drop what it has made."""
+
+    order: str
+
+
+Effect = Fetch | Work | Offer | Push | Refuse | Promote | Forget
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Where the device stands.
+
+    Attributes:
+        device: Its name.
+        boot: Name of this life.
+        phase: See the table.
+        order: The order in hand; None when idle.
+        reply: What is being offered.
+        refusal: What is being refused.
+        run: Run of the last order whose end was told.
+        ended: Round of that order; give both to a new life from the Keep.
+    """
+
+    device: str
+    boot: str
+    phase: Phase = "idle"
+    order: Order | None = None
+    reply: Reply | None = None
+    refusal: Refusal | None = None
+    run: str = ""
+    ended: int = 0
+
+    @property
+    def idle(self) -> Session:
+        """The same device with nothing in hand."""
+        return Session(self.device, self.boot, run=self.run, ended=self.ended)
+
+    @property
+    def told(self) -> Session:
+        """The same device once it was told the end of its order."""
+        assert self.order is not None
+        return replace(self.idle, run=self.order.run, ended=self.order.round)
+
+
+Step = tuple[Session, tuple[Effect, ...]]
+
+
+def step(session: Session, event: Event) -> Step:
+    """Fold one event. Cost: constant."""
+    match event:
+        case Ordered():
+            return _ordered(session, event)
+        case Fetched():
+            return _fetched(session, event)
+        case Worked():
+            return _worked(session, event)
+        case Failed():
+            return _failed(session, event)
+        case Acked():
+            return _acked(session, event)
+        case Cancelled():
+            return _cancelled(session, event)
+        case Led():
+            return _led(session, event)
+        case Silence():
+            return session, _again(session)
+
+
+def _ordered(session: Session, event: Ordered) -> Step:
+    order, held = event.order, session.order
+    if order.device != session.device or (order.run == session.run and order.round <= session.ended):
+        return session, ()
+    if held is not None and held.id == order.id:
+        return session, _again(session)
+    if held is not None and held.run == order.run and held.round > order.round:
+        return session, ()
+    forget = () if held is None else (Forget(held.id),)
+    return replace(session.idle, phase="fetching", order=order), (*forget, Fetch(order))
+
+
+def _fetched(session: Session, event: Fetched) -> Step:
+    if session.phase != "fetching" or session.order is None or session.order.id != event.order:
+        return session, ()
+    return replace(session, phase="working"), (Work(session.order),)
+
+
+def _worked(session: Session, event: Worked) -> Step:
+    if session.phase != "working" or session.order is None or session.order.id != event.reply.order:
+        return session, ()
+    return replace(session, phase="offering", reply=event.reply), (Offer(event.reply),)
+
+
+def _failed(session: Session, event: Failed) -> Step:
+    if session.phase not in ("fetching", "working") or session.order is None or session.order.id != event.order:
+        return session, ()
+    refusal = Refusal(
+        order=event.order,
+        device=session.device,
+        boot=session.boot,
+        reason=event.reason,
+        detail=event.detail[:2000],
+        bytes_needed=event.bytes_needed,
+        bytes_free=event.bytes_free,
+    )
+    return replace(session, phase="refusing", refusal=refusal), (Refuse(refusal),)
+
+
+def _acked(session: Session, event: Acked) -> Step:
+    ack, held = event.ack, session.order
+    if held is None or held.id != ack.order:
+        return session, ()
+    if ack.state == "unwanted":
+        return session.told, (Forget(held.id),)
+    if session.phase != "offering":
+        return session, ()
+    if ack.state == "committed":
+        return session.told, (Promote(held), Forget(held.id))
+    return session, (Push(ack.have),)
+
+
+def _cancelled(session: Session, event: Cancelled) -> Step:
+    if session.order is None or session.order.id != event.cancel.order:
+        return session, ()
+    return session.told, (Forget(session.order.id),)
+
+
+def _led(session: Session, event: Led) -> Step:
+    if session.order is None or event.lead.state != "online":
+        return session, ()
+    if session.order.run != event.lead.run:
+        return session.idle, (Forget(session.order.id),)
+    return session, _again(session)
+
+
+def _again(session: Session) -> tuple[Effect, ...]:
+    if session.phase == "offering" and session.reply is not None:
+        return (Offer(session.reply),)
+    if session.phase == "refusing" and session.refusal is not None:
+        return (Refuse(session.refusal),)
+    return ()

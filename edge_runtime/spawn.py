@@ -1,0 +1,24 @@
+"""How to start a worker: its command line and its surroundings. Light enough for the agent."""
+
+from __future__ import annotations
+
+
+def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = False) -> list[str]:
+    """Give what follows ``python -m``.
+
+    Args:
+        source: The device's data, a `Source` as JSON.
+        engine: Which engine; empty for the best that is installed.
+        threads: Cores that training may use.
+        preload: Load the engine before the first order (a worker that is kept warm) rather than with it.
+    """
+    words = ["edge_runtime.worker", "--data", source, "--threads", str(threads)]
+    if engine:
+        words += ["--engine", engine]
+    return [*words, "--preload"] if preload else words
+
+
+def surroundings(threads: int = 1) -> dict[str, str]:
+    """Give the environment variables to add: the libraries read their thread counts when they are loaded, not later."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return dict.fromkeys(names, str(threads))

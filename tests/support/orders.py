@@ -1,0 +1,62 @@
+"""Orders and jobs for a worker, with their files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.data import Dataset
+from wire import spec as specs
+from wire import structure as cutting
+from wire.job import Job
+from wire.messages import BlobRef, Order, Recipe
+from wire.spec import Structure
+from wire.tensor import write_blob
+
+
+def job(folder, spec, arrays, structures, recipe=None, *, verb="train", number=1, budget=0, micro=0, threads=1):
+    """Write spec and shells into `folder` and give a job; `arrays` are whole, in wire order; results go to folder/out."""
+    folder, out = Path(folder), Path(folder) / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    text = specs.encode(spec)
+    (folder / "spec").write_bytes(text)
+    widest = max(structures, key=lambda s: s.capacity)
+    shells, paths = [], []
+    for capacity in range(widest.capacity + 1):
+        parts = cutting.shell(spec, arrays, widest.narrowed(capacity))
+        if parts:
+            paths.append(str(folder / f"shell-{capacity}"))
+            shells.append(write_blob(Path(paths[-1]), "shell", parts, meta={"capacity": capacity}))
+    order = Order(
+        id=f"{number:016x}",
+        run="ab" * 8,
+        round=number,
+        device="d",
+        verb=verb,
+        spec=BlobRef(hashlib.sha256(text).hexdigest(), len(text)),
+        shells=tuple(shells),
+        structures=tuple(structures),
+        recipe=recipe or Recipe(batch=8, clip=1.0),
+    )
+    return Job(order, str(folder / "spec"), tuple(paths), str(out), "", budget, micro, threads)
+
+
+def dataset(spec, train=40, test=16, seed=0, shape=None):
+    """Classes that can be told apart: each has a mean of its own."""
+    rng = np.random.default_rng(seed)
+    shape = shape or spec.input_shape
+    means = rng.standard_normal((spec.classes, *shape)).astype(np.float32)
+
+    def part(count):
+        y = rng.integers(0, spec.classes, count).astype(np.int64)
+        x = means[y] + 0.3 * rng.standard_normal((count, *shape)).astype(np.float32)
+        return x.astype(np.float32), y
+
+    return Dataset(
+        train=part(train), validation=part(0), test=part(test), classes=spec.classes, input_shape=shape, name="made-up"
+    )
+
+
+WHOLE = Structure()

@@ -1,0 +1,233 @@
+"""The liveness walk by hand, the fit, and what the probe reads. The measured side is in tests/device."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edge_runtime.memory import guard, plan, probe
+from tests.support.models import linear, small_cnn, widths
+from wire import memory
+from wire.messages import BlobRef, Order, Recipe
+from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec
+
+WHOLE = Structure()
+PLAIN = Recipe(batch=16)
+CLIPPED = Recipe(batch=16, clip=1.0)
+
+
+def mlp(inputs=256, hidden=1024, classes=16):
+    """linear, relu, linear: every size a multiple of 64 bytes."""
+    tensors = (
+        TensorSpec("a.weight", (Axis("h"), Axis(inner=inputs))),
+        TensorSpec("a.bias", (Axis("h"),)),
+        TensorSpec("b.weight", (Axis("classes"), Axis("h"))),
+        TensorSpec("b.bias", (Axis("classes"),)),
+    )
+    nodes = (
+        Node("a", "linear", ("input",), {"weight": "a.weight", "bias": "a.bias"}),
+        Node("r", "relu", ("a",)),
+        Node("b", "linear", ("r",), {"weight": "b.weight", "bias": "b.bias"}),
+    )
+    groups = (AxisGroup("h", hidden), AxisGroup("classes", classes, prunable=False))
+    return ModelSpec("mlp", (inputs,), classes, groups, tensors, nodes)
+
+
+def test_walk_by_hand():
+    a, b = 4 * (256 * 1024 + 1024), 4 * (1024 * 16 + 16)
+    x, h = 4 * 16 * 256, 4 * 16 * 1024
+    # Instant 6, backward of a: weights, gradients, a's new gradient, the batch twice, the gradient of a's output.
+    assert memory.predict(mlp(), WHOLE, CLIPPED).peak == 2 * (a + b) + a + 2 * x + h
+    # Without held gradients, and with momentum.
+    assert memory.predict(mlp(), WHOLE, PLAIN).peak == max((a + b) + a + 2 * x + h, a + b + 2 * (a - 4096))
+    momentum = Recipe(batch=16, clip=1.0, momentum=0.9)
+    assert memory.predict(mlp(), WHOLE, momentum).peak == 3 * (a + b) + a + 2 * x + h
+    assert memory.predict(mlp(), WHOLE, CLIPPED, bytes_held=1000).peak == 2 * (a + b) + a + 2 * x + h + 1000
+    # Evaluation: the reading of a's weights takes more than any activation.
+    assert memory.predict_evaluation(mlp(), WHOLE, 16).peak == a + b + 2 * (a - 4096)
+    assert memory.predict_evaluation(mlp(), WHOLE, 4096).peak > a + b + 256 * (2 * x + h)
+
+
+def test_activations_dominate_at_a_large_batch():
+    spec = small_cnn()
+    batch = 4096
+    c, p = 4 * batch * 6 * 36, 4 * batch * 6 * 9
+    # Backward of the pool: its input, its indices and both gradients are alive.
+    floor = c + 2 * p + p + c
+    peak = memory.predict(spec, WHOLE, Recipe(batch=batch, clip=1.0)).peak
+    assert floor < peak < 2.5 * floor
+
+
+def test_bound_scale_and_still():
+    found = memory.predict(mlp(), WHOLE, CLIPPED)
+    assert found.bound == int(1.1 * found.peak) + (8 << 20)
+    assert memory.predict(mlp(), WHOLE, CLIPPED, scale=1.5).bound == int(1.1 * 1.5 * found.peak) + (8 << 20)
+    assert memory.predict(mlp(), WHOLE, Recipe(rule="still")).peak < 2 << 20
+
+
+def test_when_gradients_are_held():
+    assert not memory.holds_gradients(PLAIN, 16)
+    assert not memory.holds_gradients(PLAIN, 99)
+    assert memory.holds_gradients(PLAIN, 8)
+    assert memory.holds_gradients(CLIPPED, 16)
+    assert memory.holds_gradients(Recipe(batch=16, knobs={"widths": 1.0}), 16)
+
+
+def test_narrower_and_smaller_takes_less():
+    spec, structure = small_cnn(channels=32, hidden=256), widths(a=(8, 16, 32), b=(64, 128, 256))
+    peaks = [memory.predict(spec, structure.narrowed(k), CLIPPED, m).peak for k in range(3) for m in (1, 4, 16)]
+    assert peaks[:3] == sorted(peaks[:3])
+    assert peaks[::3] == sorted(peaks[::3])
+
+
+def test_fit_takes_the_widest_then_the_largest_micro_batch():
+    spec, structure = mlp(inputs=1024, hidden=4096), widths(h=(512, 2048, 4096))
+    every = [structure.narrowed(k) for k in range(3)]
+    prices = {(k, m): memory.predict(spec, every[k], CLIPPED, m) for k in range(3) for m in (1, 2, 4, 8, 16)}
+    for budget in sorted({p.bound + d for p in prices.values() for d in (-1, 0)}):
+        fits = [key for key, p in prices.items() if p.bound <= budget]
+        found = memory.fit(spec, every, CLIPPED, budget)
+        if not fits:
+            assert found is None
+        else:
+            assert found is not None
+            assert (found.capacity, found.micro_batch) == max(fits)
+            assert found.bytes_bound == prices[max(fits)].bound
+    assert memory.fit(spec, every, CLIPPED, 1 << 40, scale=2.0).bytes_bound > prices[2, 16].bound
+    assert memory.micro_batches(Recipe(batch=20)) == [20, 10, 5, 2, 1]
+
+
+def test_uniform():
+    assert memory.uniform(small_cnn(), 0.25).widths == {"a": (2,), "b": (3,)}
+
+
+def test_prediction_is_quick():
+    spec = small_cnn()
+    start = time.process_time()
+    for _ in range(20):
+        memory.predict(spec, WHOLE, CLIPPED)
+    assert (time.process_time() - start) / 20 < 0.02
+
+
+def order(structure=WHOLE, verb="train", recipe=CLIPPED):
+    ref = BlobRef("0" * 64, 1)
+    return Order("0" * 16, "0" * 16, 1, "d", verb, ref, (ref,), (structure,), recipe)
+
+
+def test_plan_on_the_device():
+    spec = mlp()
+    full = memory.predict(spec, WHOLE, CLIPPED)
+    assert plan.plan(order(), spec, 0) == plan.Fits(16, full.bound)
+    assert plan.plan(order(), spec, full.bound) == plan.Fits(16, full.bound)
+    smaller = plan.plan(order(), spec, full.bound - 1)
+    assert isinstance(smaller, plan.Fits)
+    assert smaller.micro_batch == 8
+    refused = plan.plan(order(), spec, 1 << 20)
+    assert isinstance(refused, plan.Refused)
+    assert refused.bytes_needed == memory.predict(spec, WHOLE, CLIPPED, 1).bound
+    assert "mlp needs at least" in refused.detail
+    evaluated = plan.plan(order(verb="evaluate"), spec, 0)
+    assert evaluated == plan.Fits(16, memory.predict_evaluation(spec, WHOLE, 16).bound)
+
+
+def tree(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_probe_reads_a_pi(tmp_path):
+    root = tree(tmp_path, {"proc/meminfo": "MemTotal: 1000 kB\nMemAvailable:   600 kB\n"})
+    assert (probe.total(root), probe.available(root), probe.group_room(root)) == (1024_000, 614_400, None)
+    assert probe.budget(0, 100, root) == 614_300
+    assert probe.budget(5000, 100, root) == 5000
+    assert probe.budget(10**9, 10**9, root) == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({"proc/self/cgroup": "0::/a\n", "G/a/memory.max": "9000", "G/a/memory.current": "1000"}, 8000),
+        ({"proc/self/cgroup": "0::/a\n", "G/a/memory.max": "max\n", "G/a/memory.current": "1"}, None),
+        ({"proc/self/cgroup": "0::/a\n", "G/a/memory.max": "5", "G/a/memory.current": "9"}, 0),
+        ({"proc/self/cgroup": "0::/\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/b\n0::/\n",
+                "G/memory/b/memory.limit_in_bytes": "700",
+                "G/memory/b/memory.usage_in_bytes": "300",
+            },
+            400,
+        ),
+        ({"proc/self/cgroup": "nonsense\n"}, None),
+    ],
+)
+def test_probe_reads_control_groups(tmp_path, files, room):
+    root = tree(tmp_path, {name.replace("G/", "sys/fs/cgroup/"): text for name, text in files.items()})
+    assert probe.group_room(root) == room
+
+
+def test_probe_on_a_machine_without_proc(tmp_path):
+    assert (probe.total(tmp_path), probe.budget(0, 1, tmp_path), probe.budget(7, 1, tmp_path)) == (0, 0, 7)
+
+
+def test_gauge_sees_a_block_come_and_go():
+    gauge = guard.Gauge()
+    block = bytearray(b"x" * (48 << 20))
+    del block
+    assert (40 << 20) < gauge.peak() < (140 << 20)
+    gauge.begin("")
+    assert gauge.peak() < (8 << 20)
+
+
+def test_the_base_is_taken_once_per_engine():
+    gauge = guard.Gauge()
+    base, kept = gauge.bytes_base, bytearray(b"x" * (24 << 20))
+    gauge.begin("")
+    assert gauge.bytes_base == base
+    assert gauge.peak() > 20 << 20
+    gauge.begin("torch")
+    assert gauge.bytes_base > base + (20 << 20)
+    assert gauge.peak() < 8 << 20
+    del kept
+
+
+def test_the_wall_stands_and_falls():
+    code = """
+import resource
+from edge_runtime.memory import guard
+guard.settle_allocator()
+guard.wall(32 << 20)
+try:
+    b = bytearray(32 + 60 << 20)
+except MemoryError:
+    print("stopped")
+c = bytearray(30 << 20)
+guard.wall(0)
+d = bytearray(92 << 20)
+print(resource.getrlimit(resource.RLIMIT_DATA)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.split() == ["stopped", str(resource.getrlimit(resource.RLIMIT_DATA)[1])]
+
+
+def test_the_planning_side_loads_nothing_heavy():
+    code = """
+import sys
+import wire.memory, edge_runtime.memory.plan, edge_runtime.memory.probe, edge_runtime.memory.guard
+import edge_runtime.engines, edge_runtime.spawn
+edge_runtime.engines.available()
+print(sorted({"numpy", "torch", "psutil", "sqlite3"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_linear_model_has_no_temporaries():
+    assert memory.predict(linear(), WHOLE, Recipe(batch=1)).peak < 2048

@@ -1,0 +1,213 @@
+"""`perform`: an order and its files in, a result and its files out, in this very process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime import personal, rules, worker
+from edge_runtime.engines import open_engine
+from edge_runtime.received import Received
+from edge_runtime.worker import perform
+from tests.support.models import random_arrays, small_cnn, widths
+from tests.support.orders import dataset, job
+from wire import memory
+from wire import structure as cutting
+from wire.errors import Malformed
+from wire.job import Done, Failed
+from wire.messages import Recipe
+from wire.spec import Structure
+from wire.tensor import open_blob, write_blob
+
+SPEC = small_cnn()
+NESTED = widths(a=(2, 4, 6), b=(3, 5, 12))
+WHOLE = Structure()
+RECIPE = Recipe(epochs=3, batch=8, rate=0.1, clip=1.0, seed=5)
+
+
+def read(path):
+    with open_blob(Path(path)) as blob:
+        assert blob.kind == "update"
+        return {name: blob.tensor(name).copy() for name in blob.names}
+
+
+@pytest.mark.parametrize("structure", [WHOLE, NESTED, NESTED.narrowed(1), NESTED.narrowed(0)])
+def test_train_gives_trained_minus_received(tmp_path, structure):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    done = perform(job(tmp_path, SPEC, arrays, [structure], RECIPE), data)
+    assert isinstance(done, Done)
+    received = cutting.cut(SPEC, arrays, structure)
+    engine = open_engine("torch")()
+    engine.load(SPEC, structure, received)
+    x, y = data.train
+    rules.find("sgd").train(rules.Task(RECIPE, engine, x, y, 1, 8, lambda *_: None))
+    update = read(done.update)
+    assert set(update) == set(received)
+    for name, array in received.items():
+        np.testing.assert_array_equal(update[name], engine.params[name] - array)
+    kept = personal.read(Path(done.keep))
+    assert (kept.spec, kept.structure) == (SPEC, structure)
+    for name, array in kept.arrays.items():
+        np.testing.assert_array_equal(array, engine.params[name])
+
+
+def test_what_a_result_says(tmp_path):
+    told = []
+    data = dataset(SPEC)
+    done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [NESTED], RECIPE), data, told.append)
+    assert isinstance(done, Done)
+    assert done.structure == NESTED
+    assert done.samples == 40
+    assert set(done.metrics) == {
+        "loss", "loss.first", "loss.before", "loss.after", "accuracy.before", "accuracy.after",
+    }  # fmt: skip
+    assert done.metrics["loss"] < done.metrics["loss.first"]
+    assert done.metrics["accuracy.after"] > 0.5
+    assert (done.usage.engine, done.usage.micro_batch) == ("torch", 8)
+    assert done.usage.bytes_peak == memory.predict(SPEC, NESTED, RECIPE).peak
+    assert done.update_ref is not None
+    assert done.update_ref.size == Path(done.update).stat().st_size
+    assert len(done.keep_digest) == 64
+
+
+def test_same_job_gives_the_same_bytes(tmp_path):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    digests = set()
+    for attempt in ("a", "b", "c"):
+        done = perform(job(tmp_path / attempt, SPEC, arrays, [NESTED], RECIPE), data)
+        assert isinstance(done, Done)
+        digests.add((done.update_ref.digest, done.keep_digest))
+    assert len(digests) == 1
+
+
+def test_evaluate_measures_every_width(tmp_path):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    structures = [NESTED.narrowed(k) for k in (2, 0, 1)]
+    done = perform(job(tmp_path, SPEC, arrays, structures, verb="evaluate"), data)
+    assert isinstance(done, Done)
+    assert (done.update, done.update_ref, done.keep, done.samples) == ("", None, "", 16)
+    x, y = data.test
+    for structure in structures:
+        engine = open_engine("torch")()
+        engine.load(SPEC, structure, cutting.cut(SPEC, arrays, structure))
+        loss, correct = engine.evaluate(x, y)
+        assert done.metrics[f"accuracy.{structure.capacity}"] == correct / 16
+        assert done.metrics[f"loss.{structure.capacity}"] == pytest.approx(loss / 16, rel=1e-5)
+
+
+def test_still_answers_with_zeros_and_no_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "open_engine", None)
+    still = Recipe(rule="still")
+    done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [NESTED.narrowed(1)], still), dataset(SPEC))
+    assert isinstance(done, Done)
+    assert {name: array.shape for name, array in read(done.update).items()} == {
+        name: array.shape for name, array in random_arrays(SPEC, NESTED.narrowed(1)).items()
+    }
+    assert not any(array.any() for array in read(done.update).values())
+    assert done.keep == ""
+
+
+def test_no_test_part_means_no_accuracy(tmp_path):
+    done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], RECIPE), dataset(SPEC, test=0))
+    assert isinstance(done, Done)
+    assert set(done.metrics) == {"loss", "loss.first"}
+
+
+def test_a_flat_data_set_is_given_the_models_shape(tmp_path):
+    done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE]), dataset(SPEC, shape=(36,)))
+    assert isinstance(done, Done)
+
+
+def test_worker_chooses_a_micro_batch_that_fits(tmp_path):
+    big = small_cnn(channels=8, hidden=512, side=40)
+    structure = WHOLE
+    recipe = Recipe(batch=512, clip=1.0)
+    budget = memory.predict(big, structure, recipe, 200).bound
+    done = perform(job(tmp_path, big, random_arrays(big, WHOLE), [structure], recipe, budget=budget), dataset(big))
+    assert isinstance(done, Done)
+    assert done.usage.micro_batch == 128
+
+
+def test_refusals_by_reason(tmp_path):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    good = job(tmp_path, SPEC, arrays, [NESTED], RECIPE)
+
+    def fails(reason, text, job=good, data=data):
+        failed = perform(job, data)
+        assert isinstance(failed, Failed)
+        assert (failed.reason, text in failed.detail) == (reason, True), failed
+        return failed
+
+    failed = fails("memory", "needs at least", dataclasses.replace(good, bytes_budget=1 << 20))
+    assert failed.bytes_needed > 1 << 20
+    fails("data", "train part is empty", data=dataset(SPEC, train=0))
+    fails("data", "wants", data=dataset(SPEC, shape=(1, 5, 5)))
+    fails("data", "classes", data=dataclasses.replace(data, classes=9))
+    recipe = dataclasses.replace(RECIPE, rule="magic")
+    fails("unsupported", "magic", dataclasses.replace(good, order=dataclasses.replace(good.order, recipe=recipe)))
+    fails("unsupported", "score", dataclasses.replace(good, order=dataclasses.replace(good.order, verb="score")))
+    recipe = dataclasses.replace(RECIPE, knobs={"distil": 7.0})
+    fails("unsupported", "distil", dataclasses.replace(good, order=dataclasses.replace(good.order, recipe=recipe)))
+    recipe = dataclasses.replace(RECIPE, rate=1e18, decay=1e18)
+    fails("nonfinite", "", dataclasses.replace(good, order=dataclasses.replace(good.order, recipe=recipe)))
+    missing = dataclasses.replace(good, shells=good.shells[:2])
+    fails("data", "shell", missing)
+    Path(good.spec).write_bytes(b"junk")
+    fails("data", "", good)
+
+
+def test_nan_weights_are_refused(tmp_path):
+    arrays = random_arrays(SPEC, WHOLE)
+    arrays["f.bias"][3] = np.nan
+    failed = perform(job(tmp_path, SPEC, arrays, [NESTED]), dataset(SPEC))
+    assert isinstance(failed, Failed)
+    assert failed.reason == "nonfinite"
+
+
+def test_no_partial_result_is_left_under_its_name_when_training_fails(tmp_path):
+    recipe = dataclasses.replace(RECIPE, rate=1e18, decay=1e18)
+    perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], recipe), dataset(SPEC))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_received_puts_any_nested_width_together(tmp_path):
+    arrays = random_arrays(SPEC, WHOLE)
+    made = job(tmp_path, SPEC, arrays, [NESTED])
+    for capacity in range(3):
+        received = Received(SPEC, NESTED.narrowed(capacity), made.shells)
+        for name, array in cutting.cut(SPEC, arrays, NESTED.narrowed(capacity)).items():
+            np.testing.assert_array_equal(received[name], array)
+
+
+def test_shells_that_lie_are_malformed(tmp_path):
+    made = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [NESTED])
+    with pytest.raises(Malformed, match="two shells"):
+        Received(SPEC, NESTED, [*made.shells, made.shells[0]])["f.bias"]
+    for capacity in (-1, "1", 99, True):
+        path = tmp_path / "odd"
+        write_blob(path, "shell", {"f.bias": np.zeros(3, np.float32)}, meta={"capacity": capacity})
+        with pytest.raises(Malformed, match="capacity"):
+            Received(SPEC, NESTED, [str(path)])["f.bias"]
+
+
+def test_personal_refuses_what_is_none(tmp_path):
+    made = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE])
+    with pytest.raises(Malformed, match="personal"):
+        personal.read(Path(made.shells[0]))
+    personal.write(tmp_path / "p", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, NESTED.narrowed(0))))
+    with pytest.raises(Malformed, match="its spec says"):
+        personal.read(tmp_path / "p")
+
+
+def test_progress_is_throttled(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_REPORTS", 0.0)
+    perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], RECIPE), dataset(SPEC), told.append)
+    assert len(told) == 1 + 15
+    assert (told[0].done, told[-1].done) == (0.0, 1.0)
+    monkeypatch.setattr(worker, "SECONDS_BETWEEN_REPORTS", 1e9)
+    perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], RECIPE), dataset(SPEC), told.append)
+    assert len(told) == 1 + 15 + 1

@@ -1,0 +1,256 @@
+"""How much memory an order takes, from the model's data alone: a liveness walk in plain Python.
+
+The coordinator runs it before it offers an order and the agent before it starts a worker, so it needs neither torch nor
+numpy. Bytes are counted above the worker's base: a process that has loaded its engine and its data and trained one tiny
+step.
+
+The walk gives every array of one training step an interval on a clock. With N nodes, node i runs forward at instant i,
+the loss is taken at N, and node i runs backward at 2 N - i. An array lives from the instant that makes it to the last
+that reads it; the peak is the instant with the largest sum. Weights, gradients and what the rule holds live throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil, prod
+
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
+
+FLOAT = 4
+INDEX = 8
+ALIGN = 64
+MARGIN = 1.10
+SLACK = 8 << 20
+"""The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
+
+_SAVES_INPUT = ("linear", "conv2d", "max_pool2d", "avg_pool2d")
+_SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
+
+Interval = tuple[int, int, int]
+"""Bytes, the first instant and the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What an order takes above base, in bytes.
+
+    Attributes:
+        peak: The expected peak.
+        bound: The same with its margin; this is what is compared with a budget.
+    """
+
+    peak: int
+    bound: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an order fits into a budget.
+
+    Attributes:
+        capacity: Index of the width.
+        micro_batch: Samples that go through the model at once.
+        bytes_peak: Expected peak above base.
+        bytes_bound: The same with its margin.
+    """
+
+    capacity: int
+    micro_batch: int
+    bytes_peak: int
+    bytes_bound: int
+
+
+def copies(recipe: Recipe) -> int:
+    """Count the weight-sized copies that a recipe's rule holds beside weights and gradients, as each rule declares."""
+    return 1 if recipe.momentum and recipe.rule != "still" else 0
+
+
+def holds_gradients(recipe: Recipe, micro_batch: int) -> bool:
+    """Tell whether gradients must outlive their layer's backward pass.
+
+    They need not when nothing but the update reads them: no clipping by global norm, no second width, one micro-batch.
+    """
+    return bool(recipe.clip or recipe.knobs.get("widths") or micro_batch < recipe.batch)
+
+
+def predict(
+    spec: ModelSpec,
+    structure: Structure,
+    recipe: Recipe,
+    micro_batch: int = 0,
+    *,
+    bytes_held: int = 0,
+    scale: float = 1.0,
+) -> Prediction:
+    """Predict the peak of a training order.
+
+    Args:
+        spec: The model.
+        structure: The part that is trained.
+        recipe: How; its rule's copies are counted.
+        micro_batch: Samples that go through the model at once; 0 for the recipe's batch.
+        bytes_held: What else is held throughout.
+        scale: Measured over predicted peak of earlier orders on that device.
+
+    Raises:
+        SpecError: The model cannot be run.
+
+    Cost: O(nodes + tensors); well under a millisecond for the zoo's models.
+    """
+    batch = micro_batch or recipe.batch
+    weights, largest = _weights(spec, structure)
+    if recipe.rule == "still":
+        return _bounded(bytes_held + weights, scale)
+    gradients = weights if holds_gradients(recipe, batch) else 0
+    step = weights + gradients + copies(recipe) * weights + _peak(_Walk(spec, structure, batch, backward=True))
+    return _bounded(bytes_held + max(step, weights + 2 * largest), scale)
+
+
+def predict_evaluation(spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0) -> Prediction:
+    """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time."""
+    weights, largest = _weights(spec, structure)
+    return _bounded(weights + max(2 * largest, _peak(_Walk(spec, structure, batch, backward=False))), scale)
+
+
+def fit(
+    spec: ModelSpec, structures: Sequence[Structure], recipe: Recipe, bytes_budget: int, scale: float = 1.0
+) -> Plan | None:
+    """Find the widest structure that a budget holds, then the largest micro-batch for it.
+
+    Args:
+        spec: The model.
+        structures: Candidates; the one of highest capacity that fits wins.
+        recipe: How to train; micro-batches tried are its batch, half of it, and so on down to 1.
+        bytes_budget: Memory above base.
+        scale: As in `predict`.
+
+    Returns:
+        None when not even the narrowest fits with one sample at a time.
+    """
+    for structure in sorted(structures, key=lambda s: s.capacity, reverse=True):
+        for micro_batch in micro_batches(recipe):
+            found = predict(spec, structure, recipe, micro_batch, scale=scale)
+            if found.bound <= bytes_budget:
+                return Plan(structure.capacity, micro_batch, found.peak, found.bound)
+    return None
+
+
+def micro_batches(recipe: Recipe) -> list[int]:
+    """Give the micro-batches worth trying, largest first: the batch, half of it, and so on down to 1."""
+    sizes = [recipe.batch]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def uniform(spec: ModelSpec, kept: float) -> Structure:
+    """Keep the same fraction of every prunable group, rounded up: a structure for estimates, without a ranking."""
+    return Structure(0, {g.name: (max(1, ceil(kept * g.size)),) for g in spec.groups if g.prunable})
+
+
+def _bounded(peak: int, scale: float) -> Prediction:
+    return Prediction(peak, int(MARGIN * scale * peak) + SLACK)
+
+
+def _weights(spec: ModelSpec, structure: Structure) -> tuple[int, int]:
+    sizes = [_bytes(shape) for shape in tensor_shapes(spec, structure).values()]
+    return sum(sizes), max(sizes)
+
+
+class _Walk:
+    """The sizes and homes of all arrays of one pass.
+
+    Attributes:
+        nodes: The model's steps.
+        end: The last instant.
+        size: Value name to bytes for the whole batch.
+        tensors: Tensor name to bytes.
+        home: Value name to the value whose memory it shares.
+    """
+
+    def __init__(self, spec: ModelSpec, structure: Structure, batch: int, *, backward: bool) -> None:
+        self.nodes = spec.nodes
+        self.backward = backward
+        self.end = 2 * len(spec.nodes) if backward else len(spec.nodes)
+        self.size = {name: _bytes((batch, *shape)) for name, shape in node_shapes(spec, structure).items()}
+        self.tensors = {name: _bytes(shape) for name, shape in tensor_shapes(spec, structure).items()}
+        self.home = _homes(spec.nodes)
+
+    def back(self, i: int) -> int:
+        """Give the instant at which node i runs backward, or forward if nothing does."""
+        return 2 * len(self.nodes) - i if self.backward else i
+
+
+def _peak(walk: _Walk) -> int:
+    change = [0] * (walk.end + 2)
+    for intervals in (_activations(walk), _temporaries(walk), _gradients(walk)):
+        for size, birth, last in intervals:
+            change[birth] += size
+            change[last + 1] -= size
+    return max(accumulate(change))
+
+
+def _homes(nodes: Sequence[Node]) -> dict[str, str]:
+    """Name the value whose memory each one lives in: a flatten is a view, a relu may overwrite what only it reads."""
+    readers = [name for node in nodes for name in node.inputs]
+    made_by = {node.name: node.op for node in nodes}
+    home = {"input": "input"}
+    for node in nodes:
+        source = node.inputs[0]
+        in_place = node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1
+        home[node.name] = home[source] if node.op == "flatten" or in_place else node.name
+    return home
+
+
+def _activations(walk: _Walk) -> Iterator[Interval]:
+    """Values live to their last reader, forward or (if its backward pass reads them again) backward."""
+    # The batch twice: as the rule gathered it, and the engine's aligned copy.
+    yield 2 * walk.size["input"], 0, walk.end
+    last = {"input": walk.end}
+    for i, node in enumerate(walk.nodes):
+        for name in node.inputs:
+            reads = walk.back(i) if node.op in _SAVES_INPUT else i
+            last[walk.home[name]] = max(last.get(walk.home[name], 0), reads)
+        output = walk.back(i) if node.op in _SAVES_OUTPUT else i
+        last[walk.home[node.name]] = max(last.get(walk.home[node.name], 0), output)
+        if node.op == "max_pool2d":
+            yield walk.size[node.name] * INDEX // FLOAT, i, walk.back(i)
+    for i, node in enumerate(walk.nodes):
+        if walk.home[node.name] == node.name:
+            yield walk.size[node.name], i, last[node.name]
+
+
+def _temporaries(walk: _Walk) -> Iterator[Interval]:
+    """What an op needs only while it runs: a layer's new gradient before it is added, a convolution's own copies."""
+    for i, node in enumerate(walk.nodes):
+        if node.op in ("linear", "conv2d"):
+            weights = sum(walk.tensors[name] for name in node.params.values())
+            workspace = weights + walk.size[node.inputs[0]] + walk.size[node.name] if node.op == "conv2d" else 0
+            yield workspace, i, i
+            if walk.backward:
+                yield workspace + weights, walk.back(i), walk.back(i)
+
+
+def _gradients(walk: _Walk) -> Iterator[Interval]:
+    """Gradients of activations live from their last reader's backward instant to their own maker's."""
+    if not walk.backward:
+        return
+    trained = {"input": False}
+    born = {walk.nodes[-1].name: len(walk.nodes)}
+    for i, node in enumerate(walk.nodes):
+        trained[node.name] = bool(node.params) or any(trained[name] for name in node.inputs)
+        for name in node.inputs:
+            born[name] = min(born.get(name, walk.end), walk.back(i))
+    for i, node in enumerate(walk.nodes):
+        # A flatten hands the same memory on, so that its own gradient ends one instant before its input's begins.
+        end = walk.back(i) - (node.op == "flatten")
+        if trained[node.name]:
+            yield walk.size[node.name], min(born.get(node.name, end), end), end
+
+
+def _bytes(shape: Sequence[int]) -> int:
+    size = prod(shape) * FLOAT
+    return -(-size // ALIGN) * ALIGN

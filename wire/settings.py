@@ -1,0 +1,53 @@
+"""TOML files into frozen dataclasses: every mistake is an error that names file, key and what to write."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from wire.errors import ConfigError, Malformed
+from wire.schema import from_plain
+
+T = TypeVar("T")
+
+
+def read(cls: type[T], path: Path | None, flags: Mapping[str, object] | None = None) -> T:
+    """Read a file and lay a command line's flags over it.
+
+    Args:
+        cls: The dataclass.
+        path: TOML file, or None for flags only.
+        flags: Dotted key to value, for example ``{"round.seconds": 30.0}``; those that are None are left out.
+
+    Raises:
+        ConfigError: Naming file, key and what to write.
+    """
+    plain: dict[str, object] = {}
+    if path is not None:
+        try:
+            plain = tomllib.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; write it, or name another file with --config") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _lay(plain, key, value, path)
+    try:
+        return from_plain(cls, plain, strict=True)
+    except Malformed as error:
+        where = error.path.removeprefix("$").removeprefix(".") or "the file"
+        raise ConfigError(f"{path or 'command line'}: {where}: {error.problem}") from None
+
+
+def _lay(plain: dict[str, object], key: str, value: object, path: Path | None) -> None:
+    *parents, last = key.split(".")
+    table = plain
+    for parent in parents:
+        inner = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{path}: {parent} must be a table: write [{parent}] and its keys below")
+        table = inner
+    table[last] = value

@@ -1,0 +1,258 @@
+"""Cutting arrays to a width and pasting them back, once everything is in wire order: prefixes, never index lists.
+
+Every dimension of a tensor is seen as ``(outer, channels, inner)`` (see `spec.Axis`); a width is a prefix of `channels` in
+all of them. `cut` and `paste_add` are adjoint to each other: ``<cut(x), y> == <x, paste(y)>``. A *shell* is what one width
+adds to the next narrower one, as at most one box per dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.errors import Malformed, SpecError
+from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
+
+Floats = NDArray[np.float32]
+Levels = Mapping[str, NDArray[np.uint8]]
+Box = tuple[slice, ...]
+
+
+def order_of(levels: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Give the channels ``(n,)`` in wire order: by level, then by index. Cost: O(n)."""
+    return np.argsort(levels, kind="stable")
+
+
+def widths_of(levels: Levels, capacities: int) -> dict[str, tuple[int, ...]]:
+    """Count each group's channels at every capacity, narrowest first.
+
+    Raises:
+        SpecError: A group would have no channel at the narrowest width.
+    """
+    widths = {}
+    for name, level in levels.items():
+        counts = np.cumsum(np.bincount(level, minlength=capacities)[:capacities])
+        if not counts[0]:
+            raise SpecError(f"axis group {name!r} keeps no channel at the narrowest width")
+        widths[name] = tuple(int(count) for count in counts)
+    return widths
+
+
+def ranking_digest(levels: Levels) -> str:
+    """Name a ranking: SHA-256 (hex) of the msgpack list of ``[group, one byte per channel]``, sorted by group.
+
+    Empty when there are no levels, because then nothing is cut.
+    """
+    if not levels:
+        return ""
+    pairs = [[name, np.asarray(levels[name], np.uint8).tobytes()] for name in sorted(levels)]
+    return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
+
+
+def to_wire(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], levels: Levels) -> dict[str, NDArray[Any]]:
+    """Bring whole arrays into wire order. The results are copies. Cost: one gather per axis that moves."""
+    return _permuted(spec, arrays, {name: order_of(level) for name, level in levels.items()})
+
+
+def to_canonical(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], levels: Levels) -> dict[str, NDArray[Any]]:
+    """Undo `to_wire`. The results are copies."""
+    return _permuted(spec, arrays, {name: np.argsort(order_of(level)) for name, level in levels.items()})
+
+
+def _permuted(
+    spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], orders: Mapping[str, NDArray[np.intp]]
+) -> dict[str, NDArray[Any]]:
+    whole = group_sizes(spec, Structure())
+    for name, order in orders.items():
+        if whole.get(name) != len(order):
+            raise SpecError(f"levels for {len(order)} channels of axis group {name!r}, which has {whole.get(name, 0)}")
+    moving = {name: order for name, order in orders.items() if not np.array_equal(order, np.arange(len(order)))}
+    result = {}
+    for tensor in spec.tensors:
+        source = array = arrays[tensor.name]
+        for dimension, axis in enumerate(tensor.axes):
+            if axis.group in moving:
+                grid = np.arange(array.shape[dimension]).reshape(axis.outer, -1, axis.inner)
+                array = np.take(array, grid[:, moving[axis.group]].ravel(), axis=dimension)
+        result[tensor.name] = array.copy() if array is source else array
+    return result
+
+
+def cut(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], structure: Structure) -> dict[str, NDArray[Any]]:
+    """Cut arrays in wire order down to a structure.
+
+    Args:
+        spec: The model.
+        arrays: Whole, or compact at the same or a larger capacity of the same ranking.
+        structure: What to keep.
+
+    Returns:
+        Prefix views of the arrays (copies only of tensors with an axis whose `outer` is above 1). Compact shapes.
+    """
+    sizes = group_sizes(spec, structure)
+    return {t.name: _prefix(t, arrays[t.name], sizes).reshape(tensor_shape(t, sizes)) for t in spec.tensors}
+
+
+def paste_add(
+    spec: ModelSpec,
+    total: Mapping[str, NDArray[Any]],
+    part: Mapping[str, NDArray[Any]],
+    structure: Structure,
+    scale: float = 1.0,
+) -> None:
+    """Add ``scale * part`` into the prefix of `total` that the structure names; the adjoint of `cut`.
+
+    Args:
+        spec: The model.
+        total: Arrays in wire order, of a floating type that need not be that of `part`; changed in place.
+        part: Compact arrays of the structure. A tensor that is left out adds nothing.
+        structure: What `part` is of.
+        scale: Factor; the product is taken in the type of `total`.
+
+    Raises:
+        ValueError: A shape does not fit.
+    """
+    sizes = group_sizes(spec, structure)
+    for tensor in spec.tensors:
+        if tensor.name not in part:
+            continue
+        place = _prefix(tensor, total[tensor.name], sizes)
+        value = part[tensor.name]
+        if value.shape != tensor_shape(tensor, sizes):
+            raise ValueError(f"tensor {tensor.name!r} is {value.shape}, expected {tensor_shape(tensor, sizes)}")
+        value = value.reshape(place.shape)
+        place += value if scale == 1.0 else np.multiply(value, scale, dtype=place.dtype)
+
+
+def _prefix(tensor: TensorSpec, array: NDArray[Any], sizes: Mapping[str, int]) -> NDArray[Any]:
+    """Give a view of an array's prefix: compact where no axis repeats, else expanded to (outer, channels, inner)s."""
+    if all(axis.outer == 1 for axis in tensor.axes):
+        view = array[tuple(slice(0, length) for length in tensor_shape(tensor, sizes))]
+    else:
+        view = _expanded(tensor, array)[_box(tensor, {}, sizes, len(tensor.axes))]
+    found = prod(view.shape)
+    if found != prod(tensor_shape(tensor, sizes)) or array.ndim != len(tensor.axes):
+        raise ValueError(f"tensor {tensor.name!r} of shape {array.shape} is smaller than the structure")
+    return view
+
+
+def _expanded(tensor: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
+    """View an array as (outer, channels, inner) for each dimension."""
+    shape: list[int] = []
+    for axis, length in zip(tensor.axes, array.shape, strict=True):
+        shape += [axis.outer, length // (axis.outer * axis.inner), axis.inner]
+    view = array.reshape(shape)
+    if array.size and not np.may_share_memory(view, array):
+        raise ValueError(f"tensor {tensor.name!r} must be contiguous")
+    return view
+
+
+def shell_blocks(
+    tensor: TensorSpec, inner_sizes: Mapping[str, int] | None, outer_sizes: Mapping[str, int]
+) -> list[Box]:
+    """Tile what one width adds to the next narrower one with boxes of the expanded array (3 slices per dimension).
+
+    Box i lies within the narrower width on the axes before i, beyond it on axis i, and within the wider one on the axes
+    after i; so the boxes are disjoint and together are everything. Empty ones are left out.
+
+    Args:
+        tensor: The tensor.
+        inner_sizes: Channels per group at the narrower width; None when there is none.
+        outer_sizes: Channels per group at the wider width.
+    """
+    if inner_sizes is None:
+        return [_box(tensor, {}, outer_sizes, len(tensor.axes))]
+    boxes = []
+    for dimension, axis in enumerate(tensor.axes):
+        if axis.group and inner_sizes[axis.group] < outer_sizes[axis.group]:
+            boxes.append(_box(tensor, inner_sizes, outer_sizes, dimension))
+    return boxes
+
+
+def _box(tensor: TensorSpec, inner: Mapping[str, int], outer: Mapping[str, int], beyond: int) -> Box:
+    slices: list[slice] = []
+    for dimension, axis in enumerate(tensor.axes):
+        whole = outer.get(axis.group, 1)
+        narrow = inner.get(axis.group, whole)
+        start = narrow if dimension == beyond else 0
+        end = narrow if dimension < beyond and inner else whole
+        slices += [slice(None), slice(start, end), slice(None)]
+    return tuple(slices)
+
+
+def shell(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], structure: Structure) -> dict[str, Floats]:
+    """Take out what the structure's capacity adds to the one below.
+
+    Args:
+        spec: The model.
+        arrays: In wire order, whole or compact at this or a larger capacity.
+        structure: Names the capacity.
+
+    Returns:
+        Tensor name to its boxes, each in C order, joined to one line ``(weights of the shell,)``. A tensor that gains
+        nothing is left out, so that an empty result means an empty shell.
+    """
+    inner, outer = _both_sizes(spec, structure)
+    result = {}
+    for tensor in spec.tensors:
+        expanded = _expanded(tensor, np.asarray(arrays[tensor.name], np.float32))
+        boxes = [expanded[box].ravel() for box in shell_blocks(tensor, inner, outer)]
+        if sum(box.size for box in boxes):
+            result[tensor.name] = boxes[0] if len(boxes) == 1 else np.concatenate(boxes)
+    return result
+
+
+def assemble(spec: ModelSpec, structure: Structure, shells: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Floats]:
+    """Put the weights of a structure together from its shells.
+
+    Args:
+        spec: The model, or one with only some of its tensors.
+        structure: The width that is wanted.
+        shells: One map for each capacity ``0 .. structure.capacity``; an empty shell is an empty map.
+
+    Returns:
+        Compact arrays in wire order, the caller's own. Cost: one copy of every weight.
+
+    Raises:
+        Malformed: A part is missing, foreign, or not of the right length or type.
+    """
+    if len(shells) != structure.capacity + 1:
+        raise Malformed(f"{len(shells)} shells for capacity {structure.capacity}", "$.shells")
+    names = {tensor.name for tensor in spec.tensors}
+    for part in shells:
+        if not names.issuperset(part):
+            raise Malformed(f"a shell of tensors that the model lacks: {sorted(set(part) - names)[:3]}", "$.shells")
+    shapes = group_sizes(spec, structure)
+    result = {t.name: np.empty(tensor_shape(t, shapes), np.float32) for t in spec.tensors}
+    for capacity, part in enumerate(shells):
+        inner, outer = _both_sizes(spec, structure.narrowed(capacity))
+        for tensor in spec.tensors:
+            _fill(tensor, result[tensor.name], part.get(tensor.name), shell_blocks(tensor, inner, outer))
+    return result
+
+
+def _both_sizes(spec: ModelSpec, structure: Structure) -> tuple[dict[str, int] | None, dict[str, int]]:
+    """Give the group sizes one capacity below (None when there is none) and at the structure's own."""
+    below = structure.capacity - 1
+    return None if below < 0 else group_sizes(spec, structure.narrowed(below)), group_sizes(spec, structure)
+
+
+def _fill(tensor: TensorSpec, array: Floats, line: NDArray[Any] | None, boxes: Sequence[Box]) -> None:
+    expanded = _expanded(tensor, array)
+    views = [expanded[box] for box in boxes]
+    wanted = sum(view.size for view in views)
+    if line is None:
+        line = np.empty(0, np.float32)
+    if line.shape != (wanted,) or line.dtype != np.float32:
+        problem = f"a shell's tensor {tensor.name!r} is {line.dtype}{line.shape}, expected float32({wanted},)"
+        raise Malformed(problem, "$.shells")
+    start = 0
+    for view in views:
+        view[...] = line[start : start + view.size].reshape(view.shape)
+        start += view.size
