@@ -23,7 +23,7 @@ from coordinator.blocks.initial import initial_weights
 from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
-from wire.errors import Malformed, NestlingError, NonFinite
+from wire.errors import Malformed, NestlingError
 from wire.job import read_frame, write_frame
 from wire.messages import BlobRef, Reply
 from wire.schema import Name, Natural
@@ -141,11 +141,11 @@ def check_update(path: Path, spec: ModelSpec, structure: Structure) -> None:
         if blob.kind != "update" or set(blob.names) != set(wanted):
             raise Malformed(f"expected an update of {len(wanted)} tensors, got {blob.kind!r} of {len(blob.names)}")
         for name, shape in wanted.items():
-            array = blob.tensor(name)
-            if array.shape != shape or array.dtype != np.float32:
-                raise Malformed(f"tensor {name!r} is {array.dtype}{array.shape}, expected float32{shape}")
-            if not np.isfinite(array).all():
-                raise NonFinite(f"tensor {name!r} holds a value that is not finite")
+            entry = blob.entry(name)
+            if entry.shape != shape or entry.dtype != "float32":  # before anything of that shape is allocated
+                raise Malformed(f"tensor {name!r} is {entry.dtype}{entry.shape}, expected float32{shape}")
+            blob.tensor(name)  # a sparse one is decoded once, to be sure that it can be
+        blob.require_finite()
 
 
 def encode_shells(

@@ -182,13 +182,14 @@ def mosquitto_config(folder: Path, host: str, port: int, access: str) -> str:
     """Write the configuration; every option in it is known to 2.0 and 2.1."""
     # A mosquitto that root starts changes its user, and with that loses the parent-death signal.
     user = "user root\n" if os.geteuid() == 0 else ""
+    # No bound on what waits for a device, but not 0: with 0, 2.0 hangs up on everybody whose message it refuses.
     return f"""# Written by the coordinator at every start; changes are lost.
 listener {port} {host}
 {access}
 {user}persistence true
 persistence_location {folder}/
 max_inflight_messages 20
-max_queued_messages 0
+max_queued_messages 1000000
 max_packet_size {PACKET_BYTES}
 set_tcp_nodelay true
 sys_interval 0
@@ -314,7 +315,7 @@ def _listen_address(listen: str) -> tuple[str, int]:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if not host or not re.fullmatch(r"[0-9A-Za-z.:%-]+", host):
+    if not host or "/" in listen or not re.fullmatch(r"[0-9A-Za-z.:%-]+", host):
         raise ConfigError(
             f"--listen {listen!r}: write ADDRESS or ADDRESS:PORT, for example 0.0.0.0 or 192.168.1.5:1883"
         )

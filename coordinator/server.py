@@ -119,7 +119,7 @@ class Server:
         self._evaluator = evaluator
         self._say = say
         self._standing = standing
-        self._fleet = Fleet()
+        self._fleet = Fleet(scales=standing.scales)
         self._round: Round | None = standing.round
         self._turn = Turn()
         self._child: Child | None = None

@@ -13,9 +13,17 @@ from edge_runtime.spawn import command, surroundings
 from wire.child import Child, Ended, Said
 from wire.errors import WorkerLost
 from wire.job import Done, Failed, Job, Progress, Ready
+from wire.messages import Reason
 from wire.schema import to_plain
 
 log = logging.getLogger("edge_runtime")
+
+NEVER = float("inf")
+_SECONDS_RETRY_MAX = 60.0
+_BASE_GUESS = 240 << 20
+"""What a worker with a loaded engine takes, until one has told: torch on x86-64 and aarch64 measured 220 to 245 MiB."""
+_OUT_OF_MEMORY = frozenset({-9, -11, -7, 3})
+"""Exit codes: the kernel's out-of-memory killer, the two signals that torch dies of at its memory limit, the worker's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +40,43 @@ class Finished:
 
 
 class Desk:
-    """At most one worker and one job."""
+    """At most one worker and one job.
+
+    Attributes:
+        progress: The job's, as far as it is known.
+        problem: What the worker said before it ended without a job; empty when there was nothing.
+    """
 
     def __init__(self, config: Config, post: Callable[[object], None]) -> None:
+        self.progress = Progress(0.0, None, 0)
+        self.problem = ""
         self._config = config
         self._post = post
         self._child: Child | None = None
         self._job: Job | None = None
-        self._idle_since = 0.0
-        self._alive = 0.0
-        self.ready: Ready | None = None
-        self.progress = Progress(0.0, None, 0)
-        self.problem = ""
+        self._since = 0.0  # the latest sign of life of a busy worker, or the beginning of idleness
+        self._retry = NEVER
+        self._failures = 0
+        self._ready = False
+        self._bytes_base = 0
 
     @property
     def due(self) -> float:
         """When `tick` wants to be called."""
         if self._child is None:
-            return float("inf")
+            return self._retry
         if self._job is not None:
-            return self._alive + self._config.worker.seconds_stall
-        if self._config.worker.mode == "auto":
-            return self._idle_since + self._config.worker.seconds_warm
-        return float("inf")
+            return self._since + self._config.worker.seconds_stall
+        if self._config.worker.mode == "auto" and self._ready:
+            return self._since + self._config.worker.seconds_warm
+        return NEVER
+
+    @property
+    def bytes_coming(self) -> int:
+        """Memory that the worker itself will take before an order's own begins: all of it when none runs."""
+        base = self._bytes_base or _BASE_GUESS
+        held = probe.resident(self._child.pid) if self._child is not None else 0
+        return max(0, base - held)
 
     def start(self, now: float) -> None:
         """Start a worker if there is none."""
@@ -67,15 +89,17 @@ class Desk:
             threads=worker.threads,
             preload=worker.mode == "warm",
         )
-        self._idle_since = now
+        self._since = now
+        self._retry = NEVER
+        self._ready = False
         self._child = Child("worker", argv, self._post, env=surroundings(worker.threads))
 
     def give(self, job: Job, now: float) -> None:
         """Have a job done; `take` tells its end."""
         self.progress = Progress(0.0, None, 0)
         self._job = job
-        self._alive = now
         self.start(now)
+        self._since = now
         assert self._child is not None
         try:
             self._child.send(job)
@@ -86,29 +110,35 @@ class Desk:
         """Take in a worker's word. Words of workers that were given up mean nothing."""
         if self._child is None or event.pid != self._child.pid:
             return None
-        self._alive = now
+        self._since = now
         if isinstance(event, Ended):
-            return self._ended(event)
+            return self._ended(event, now)
         frame = event.frame
         if isinstance(frame, Progress):
             self.progress = frame
         elif isinstance(frame, Ready):
-            self.ready = frame
+            self._ready, self._failures = True, 0
+            if self._config.worker.mode == "warm":
+                self._bytes_base = max(self._bytes_base, frame.bytes_base)
             return frame
         elif isinstance(frame, (Done, Failed)):
             if self._job is None:
                 self.problem = frame.detail if isinstance(frame, Failed) else ""
                 return None
             job, self._job = self._job, None
-            self._idle_since = now
+            if isinstance(frame, Done) and frame.usage.engine:
+                self._bytes_base = frame.usage.bytes_base
             if self._config.worker.mode == "spawn" or not self._affordable():
                 self.stop()
             return Finished(job, frame)
         return None
 
     def tick(self, now: float) -> Finished | None:
-        """Let an idle worker go, or kill a stalled one."""
-        if self._child is None or now < self.due:
+        """Let an idle worker go, kill a stalled one, or try again to start one that had ended."""
+        if now < self.due:
+            return None
+        if self._child is None:
+            self.start(now)
             return None
         if self._job is None:
             self.stop()
@@ -126,6 +156,7 @@ class Desk:
 
     def stop(self) -> None:
         """End the worker."""
+        self._retry = NEVER
         if self._child is not None:
             self._child.kill()
             self._child.close()
@@ -136,16 +167,20 @@ class Desk:
         free = probe.available()
         return self._config.worker.mode == "warm" or not free or free > self._config.bytes_reserve
 
-    def _ended(self, event: Ended) -> Finished | None:
+    def _ended(self, event: Ended, now: float) -> Finished | None:
         assert self._child is not None
         self._child.close()
         self._child = None
         job, self._job = self._job, None
         if job is None:
+            self._failures += 1
+            seconds = min(_SECONDS_RETRY_MAX, 2.0**self._failures)
+            if self._config.worker.mode == "warm" or not self._ready:
+                self._retry = now + seconds
             log.warning(
-                "the worker ended with %s while idle: %s", event.code, event.problem or self.problem or "no word"
+                "the worker ended with %d while idle: %s", event.code, event.problem or self.problem or "no word"
             )
             return None
-        reason = "oom" if event.code in (-9, -11, -7, 3) else "crash"
+        reason: Reason = "oom" if event.code in _OUT_OF_MEMORY else "crash"
         detail = f"the worker ended with {event.code} {event.problem}".strip()
         return Finished(job, Failed(reason, detail, 0, self.progress.bytes_peak))

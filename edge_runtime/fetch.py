@@ -1,14 +1,15 @@
 """Pulling an order's blobs from the broker's retained pieces, a few exact topics at a time.
 
-The device sets the pace: it subscribes to at most eight pieces, whichever blobs they belong to, takes what comes, unsubscribes, and goes
-on. Every piece goes straight to its place in a file, so memory does not grow with the model, and what is there after a crash
-is not fetched again. Retained messages come once per subscription: pulling again means to unsubscribe first.
+The device sets the pace: it subscribes to at most eight pieces, whichever blobs they belong to, takes what comes,
+unsubscribes, and goes on. Every piece goes straight to its place in a file, so memory does not grow with the model, and
+what is there after a crash is not fetched again. Retained messages come once per subscription: pulling again means to
+unsubscribe first.
 """
 
 from __future__ import annotations
 
 from wire import codec, topics
-from wire.chunks import WINDOW_DOWN, Assembly
+from wire.chunks import WINDOW_DOWN, Assembly, file_digest
 from wire.errors import DigestMismatch, Malformed
 from wire.link import Link
 from wire.messages import Need, Order
@@ -26,6 +27,8 @@ class Fetcher:
         self._spool = spool
         self._where = (federation, device)
         self._order = ""
+        self._before: set[str] | None = None
+        self._here: set[str] = set()
         self._open: dict[str, Assembly] = {}
         self._window: dict[tuple[str, int], str] = {}
         self._subscribed: list[str] = []
@@ -46,9 +49,11 @@ class Fetcher:
         """
         self.stop()
         self._order = order.id
-        missing = {ref.digest: ref for ref in order.blobs if not self._spool.has(ref.digest)}
+        wanted = {ref.digest for ref in order.blobs}
+        self._sweep(wanted)
+        missing = {ref.digest: ref for ref in order.blobs if not self._has(ref.digest)}
         if missing:
-            self._spool.make_room(sum(ref.size for ref in missing.values()), {ref.digest for ref in order.blobs})
+            self._spool.make_room(sum(ref.size for ref in missing.values()), wanted)
         self._open = {ref.digest[:32]: self._spool.assembly(ref) for ref in missing.values()}
         return self._advance(now)
 
@@ -97,6 +102,28 @@ class Fetcher:
         self._due = float("inf")
         self._silences = self._mismatches = 0
 
+    def _sweep(self, wanted: set[str]) -> None:
+        """Drop what no order will ask for again: weights of older rounds, and downloads that were given up."""
+        if self._before is None:
+            self._spool.sweep(wanted)  # what an earlier life left
+            self._before = set()
+        for digest in self._before - wanted:
+            self._spool.drop(digest)
+        self._before = wanted
+        self._here &= wanted
+
+    def _has(self, digest: str) -> bool:
+        """Whether a blob is here and whole. Downloads are not flushed, so what an earlier life left is read once."""
+        if digest in self._here:
+            return True
+        if not self._spool.has(digest):
+            return False
+        if file_digest(self._spool.path(digest)) != digest:
+            self._spool.drop(digest)
+            return False
+        self._here.add(digest)
+        return True
+
     def _advance(self, now: float) -> bool:
         """Close what is complete and open the next window."""
         for prefix, assembly in list(self._open.items()):
@@ -109,6 +136,7 @@ class Fetcher:
                 if self._mismatches >= _MISMATCHES_MAX:
                     raise
                 continue
+            self._here.add(assembly.ref.digest)
             del self._open[prefix]
         self._unsubscribe()
         if not self._open:

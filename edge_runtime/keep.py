@@ -1,8 +1,10 @@
 """The device's own state per federation: personal model, residuals, ticket. It moves with the commit of its reply.
 
-A worker leaves its new state beside its reply, named there by digest. `Keep.stage` makes it durable under the order's id before
-the reply is offered; only the coordinator's commit promotes it. So a residual is never applied twice, and never lost after it
-was counted. One file per federation and rule; a new one takes the place of the old one by rename.
+A worker leaves its new state beside its reply, named there by digest. `Keep.stage` makes it durable under the order's id
+before the reply is offered; only the coordinator's commit promotes it. So a residual is never applied twice, and never
+lost after it was counted. One file per federation and rule; a new one takes the place of the old one by rename. Before
+that rename, `.ended` says which order it belongs to: a rename that a crash prevented is made up for by the next life, and
+a late copy of that order is not done once more.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wire.errors import StoreError
+from wire.messages import Order
 
 BYTES_MAX = 1 << 30
 _STAGED = ".staged"
+_ENDED = ".ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Keep:
         """
         self._root = root
         self._bytes_max = bytes_max
+        self._pending: list[Path] = []
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -70,33 +75,77 @@ class Keep:
             folder = self._root / federation
             folder.mkdir(exist_ok=True, mode=0o700)
             _flush(path)
-            path.replace(self._staged(federation, rule, order))
+            staged = self._staged(federation, rule, order)
+            path.replace(staged)
+            self._pending.append(staged)
             _flush(folder)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
 
-    def promote(self, federation: str, rule: str, order: str) -> bool:
-        """Let what was staged for an order count. False when nothing was: it was promoted before, or there was none."""
-        staged = self._staged(federation, rule, order)
+    def promote(self, federation: str, order: Order) -> bool:
+        """Let what was staged for an order count. False when nothing was: it was promoted before, or there was none.
+
+        Raises:
+            StoreError: The disk refuses; `recover` tries again.
+        """
+        rule = order.recipe.rule
+        staged = self._staged(federation, rule, order.id)
         if not staged.is_file():
             return False
+        note = self._root / federation / _ENDED
         try:
+            new = note.with_suffix(".new")
+            new.write_text(f"{order.run} {order.round} {order.id} {rule}", "ascii")
+            _flush(new)
+            new.replace(note)
+            _flush(note.parent)
             staged.replace(self._root / federation / rule)
-            _flush(self._root / federation)
+            _flush(note.parent)
         except OSError as error:
             raise StoreError(f"{staged}: {error.strerror}") from error
         return True
 
-    def drop(self, order: str = "") -> None:
-        """Delete what is staged for an order; for all orders when it is empty."""
-        for staged in self._root.glob(f"*/*{order}{_STAGED}"):
-            staged.unlink(missing_ok=True)
+    def recover(self, federation: str) -> tuple[str, int]:
+        """Finish a promotion that a crash has interrupted; gives run and round of the last promotion, ``("", 0)`` before it.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        folder = self._root / federation
+        try:
+            run, number, order, rule = (folder / _ENDED).read_text("ascii").split()
+            ended = run, int(number)
+        except (FileNotFoundError, ValueError):
+            return "", 0
+        except OSError as error:
+            raise StoreError(f"{folder}: {error.strerror}") from error
+        staged = self._staged(federation, rule, order)
+        try:
+            if staged.is_file():
+                staged.replace(folder / rule)
+                _flush(folder)
+        except OSError as error:
+            raise StoreError(f"{staged}: {error.strerror}") from error
+        return ended
+
+    def drop(self) -> None:
+        """Delete what this life has staged and not promoted."""
+        while self._pending:
+            self._pending.pop().unlink(missing_ok=True)
+
+    def tidy(self, order: str) -> None:
+        """Delete what earlier lives have staged, except for one order."""
+        for staged in self._root.glob(f"*/*{_STAGED}"):
+            if order and staged.name.endswith(f".{order}{_STAGED}"):
+                self._pending.append(staged)
+            else:
+                staged.unlink(missing_ok=True)
 
     def listing(self) -> list[Kept]:
         """Give every state that counts, sorted by federation and rule."""
         found = []
         for path in sorted(self._root.glob("*/*")):
-            if path.is_file() and path.suffix != _STAGED:
+            if _counts(path):
                 status = path.stat()
                 found.append(Kept(path.parent.name, path.name, path, status.st_size, status.st_mtime))
         return found
@@ -105,12 +154,16 @@ class Keep:
         """Delete everything of a federation, or of all; gives the number of states that counted."""
         count = 0
         for path in self._root.glob(f"{federation or '*'}/*"):
-            count += path.suffix != _STAGED
+            count += _counts(path)
             path.unlink(missing_ok=True)
         return count
 
     def _staged(self, federation: str, rule: str, order: str) -> Path:
         return self._root / federation / f"{rule}.{order}{_STAGED}"
+
+
+def _counts(path: Path) -> bool:
+    return path.is_file() and path.suffix != _STAGED and not path.name.startswith(_ENDED)
 
 
 def _flush(path: Path) -> None:

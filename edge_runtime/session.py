@@ -14,8 +14,10 @@ fetching     `Fetched`            working      `Work`
 working      `Worked`             offering     `Offer`
 fetching     `Failed`             refusing     `Refuse`
 working      `Failed`             refusing     `Refuse`
+offering     `Failed`             refusing     `Refuse` (the update's file was lost)
 offering     `Acked` more         offering     `Push` on from what is durable there
-offering     `Acked` committed    idle         `Promote` the Keep, `Forget`
+any but idle `Acked` committed    idle         `Promote` the Keep, `Forget` (in other phases than offering, an earlier
+                                               life's reply was counted: there is nothing left to do)
 any but idle `Acked` unwanted     idle         `Forget`
 any but idle `Cancelled`          idle         `Forget`
 any but idle `Led`, another run   idle         `Forget`
@@ -24,8 +26,8 @@ refusing     `Led`, `Silence`     refusing     `Refuse` again
 ============ ==================== ============ =====================================================
 
 What is not in the table changes nothing. `Forget` stops the worker and drops everything but the blobs, which stay cached. A
-device that is killed forgets its order too: the coordinator gives it again at the next birth, and the same order over the
-same data gives the same bytes.
+new life starts idle, or offering when an earlier one had an answer (`Session.recalled`). An order that was not answered yet
+is given again at the next birth, and the same order over the same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -180,6 +182,10 @@ class Session:
         """The same device with nothing in hand."""
         return Session(self.device, self.boot, run=self.run, ended=self.ended)
 
+    def recalled(self, order: Order, reply: Reply) -> Session:
+        """The same device with an answer that an earlier life has made."""
+        return replace(self.idle, phase="offering", order=order, reply=reply)
+
     @property
     def told(self) -> Session:
         """The same device once it was told the end of its order."""
@@ -236,7 +242,7 @@ def _worked(session: Session, event: Worked) -> Step:
 
 
 def _failed(session: Session, event: Failed) -> Step:
-    if session.phase not in ("fetching", "working") or session.order is None or session.order.id != event.order:
+    if session.phase in ("idle", "refusing") or session.order is None or session.order.id != event.order:
         return session, ()
     refusal = Refusal(
         order=event.order,
@@ -247,7 +253,7 @@ def _failed(session: Session, event: Failed) -> Step:
         bytes_needed=event.bytes_needed,
         bytes_free=event.bytes_free,
     )
-    return replace(session, phase="refusing", refusal=refusal), (Refuse(refusal),)
+    return replace(session, phase="refusing", reply=None, refusal=refusal), (Refuse(refusal),)
 
 
 def _acked(session: Session, event: Acked) -> Step:
@@ -256,11 +262,9 @@ def _acked(session: Session, event: Acked) -> Step:
         return session, ()
     if ack.state == "unwanted":
         return session.told, (Forget(held.id),)
-    if session.phase != "offering":
-        return session, ()
     if ack.state == "committed":
         return session.told, (Promote(held), Forget(held.id))
-    return session, (Push(ack.have),)
+    return session, (Push(ack.have),) if session.phase == "offering" else ()
 
 
 def _cancelled(session: Session, event: Cancelled) -> Step:

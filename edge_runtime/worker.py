@@ -132,9 +132,8 @@ class _Work:
         engine = make()
         self.settle(engine.name)
         if self.report is not None:
-            self.report(
-                Progress(0.0, None, 0)
-            )  # loading an engine may have taken a minute: the agent knows that it is over
+            # Loading an engine may take a minute on a small device; the agent hears that it is over.
+            self.report(Progress(0.0, None, 0))
         return engine
 
     def settle(self, engine: str) -> None:
@@ -159,8 +158,7 @@ def _train(work: _Work) -> Done:
     received = Received(spec, structure, work.job.shells)
     weights, metrics, name = _trained(work, (spec, structure, received), rule, (x, y), micro_batch)
     keep_ref = personal.write(keep, personal.Personal(spec, structure, weights))
-    for tensor, array in weights.items():
-        np.subtract(array, received[tensor], out=array)
+    received.subtract_from(weights)
     ref = write_blob(update, "update", weights)
     usage = work.usage(micro_batch, name)
     return Done(structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
@@ -176,7 +174,8 @@ def _trained(
     """Give the trained weights, the metrics and the engine's name; gradients and copies are freed on the way out."""
     order, (spec, structure, received) = work.job.order, model
     engine = work.open()
-    engine.load(spec, structure, received)
+    engine.load(spec, structure)
+    received.fill(engine.params)
     if not finite(engine.params):
         raise NonFinite("a weight that was received is no number")
     metrics: dict[str, float] = {}
@@ -198,7 +197,8 @@ def _evaluate(work: _Work) -> Done:
     test = _part(spec, work.data, "test")
     batch = _micro_batch(work, spec)
     engine = work.open()
-    engine.load(spec, widest, Received(spec, widest, work.job.shells))
+    engine.load(spec, widest)
+    Received(spec, widest, work.job.shells).fill(engine.params)
     metrics: dict[str, float] = {}
     for done, structure in enumerate(sorted(order.structures, key=lambda s: s.capacity), 1):
         width = engine if structure == widest else engine.narrow(structure)

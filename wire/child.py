@@ -133,6 +133,8 @@ class Child:
         except (PeerError, OSError) as error:
             problem = str(error)
             self._process.kill()
+        if stdout is not None:
+            stdout.close()
         post(Ended(self.name, self.pid, self._process.wait(), problem))
 
 

@@ -129,7 +129,7 @@ class Assembly:
 
     def missing(self, limit: int) -> list[int]:
         """Name the first pieces that are not there, at most `limit`."""
-        result = []
+        result: list[int] = []
         for index in range(self._lowest, self.ref.pieces):
             if len(result) == limit:
                 break

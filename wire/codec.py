@@ -55,9 +55,10 @@ def decode(data: bytes | memoryview, cls: type[T]) -> T:
     plain = unpack(data, messages.MESSAGE_BYTES)
     if not isinstance(plain, dict):
         raise Malformed(f"expected a map, got {type(plain).__name__}")
-    if plain.get("v") != VERSION:
-        raise Unsupported(f"wire version {plain.get('v')!r}; this side speaks {VERSION}")
+    version = plain.get("v")
+    if type(version) is not int or version != VERSION:
+        raise Unsupported(f"wire version {repr(version)[:80]}; this side speaks {VERSION}")
     kind = _NAMES[cls]
     if plain.get("k") != kind:
-        raise Malformed(f"expected a {kind}, got {plain.get('k')!r}", "$.k")
+        raise Malformed(f"expected a {kind}, got {repr(plain.get('k'))[:80]}", "$.k")
     return from_plain(cls, plain)

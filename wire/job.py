@@ -20,6 +20,7 @@ from wire.spec import Structure
 
 FRAME_BYTES = 1 << 20
 _LENGTH = struct.Struct(">I")
+_ITEMS_MAX = 65_536
 
 FilePath = Annotated[str, Limit(0, 4096)]
 
@@ -162,14 +163,14 @@ def read_frame(stream: IO[bytes], also: tuple[type[Any], ...] = ()) -> Any:
     (length,) = _LENGTH.unpack(head)
     if length > FRAME_BYTES:
         raise TooLarge(f"a frame of {length} bytes; the limit is {FRAME_BYTES}")
-    plain = unpack(_read_exactly(stream, length), FRAME_BYTES)
+    plain = unpack(_read_exactly(stream, length), FRAME_BYTES, _ITEMS_MAX)
     if not isinstance(plain, dict):
         raise Malformed(f"expected a map, got {type(plain).__name__}")
     kind = plain.get("k")
     for cls in (*FRAMES, *also):
         if cls.__name__.lower() == kind:
             return from_plain(cls, plain)
-    raise Malformed(f"no frame is called {kind!r}", "$.k")
+    raise Malformed(f"no frame is called {repr(kind)[:80]}", "$.k")
 
 
 def _read_exactly(stream: IO[bytes], length: int) -> bytes:

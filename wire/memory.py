@@ -22,7 +22,11 @@ from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
 FLOAT = 4
 INDEX = 8
 ALIGN = 64
+BLOCK = 16
 MARGIN = 1.10
+HEAP = 2 << 20
+"""What the allocator keeps between its blocks, whatever the model: the mean over measured workers."""
+
 SLACK = 8 << 20
 """The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
 
@@ -106,13 +110,13 @@ def predict(
         return _bounded(bytes_held + weights, scale)
     gradients = weights if holds_gradients(recipe, batch) else 0
     step = weights + gradients + copies(recipe) * weights + _peak(_Walk(spec, structure, batch, backward=True))
-    return _bounded(bytes_held + max(step, weights + 2 * largest), scale)
+    return _bounded(bytes_held + HEAP + max(step, weights + largest), scale)
 
 
 def predict_evaluation(spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0) -> Prediction:
     """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time."""
     weights, largest = _weights(spec, structure)
-    return _bounded(weights + max(2 * largest, _peak(_Walk(spec, structure, batch, backward=False))), scale)
+    return _bounded(HEAP + weights + max(largest, _peak(_Walk(spec, structure, batch, backward=False))), scale)
 
 
 def fit(
@@ -167,6 +171,7 @@ class _Walk:
         nodes: The model's steps.
         end: The last instant.
         size: Value name to bytes for the whole batch.
+        blocked: The same in a convolution's own layout.
         tensors: Tensor name to bytes.
         home: Value name to the value whose memory it shares.
     """
@@ -175,7 +180,9 @@ class _Walk:
         self.nodes = spec.nodes
         self.backward = backward
         self.end = 2 * len(spec.nodes) if backward else len(spec.nodes)
-        self.size = {name: _bytes((batch, *shape)) for name, shape in node_shapes(spec, structure).items()}
+        shapes = node_shapes(spec, structure)
+        self.size = {name: _bytes((batch, *shape)) for name, shape in shapes.items()}
+        self.blocked = {name: _bytes((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
         self.tensors = {name: _bytes(shape) for name, shape in tensor_shapes(spec, structure).items()}
         self.home = _homes(spec.nodes)
 
@@ -228,7 +235,8 @@ def _temporaries(walk: _Walk) -> Iterator[Interval]:
     for i, node in enumerate(walk.nodes):
         if node.op in ("linear", "conv2d"):
             weights = sum(walk.tensors[name] for name in node.params.values())
-            workspace = weights + walk.size[node.inputs[0]] + walk.size[node.name] if node.op == "conv2d" else 0
+            blocked = walk.blocked[node.inputs[0]] + walk.blocked[node.name]
+            workspace = weights + blocked if node.op == "conv2d" else 0
             yield workspace, i, i
             if walk.backward:
                 yield workspace + weights, walk.back(i), walk.back(i)
@@ -249,6 +257,11 @@ def _gradients(walk: _Walk) -> Iterator[Interval]:
         end = walk.back(i) - (node.op == "flatten")
         if trained[node.name]:
             yield walk.size[node.name], min(born.get(node.name, end), end), end
+
+
+def _blocked(name: str, channels: int) -> int:
+    """Round up: convolutions take channels in blocks of 16, except the one or three of a picture."""
+    return channels if name == "input" and channels <= 3 else -(-channels // BLOCK) * BLOCK
 
 
 def _bytes(shape: Sequence[int]) -> int:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from wire.errors import TooLarge
 from wire.schema import Amount, Digest, Fraction, Limit, Name, Natural, Positive, Text, Token
 from wire.spec import Structure
 
 MESSAGE_BYTES = 65_536
 PIECE_BYTES = 61_440
+PIECES_MAX = 262_144
 
 Verb = Literal["train", "score", "calibrate", "evaluate"]
 Reason = Literal["memory", "oom", "crash", "stalled", "data", "unsupported", "nonfinite", "cancelled", "busy"]
@@ -29,11 +31,18 @@ class BlobRef:
         digest: SHA-256, hex.
         size: Bytes in all; never 0.
         piece: Bytes of every piece but the last.
+
+    Raises:
+        TooLarge: It would be more than `PIECES_MAX` pieces, as many as the bitmap of an `Ack` has bits.
     """
 
     digest: Digest
     size: Positive
     piece: Annotated[int, Limit(1, 1 << 20)] = PIECE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.pieces > PIECES_MAX:
+            raise TooLarge(f"a blob of {self.pieces} pieces; the limit is {PIECES_MAX}")
 
     @property
     def pieces(self) -> int:

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
@@ -75,20 +75,15 @@ def from_plain(cls: type[T], data: object, *, strict: bool = False, path: str = 
     Raises:
         Malformed: A key is missing, unknown or of the wrong type, or a value is out of its bounds.
     """
-    if not isinstance(data, Mapping):
-        raise Malformed(f"expected a map, got {_kind(data)}", path)
-    fields: dict[str, tuple[Any, bool]] = _fields(typing.cast("Any", cls))
-    if strict:
-        for key in data:
-            if key not in fields:
-                raise Malformed(f"unknown key; known here: {', '.join(sorted(fields))}", f"{path}.{key}")
-    values: dict[str, Any] = {}
-    for name, (hint, required) in fields.items():
-        if name in data:
-            values[name] = _read(hint, data[name], strict, f"{path}.{name}")
-        elif required:
-            raise Malformed("this key is missing", f"{path}.{name}")
-    return cls(**values)
+    try:
+        return typing.cast("T", _reader(typing.cast("Any", cls))(data, strict))
+    except Malformed as error:
+        raise Malformed(error.problem, path + error.path.removeprefix("$")) from None
+
+
+# Annotations are turned into nested functions once per class. The path of an error is put together on the way out, so that
+# a good message pays nothing for it.
+_Reader = Callable[[Any, bool], Any]
 
 
 @functools.cache
@@ -97,93 +92,164 @@ def _names(cls: type[Any]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
+def _reader(hint: Any) -> _Reader:
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin is Annotated:
+        return _bounded(_reader(arguments[0]), [note for note in arguments[1:] if isinstance(note, Limit)])
+    if origin is Literal:
+        return _choice(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return _either(arguments)
+    if origin is tuple:
+        return _list(_reader(arguments[0]))
+    if origin is Mapping:
+        return _map(_reader(arguments[0]), _reader(arguments[1]))
+    return _record(hint) if dataclasses.is_dataclass(hint) else _scalar(hint)
+
+
+def _record(cls: Any) -> _Reader:
     hints = typing.get_type_hints(cls, include_extras=True)
     missing = dataclasses.MISSING
-    return {
-        f.name: (hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)
+    fields = {
+        f.name: (_reader(hints[f.name]), f.default is missing and f.default_factory is missing)
+        for f in dataclasses.fields(cls)
     }
 
-
-def _read(hint: Any, value: Any, strict: bool, path: str) -> Any:
-    if type(value) is hint and hint is not float:
-        return value  # most leaves, without a look at the annotation
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        inner, *notes = typing.get_args(hint)
-        result = _read(inner, value, strict, path)
-        for note in notes:
-            if isinstance(note, Limit) and result is not None:
-                _bound(note, result, path)
-        return result
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
-            raise Malformed(f"expected one of {', '.join(map(str, choices))}, got {value!r}", path)
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _read_union(typing.get_args(hint), value, strict, path)
-    if origin is tuple:
-        (item, _) = typing.get_args(hint)
-        if not isinstance(value, (list, tuple)):
-            raise Malformed(f"expected a list, got {_kind(value)}", path)
-        return tuple(_read(item, v, strict, f"{path}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping:
-        (key_hint, item) = typing.get_args(hint)
+    def read(value: Any, strict: bool) -> Any:
         if not isinstance(value, Mapping):
-            raise Malformed(f"expected a map, got {_kind(value)}", path)
-        return {_read(key_hint, k, strict, path): _read(item, v, strict, f"{path}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return from_plain(typing.cast("type", hint), value, strict=strict, path=path)
-    return _read_scalar(hint, value, path)
+            raise Malformed(f"expected a map, got {_kind(value)}")
+        if strict:
+            for key in value:
+                if key not in fields:
+                    raise Malformed(f"unknown key; known here: {', '.join(sorted(fields))}", f"$.{str(key)[:80]}")
+        values: dict[str, Any] = {}
+        for name, (reader, required) in fields.items():
+            if name in value:
+                try:
+                    values[name] = reader(value[name], strict)
+                except Malformed as error:
+                    raise _within(f".{name}", error) from None
+            elif required:
+                raise Malformed("this key is missing", f"$.{name}")
+        return cls(**values)
+
+    return read
 
 
-def _read_union(options: tuple[Any, ...], value: Any, strict: bool, path: str) -> Any:
-    if value is None:
-        if type(None) in options:
-            return None
-        raise Malformed("expected a value, got nothing", path)
-    problems = []
-    for option in options:
-        if option is type(None):
-            continue
+def _bounded(reader: _Reader, limits: list[Limit]) -> _Reader:
+    def read(value: Any, strict: bool) -> Any:
+        result = reader(value, strict)
+        if result is not None:
+            for limit in limits:
+                _bound(limit, result)
+        return result
+
+    return read
+
+
+def _choice(choices: tuple[Any, ...]) -> _Reader:
+    kinds = {type(choice) for choice in choices}
+
+    def read(value: Any, strict: bool) -> Any:  # noqa: ARG001 - every reader has the same form
+        if type(value) not in kinds or value not in choices:
+            raise Malformed(f"expected one of {', '.join(map(str, choices))}, got {repr(value)[:80]}")
+        return value
+
+    return read
+
+
+def _either(options: tuple[Any, ...]) -> _Reader:
+    readers = [_reader(option) for option in options if option is not type(None)]
+    optional = type(None) in options
+
+    def read(value: Any, strict: bool) -> Any:
+        if value is None:
+            if optional:
+                return None
+            raise Malformed("expected a value, got nothing")
+        problems = []
+        for reader in readers:
+            try:
+                return reader(value, strict)
+            except Malformed as error:
+                problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
+        raise Malformed(" or ".join(p.problem for p in problems))
+
+    return read
+
+
+def _list(reader: _Reader) -> _Reader:
+    def read(value: Any, strict: bool) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise Malformed(f"expected a list, got {_kind(value)}")
+        result: list[Any] = []
         try:
-            return _read(option, value, strict, path)
+            for item in value:
+                result.append(reader(item, strict))  # noqa: PERF401 - its length names the item that is wrong
         except Malformed as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    raise Malformed(" or ".join(p.problem for p in problems), path)
+            raise _within(f"[{len(result)}]", error) from None
+        return tuple(result)
+
+    return read
 
 
-def _read_scalar(hint: Any, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint:
-        raise Malformed(f"expected {hint.__name__}, got {_kind(value)}", path)
-    if hint is float and not math.isfinite(value):
-        raise Malformed(f"expected a finite number, got {value}", path)
-    return value
+def _map(key_reader: _Reader, reader: _Reader) -> _Reader:
+    def read(value: Any, strict: bool) -> Any:
+        if not isinstance(value, Mapping):
+            raise Malformed(f"expected a map, got {_kind(value)}")
+        result = {}
+        for key, item in value.items():
+            try:
+                result[key_reader(key, strict)] = reader(item, strict)
+            except Malformed as error:
+                raise _within(f".{str(key)[:80]}", error) from None
+        return result
+
+    return read
 
 
-def _bound(limit: Limit, value: Any, path: str) -> None:
-    sized = not isinstance(value, (int, float))
-    size = len(value) if sized else value
-    what = "length" if sized else "value"
-    if limit.low is not None and size < limit.low:
-        raise Malformed(f"{what} {size} is below {limit.low:g}", path)
-    if limit.high is not None and size > limit.high:
-        raise Malformed(f"{what} {size} is above {limit.high:g}", path)
+def _scalar(hint: Any) -> _Reader:
+    def read(value: Any, strict: bool) -> Any:  # noqa: ARG001 - every reader has the same form
+        if type(value) is not hint:
+            if hint is not float or type(value) is not int:
+                raise Malformed(f"expected {hint.__name__}, got {_kind(value)}")
+            value = float(value)
+        if hint is float and not math.isfinite(value):
+            raise Malformed(f"expected a finite number, got {value}")
+        return value
+
+    return read
+
+
+def _bound(limit: Limit, value: Any) -> None:
+    number = type(value) is int or type(value) is float
+    size = value if number else len(value)
+    if (limit.low is not None and size < limit.low) or (limit.high is not None and size > limit.high):
+        side = f"above {limit.high:g}" if limit.high is not None and size > limit.high else f"below {limit.low:g}"
+        raise Malformed(f"{'value' if number else 'length'} {size} is {side}")
     if limit.pattern is not None and not re.fullmatch(limit.pattern, value):
-        raise Malformed(f"{value[:80]!r} does not match {limit.pattern}", path)
+        raise Malformed(f"{value[:80]!r} does not match {limit.pattern}")
+
+
+def _within(step: str, error: Malformed) -> Malformed:
+    return Malformed(error.problem, f"${step}{error.path.removeprefix('$')}")
 
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def unpack(data: bytes | memoryview, bytes_max: int) -> Any:
+def unpack(data: bytes | memoryview, bytes_max: int, items_max: int = 1024) -> Any:
     """Read one msgpack document with every length bounded and no key twice in a map.
+
+    Args:
+        data: The document.
+        bytes_max: Most bytes that it may have.
+        items_max: Most items of one list. A list is made as long as it claims to be before its items are read, at every
+            level of up to 1024 that are nested, so this bounds what a small document can make a reader allocate.
 
     Raises:
         TooLarge: `data` is longer than `bytes_max`.
@@ -192,7 +258,9 @@ def unpack(data: bytes | memoryview, bytes_max: int) -> Any:
     if len(data) > bytes_max:
         raise TooLarge(f"{len(data)} bytes; the limit is {bytes_max}")
     try:
-        return msgpack.unpackb(data, object_pairs_hook=unique, max_array_len=65_536, max_map_len=8_192, max_ext_len=0)
+        return msgpack.unpackb(
+            data, object_pairs_hook=unique, max_array_len=items_max, max_map_len=8_192, max_ext_len=0
+        )
     except Malformed:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Annotated, Literal
 
 import msgpack
@@ -28,6 +29,10 @@ from wire.schema import Limit, Name, Natural, Positive, from_plain, to_plain, un
 Shape = tuple[Positive, ...]
 Counts = Annotated[tuple[Positive, ...], Limit(1, 64)]
 SPEC_BYTES = 1 << 20
+NODES_MAX = 16_384
+WEIGHTS_MAX = 1 << 31
+_SIDE_MAX = 1 << 16
+_STEP = 1_000_003
 
 OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add")
 """The closed list. `linear` and `conv2d` have the params ``weight`` and ``bias``; `conv2d` and the pools have the attrs
@@ -118,7 +123,7 @@ class ModelSpec:
     classes: Positive
     groups: Annotated[tuple[AxisGroup, ...], Limit(1, 4096)]
     tensors: Annotated[tuple[TensorSpec, ...], Limit(1, 4096)]
-    nodes: Annotated[tuple[Node, ...], Limit(1, 16384)]
+    nodes: Annotated[tuple[Node, ...], Limit(1, NODES_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +177,7 @@ def tensor_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int,
 
 def parameter_count(spec: ModelSpec, structure: Structure) -> int:
     """Count the weights of a structure."""
-    total = 0
-    for shape in tensor_shapes(spec, structure).values():
-        count = 1
-        for length in shape:
-            count *= length
-        total += count
-    return total
+    return sum(prod(shape) for shape in tensor_shapes(spec, structure).values())
 
 
 def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, ...]]:
@@ -187,13 +186,16 @@ def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, .
     Raises:
         SpecError: Naming the node and what is wrong: unknown op, forward reference, shapes that do not meet.
     """
-    tensors = tensor_shapes(spec, structure)
+    return _walk(spec, group_sizes(spec, structure))
+
+
+def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    tensors = {t.name: tensor_shape(t, sizes) for t in spec.tensors}
     shapes: dict[str, tuple[int, ...]] = {"input": tuple(spec.input_shape)}
     for node in spec.nodes:
-        if node.op not in OPS:
-            raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
         if node.name in shapes:
             raise SpecError(f"node {node.name!r} stands twice")
+        _check_form(node)
         try:
             inputs = [shapes[name] for name in node.inputs]
             params = {role: tensors[name] for role, name in node.params.items()}
@@ -201,7 +203,7 @@ def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, .
             raise SpecError(f"node {node.name!r} uses {error.args[0]!r}, which is not there yet") from None
         try:
             shapes[node.name] = _output_shape(node, inputs, params)
-        except (KeyError, IndexError, ValueError) as error:
+        except ValueError as error:
             raise SpecError(f"node {node.name!r} ({node.op}): {error}") from None
     last = shapes[spec.nodes[-1].name]
     if last != (spec.classes,):
@@ -209,18 +211,38 @@ def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, .
     return shapes
 
 
+def _check_form(node: Node) -> None:
+    """Hold a node against what `OPS` says of its op: inputs, params, attrs."""
+    if node.op not in OPS:
+        raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
+    roles = {"weight", "bias"} if node.op in ("linear", "conv2d") else set()
+    attrs = {"kernel", "stride"} if node.op in ("conv2d", "max_pool2d", "avg_pool2d") else set()
+    if node.op == "conv2d":
+        attrs = attrs | {"padding"}
+    for what, wanted, found in (("params", roles, node.params), ("attrs", attrs, node.attrs)):
+        if wanted != set(found):
+            raise SpecError(f"node {node.name!r} ({node.op}): {what} {sorted(found)}, expected {sorted(wanted)}")
+    if (len(node.inputs) > 1) != (node.op == "add"):
+        raise SpecError(f"node {node.name!r} ({node.op}): {len(node.inputs)} inputs")
+    for name in ("kernel", "stride"):
+        if name in attrs and not 1 <= node.attrs[name] <= _SIDE_MAX:
+            raise SpecError(f"node {node.name!r} ({node.op}): {name} {node.attrs[name]}, expected 1 to {_SIDE_MAX}")
+    if "padding" in attrs and node.attrs["padding"] >= node.attrs["kernel"]:
+        raise SpecError(f"node {node.name!r} ({node.op}): padding {node.attrs['padding']} is not below its kernel")
+
+
 def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     first = inputs[0]
     if node.op == "linear":
         (out, width) = params["weight"]
-        _meet((width,), first, "input")
+        _meet(first, (width,), "input")
         _meet(params["bias"], (out,), "bias")
         return (out,)
     if node.op == "conv2d":
         (out, channels, *kernel) = params["weight"]
         (found, height, width) = first
-        _meet((channels,), (found,), "input channels")
-        _meet((out,), params["bias"], "bias")
+        _meet((found,), (channels,), "input channels")
+        _meet(params["bias"], (out,), "bias")
         _meet(tuple(kernel), (node.attrs["kernel"],) * 2, "kernel")
         padding = node.attrs["padding"]
         return (out, _slide(height, node, padding), _slide(width, node, padding))
@@ -228,10 +250,7 @@ def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str
         (channels, height, width) = first
         return (channels, _slide(height, node, 0), _slide(width, node, 0))
     if node.op == "flatten":
-        count = 1
-        for length in first:
-            count *= length
-        return (count,)
+        return (prod(first),)
     if node.op == "add":
         for other in inputs[1:]:
             _meet(other, first, "summands")
@@ -251,7 +270,10 @@ def _meet(found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
 
 
 def check(spec: ModelSpec) -> ModelSpec:
-    """Refuse a spec that cannot be run: names that clash, groups that are not there, shapes that do not meet.
+    """Refuse a spec that cannot be run, or that falls apart when it is cut. Cost: two walks over the graph.
+
+    Names must be unique, groups and inputs must be there, shapes must meet, every tensor must be used. And cutting any
+    prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share.
 
     Raises:
         SpecError: Naming the place.
@@ -265,6 +287,16 @@ def check(spec: ModelSpec) -> ModelSpec:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
     node_shapes(spec, Structure())
+    unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))
+    if unused:
+        raise SpecError(f"tensor {min(unused)!r} is not used by any node")
+    count = parameter_count(spec, Structure())
+    if count > WEIGHTS_MAX:
+        raise SpecError(f"model {spec.name!r} has {count} weights; the limit is {WEIGHTS_MAX}")
+    try:
+        _walk(spec, {g.name: g.size + _STEP * place * g.prunable for place, g in enumerate(spec.groups, 1)})
+    except SpecError as error:
+        raise SpecError(f"model {spec.name!r} falls apart when an axis group is cut: {error}") from None
     return spec
 
 
@@ -287,4 +319,4 @@ def decode(data: bytes) -> ModelSpec:
         Malformed: It is not one msgpack map, or a field is missing, mistyped or out of bounds.
         SpecError: The graph cannot be run.
     """
-    return check(from_plain(ModelSpec, unpack(data, SPEC_BYTES)))
+    return check(from_plain(ModelSpec, unpack(data, SPEC_BYTES, NODES_MAX)))

@@ -143,14 +143,11 @@ def _prefix(tensor: TensorSpec, array: NDArray[Any], sizes: Mapping[str, int]) -
 
 
 def _expanded(tensor: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
-    """View an array as (outer, channels, inner) for each dimension."""
+    """View an array as (outer, channels, inner) for each dimension; splitting dimensions never copies."""
     shape: list[int] = []
     for axis, length in zip(tensor.axes, array.shape, strict=True):
         shape += [axis.outer, length // (axis.outer * axis.inner), axis.inner]
-    view = array.reshape(shape)
-    if array.size and not np.may_share_memory(view, array):
-        raise ValueError(f"tensor {tensor.name!r} must be contiguous")
-    return view
+    return array.reshape(shape)
 
 
 def shell_blocks(
@@ -244,6 +241,18 @@ def _both_sizes(spec: ModelSpec, structure: Structure) -> tuple[dict[str, int] |
 
 
 def _fill(tensor: TensorSpec, array: Floats, line: NDArray[Any] | None, boxes: Sequence[Box]) -> None:
+    for view, values in views_of(tensor, array, line, boxes):
+        view[...] = values
+
+
+def views_of(
+    tensor: TensorSpec, array: Floats, line: NDArray[Any] | None, boxes: Sequence[Box]
+) -> list[tuple[Floats, Floats]]:
+    """Pair the boxes of a compact array with their values in a shell's line, both without a copy.
+
+    Raises:
+        Malformed: The line is not of the right length or type; None stands for an empty one.
+    """
     expanded = _expanded(tensor, array)
     views = [expanded[box] for box in boxes]
     wanted = sum(view.size for view in views)
@@ -252,7 +261,8 @@ def _fill(tensor: TensorSpec, array: Floats, line: NDArray[Any] | None, boxes: S
     if line.shape != (wanted,) or line.dtype != np.float32:
         problem = f"a shell's tensor {tensor.name!r} is {line.dtype}{line.shape}, expected float32({wanted},)"
         raise Malformed(problem, "$.shells")
-    start = 0
+    pairs, start = [], 0
     for view in views:
-        view[...] = line[start : start + view.size].reshape(view.shape)
+        pairs.append((view, line[start : start + view.size].reshape(view.shape)))
         start += view.size
+    return pairs

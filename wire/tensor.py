@@ -6,37 +6,33 @@ as views of the mapped file. Everything that a stranger says in the header is ch
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import mmap
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Annotated, Any
+from typing import Annotated, Any, Self
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from wire import layout
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, NonFinite, StoreError, TooLarge, Unsupported
 from wire.masks import PARTS, Mask, cheapest, from_bits, from_indices, mask_digest, to_bits, to_indices
 from wire.messages import BlobRef
-from wire.schema import Limit, Name, Natural, from_plain, unique
+from wire.schema import Limit, Name, Natural, from_plain
 
-HEADER_BYTES = 1 << 20
-BODY_BYTES = (1 << 32) - 1
-ALIGNMENT = 64
 ELEMENTS_MAX = 1 << 28
+SHAPE_MAX = 1 << 40
 TENSORS_MAX = 16_384
 DTYPES = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "uint8", "int32", "int64", "uint32")
 }
 _VERSION = 1
-_MARK = struct.Struct(">BI")  # msgpack's array32 and bin32: a byte, then the length
-_ARRAY32, _BIN32 = 0xDD, 0xC6
 _CHECKED_AT_ONCE = 1 << 16
 
 Array = NDArray[Any]
@@ -67,7 +63,6 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    v: Natural
     kind: Name
     tensors: Annotated[tuple[Entry, ...], Limit(0, TENSORS_MAX)]
 
@@ -87,7 +82,7 @@ def write_blob(
         path: The file; replaced if it is there.
         kind: What the blob is, one word.
         tensors: Name to array of one of `DTYPES`, in the order in which they are to stand.
-        meta: Plain values for the header, which may have at most `HEADER_BYTES` in all.
+        meta: Plain values for the header, which may have at most `layout.HEADER_BYTES` in all.
         masks: Tensor name to what is kept of it, of the tensor's shape; the cheapest encoding is chosen. Values that are
             not kept are lost; kept ones that are zero are not.
         known_masks: Tensor name to the digest of its mask (which stands in `masks` too), where the reader has that mask.
@@ -108,50 +103,25 @@ def write_blob(
         entries.append(entry)
         count += parts
     header: bytes = msgpack.packb({"v": _VERSION, "kind": kind, "meta": dict(meta or {}), "tensors": entries})
-    if len(header) > HEADER_BYTES:
-        raise TooLarge(f"a blob's header of {len(header)} bytes; the limit is {HEADER_BYTES}")
     if len(entries) > TENSORS_MAX:
         raise TooLarge(f"a blob of {len(entries)} tensors; the limit is {TENSORS_MAX}")
     try:
         with path.open("wb") as file:
-            out = _Hashed(file)
-            out.write(_MARK.pack(_ARRAY32, 1 + 2 * count) + header)
+            out = layout.Writer(file, header, count)
             for entry in entries:
                 name = entry["name"]
-                for body in _bodies(entry["encoding"], tensors[name], masks.get(name)):
+                for body in _bodies(entry, tensors[name], masks.get(name)):
                     out.body(body)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     return BlobRef(out.digest.hexdigest(), out.size)
 
 
-class _Hashed:
-    """A file that is being written and hashed."""
-
-    __slots__ = ("_file", "digest", "size")
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def body(self, data: bytes | memoryview) -> None:
-        if len(data) > BODY_BYTES:
-            raise TooLarge(f"a body of {len(data)} bytes; the limit is {BODY_BYTES}")
-        pad = -(self.size + 2 * _MARK.size) % ALIGNMENT
-        self.write(_MARK.pack(_BIN32, pad) + bytes(pad) + _MARK.pack(_BIN32, len(data)))
-        self.write(data)
-
-
 def _entry(name: str, array: Array, mask: Mask | None, known: str) -> dict[str, Any]:
-    if array.dtype.name not in DTYPES:
-        raise Unsupported(f"tensor {name!r} is {array.dtype}; a blob holds {', '.join(DTYPES)}")
-    entry = {"name": name, "dtype": array.dtype.name, "shape": list(array.shape), "encoding": "dense", "parts": []}
+    dtype = array.dtype.name
+    if dtype not in DTYPES:
+        raise Unsupported(f"tensor {name!r} is {dtype}; a blob holds {', '.join(DTYPES)}")
+    entry = {"name": name, "dtype": dtype, "shape": list(array.shape), "encoding": "dense", "parts": []}
     if mask is None:
         if known:
             raise Malformed(f"tensor {name!r} has the digest of a mask, but not the mask")
@@ -167,16 +137,17 @@ def _entry(name: str, array: Array, mask: Mask | None, known: str) -> dict[str, 
     return {**entry, "encoding": encoding, "kept": array.size if encoding == "dense" else kept}
 
 
-def _bodies(encoding: str, array: Array, mask: Mask | None) -> Iterator[bytes | memoryview]:
-    values = np.ascontiguousarray(array, DTYPES[array.dtype.name])
+def _bodies(entry: Mapping[str, Any], array: Array, mask: Mask | None) -> Iterator[bytes | memoryview]:
+    encoding = entry["encoding"]
+    values = np.ascontiguousarray(array, DTYPES[entry["dtype"]])
     if mask is not None:
-        # A dense body of a masked tensor has zeros where nothing is kept: what the reader gets must not depend on the encoding.
+        # A dense body has zeros where nothing is kept: what the reader gets must not depend on the encoding.
         values = np.where(mask, values, values.dtype.type(0)) if encoding == "dense" else values[mask]
         if encoding == "bitmap":
             yield to_bits(mask).tobytes()
         elif encoding == "index":
             yield from to_indices(mask)
-    yield memoryview(values.reshape(-1)).cast("B") if values.size else b""
+    yield values.reshape(-1).view(np.uint8).data
 
 
 class Blob:
@@ -187,16 +158,17 @@ class Blob:
     def __init__(self, view: mmap.mmap, elements_max: int = ELEMENTS_MAX) -> None:
         """Check everything that the file says of itself (see `open_blob`)."""
         self._map = view
-        header, start = _read_header(view)
+        header, start = layout.read_header(view)
+        version = header.get("v")
+        if type(version) is not int or version != _VERSION:
+            raise Unsupported(f"a blob of version {repr(version)[:80]}; this side reads {_VERSION}")
         head = from_plain(_Head, header, path="$[0]")
         meta = header.get("meta")
-        if head.v != _VERSION:
-            raise Unsupported(f"a blob of version {head.v}; this side reads {_VERSION}")
         if not isinstance(meta, dict):
             raise Malformed("expected a map", "$[0].meta")
         self.kind: str = head.kind
         self.meta: dict[str, Any] = meta
-        self._bodies = _find_bodies(view, start)
+        self._bodies = layout.find_bodies(view, start)
         self._entries = {entry.name: entry for entry in head.tensors}
         if len(self._entries) != len(head.tensors):
             raise Malformed("two tensors share a name", "$[0].tensors")
@@ -266,12 +238,10 @@ class Blob:
 
     def close(self) -> None:
         """Give the file back as soon as no view needs it any more."""
-        try:
+        with contextlib.suppress(BufferError):  # views are still in use; the mapping goes with the last of them
             self._map.close()
-        except BufferError:
-            pass  # views are still in use; the mapping goes with the last of them
 
-    def __enter__(self) -> Blob:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -281,6 +251,8 @@ class Blob:
 
     def _body(self, index: int, dtype: np.dtype[Any]) -> Array:
         start, length = self._bodies[index]
+        if not length:
+            return np.frombuffer(b"", dtype)
         return np.frombuffer(self._map, dtype, length // dtype.itemsize, start)
 
     def _values(self, entry: Entry) -> Array:
@@ -330,61 +302,6 @@ def open_blob(path: Path, *, elements_max: int = ELEMENTS_MAX) -> Blob:
         raise
 
 
-def _read_header(view: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """Read the array's mark and the header; gives the header and where it ends."""
-    if len(view) < _MARK.size or view[0] != _ARRAY32:
-        raise Malformed("a blob is one msgpack array of 32-bit length")
-    (_, items) = _MARK.unpack_from(view)
-    if items % 2 == 0 or items > 1 + 2 * 3 * TENSORS_MAX:
-        raise Malformed(f"an array of {items} items")
-    reader = msgpack.Unpacker(
-        object_pairs_hook=unique, max_buffer_size=HEADER_BYTES, max_array_len=65_536, max_map_len=65_536, max_ext_len=0
-    )
-    start = end = _MARK.size
-    step = 1 << 12
-    while True:
-        part = view[end : min(end + step, start + HEADER_BYTES)]
-        if not part:
-            raise TooLarge(f"the header is cut off, or longer than {HEADER_BYTES}")
-        reader.feed(part)
-        end += len(part)
-        step *= 2
-        try:
-            header = reader.unpack()
-            break
-        except msgpack.OutOfData:
-            continue
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-            raise Malformed(f"not a msgpack header: {error or type(error).__name__}", "$[0]") from None
-    if not isinstance(header, dict):
-        raise Malformed(f"expected a map, got {type(header).__name__}", "$[0]")
-    return header, start + reader.tell()
-
-
-def _find_bodies(view: mmap.mmap, place: int) -> list[tuple[int, int]]:
-    """Walk from mark to mark; gives (start, length) of every body."""
-    (_, items) = _MARK.unpack_from(view)
-    size = len(view)
-    bodies = []
-    for item in range(1, items):
-        if place + _MARK.size > size:
-            raise Malformed("the file ends too early", f"$[{item}]")
-        (mark, length) = _MARK.unpack_from(view, place)
-        place += _MARK.size
-        if mark != _BIN32 or place + length > size:
-            raise Malformed(
-                f"expected bytes with a 32-bit length that fits the file, got {mark:#x}, {length}", f"$[{item}]"
-            )
-        if item % 2 == 0:
-            bodies.append((place, length))
-        elif length != -(place + _MARK.size) % ALIGNMENT or any(view[place : place + length]):
-            raise Malformed("padding must be as short as can be, and 0", f"$[{item}]")
-        place += length
-    if place != size:
-        raise Malformed(f"{size - place} bytes too many at the end")
-    return bodies
-
-
 def _check_entries(entries: tuple[Entry, ...], lengths: list[int], elements_max: int) -> None:
     """Hold what the header says against the lengths of the bodies, before anything is allocated."""
     count = elements = 0
@@ -397,6 +314,8 @@ def _check_entries(entries: tuple[Entry, ...], lengths: list[int], elements_max:
             raise Malformed(f"parts {entry.parts} of {len(lengths)} bodies, expected {parts} from {count} on", path)
         count += parts
         whole = prod(entry.shape)
+        if prod(max(length, 1) for length in entry.shape) > SHAPE_MAX:
+            raise TooLarge(f"tensor {entry.name!r} of shape {entry.shape}; the limit is {SHAPE_MAX} elements")
         if entry.encoding != "dense":
             elements += whole
         if entry.kept > whole or (entry.encoding == "dense" and entry.kept != whole):

@@ -23,6 +23,7 @@ from wire.errors import ConfigError, Malformed
 
 SHARD = "0"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,6}")  # one spelling per number
 
 
 def valid_name(name: str, what: str) -> str:
@@ -97,7 +98,7 @@ def parse(topic: str) -> Place:
     match topic.split("/"):
         case ["e1", _, "m"]:
             return Place("m")
-        case ["e1", _, "b", digest, index] if index.isdecimal() and len(index) < 8:
+        case ["e1", _, "b", digest, index] if _INDEX.fullmatch(index):
             return Place("b", kind=digest, index=int(index))
         case ["e1", _, "s", device] if _NAME.fullmatch(device):
             return Place("s", device)
@@ -105,9 +106,7 @@ def parse(topic: str) -> Place:
             return Place("d", device, kind)
         case ["e1", _, "u", _, device, kind] if _NAME.fullmatch(device):
             return Place("u", device, kind)
-        case ["e1", _, "u", _, device, order, index] if (
-            index.isdecimal() and len(index) < 8 and _NAME.fullmatch(device)
-        ):
+        case ["e1", _, "u", _, device, order, index] if _INDEX.fullmatch(index) and _NAME.fullmatch(device):
             return Place("u", device, order, int(index))
         case _:
             raise Malformed(f"topic {topic[:120]!r} is none of ours")

@@ -14,7 +14,7 @@ import numpy as np
 
 from coordinator.algorithm import Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import shares
-from coordinator.recipes import merged, recipe_of
+from coordinator.recipes import cooled, merged, recipe_of
 from wire.errors import Malformed
 from wire.memory import fit
 from wire.spec import ModelSpec, Structure
@@ -22,13 +22,14 @@ from wire.structure import paste_add
 
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
+        "cooling": 1.0,
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
         "recipe.batch": 32.0,
-        "recipe.rate": 0.05,
-        "recipe.momentum": 0.0,
+        "recipe.rate": 0.1,
+        "recipe.momentum": 0.9,
         "recipe.decay": 0.0,
-        "recipe.clip": 1.0,
+        "recipe.clip": 2.0,
     }
 )
 """Names of all parameters with their defaults."""
@@ -37,7 +38,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
-    recipe_of(known)
+    cooled(recipe_of(known), float(known["cooling"]), 1)
     return State(spec, 0, dict(weights), scalars={"params": known})
 
 
@@ -45,7 +46,8 @@ def plan(
     state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
 ) -> tuple[State, tuple[Draft, ...]]:
     """See `coordinator.algorithm.Algorithm.plan`."""
-    recipe = recipe_of(state.scalars["params"])
+    params = state.scalars["params"]
+    recipe = cooled(recipe_of(params), float(params["cooling"]), round_number)
     drafts = []
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))

@@ -20,22 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
+from coordinator import algorithms
 from coordinator import broker as brokers
 from coordinator.export import JOURNAL, MODEL
 from coordinator.journal import Journal
+from coordinator.recipes import recipe_of
 from coordinator.show import RunView
-from coordinator.simulate import partitions, report, watch
+from coordinator.simulate import fleet, partitions, report, watch
 from edge_runtime.data import Dataset, Source, load
-from wire import memory, zoo
+from wire import zoo
 from wire.child import die_with_parent
 from wire.errors import ConfigError, NestlingError, StoreError
-from wire.messages import Recipe
 
 MIB = 1 << 20
 _MODEL = "digits-cnn"
 _PARTITION = "dir0.5"
 _ROUNDS = 12
-_KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +124,20 @@ def split(demo: Demo, run: Path) -> Shares:
     for device, part in zip(devices, parts.parts, strict=True):
         _save(run / f"{device}.npz", whole, x[part], y[part])
     _save(run / "test.npz", whole, *whole.test)
-    return Shares(devices, dict(zip(devices, budgets(demo.devices), strict=True)), parts.digest)
+    return Shares(devices, dict(zip(devices, budgets(demo.algo, demo.devices), strict=True)), parts.digest)
 
 
-def budgets(devices: int) -> list[int]:
+def budgets(algo: str, devices: int) -> list[int]:
     """Spread memory budgets over the fleet: from what the narrowest of five widths of the model takes to what all of it takes.
+
+    An algorithm that never cuts the model asks only devices that can hold all of it; for such a one all budgets are the last.
 
     Returns:
         Bytes above the worker's base, rounded up to whole MiB, one per device.
     """
-    spec = zoo.load(_MODEL)
-    needs = []
-    for kept in _KEPT:
-        structure = memory.uniform(spec, kept)
-        needs.append(-(-memory.predict(spec, structure, Recipe(batch=32)).bound // MIB) * MIB)
-    places = np.linspace(0, len(needs) - 1, devices).round().astype(int)
-    return [needs[int(i)] for i in places]
+    params = algorithms.by_name(algo).PARAMS
+    limits = fleet.budgets(zoo.load(_MODEL), recipe_of(params), devices, MIB)
+    return limits if "fractions" in params else [limits[-1]] * devices
 
 
 def _save(path: Path, whole: Dataset, x: np.ndarray, y: np.ndarray) -> None:  # type: ignore[type-arg]

@@ -48,12 +48,6 @@ class Update:
     anchor: Mapping[str, Floats] | None = None
 
 
-class Weights(Protocol):
-    """Anything that gives weights by tensor name: a dict, or files that are read as they are asked for."""
-
-    def __getitem__(self, name: str, /) -> Floats: ...
-
-
 class Engine(Protocol):
     """One loaded model."""
 
@@ -77,8 +71,8 @@ class Engine(Protocol):
     def logits(self) -> Floats:
         """Output of the latest `forward_backward`, ``(n, classes)``."""
 
-    def load(self, spec: ModelSpec, structure: Structure, arrays: Weights) -> None:
-        """Take a copy of the weights, one tensor at a time in the spec's order.
+    def load(self, spec: ModelSpec, structure: Structure, arrays: Mapping[str, Floats] | None = None) -> None:
+        """Take a model and a copy of its weights; without any, the caller writes them into `params`.
 
         Raises:
             SpecError: The model cannot be run, or a weight has another shape than the structure says.

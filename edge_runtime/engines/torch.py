@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from edge_runtime.engines import Engine, Make, Update, Weights
+from edge_runtime.engines import Engine, Make, Update
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.update import apply
 from wire.errors import SpecError
@@ -105,16 +105,16 @@ class TorchEngine:
                     leaf.grad = torch.from_numpy(self._grads[name])
         return self._grads
 
-    def load(self, spec: ModelSpec, structure: Structure, arrays: Weights) -> None:
+    def load(self, spec: ModelSpec, structure: Structure, arrays: Mapping[str, Floats] | None = None) -> None:
         """See `Engine.load`."""
         self._leaves, self._params, self._grads, self._hooked = {}, {}, {}, False
         for name, shape in tensor_shapes(spec, structure).items():
-            array = arrays[name]
-            if array.shape != shape:
-                raise SpecError(f"weights of {name!r} have shape {array.shape}, the structure says {shape}")
             memory = torch.empty(shape)
             self._params[name] = memory.numpy()
-            self._params[name][...] = array
+            if arrays is not None:
+                if arrays[name].shape != shape:
+                    raise SpecError(f"weights of {name!r} have shape {arrays[name].shape}, the structure says {shape}")
+                np.copyto(self._params[name], arrays[name])
             # A tensor of its own, so that whoever keeps the array does not keep the leaf and its gradient.
             self._leaves[name] = memory.detach().requires_grad_()
         self._build(spec, structure)

@@ -21,6 +21,11 @@ def total(root: Path = SYSTEM) -> int:
     return _kilobytes(root / "proc/meminfo", "MemTotal")
 
 
+def resident(pid: int, root: Path = SYSTEM) -> int:
+    """Give the resident size of a process of ours in bytes; 0 when it is gone or the kernel does not say."""
+    return _kilobytes(root / "proc" / str(pid) / "status", "VmRSS")
+
+
 def group_room(root: Path = SYSTEM) -> int | None:
     """Give what is left in this process's memory control group, in bytes; None when nothing bounds it.
 

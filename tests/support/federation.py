@@ -112,7 +112,7 @@ class Federation:
         if not data.exists():
             whole = np.load(Path(__file__).parents[2] / "edge_runtime" / "data" / "digits8x8.npz")
             rows = np.random.default_rng(100 + number).permutation(len(whole["y"]))[: self.samples]
-            np.savez(data, x=whole["x"][rows], y=whole["y"][rows], classes=10)
+            np.savez(data, x=(whole["x"][rows] / 16).astype(np.float32), y=whole["y"][rows], classes=10)
         path = self.root / f"{name}.toml"
         budget = self.budgets[number % len(self.budgets)]
         path.write_text(

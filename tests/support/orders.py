@@ -16,12 +16,16 @@ from wire.spec import Structure
 from wire.tensor import write_blob
 
 
-def job(folder, spec, arrays, structures, recipe=None, *, verb="train", number=1, budget=0, micro=0, threads=1):
-    """Write spec and shells into `folder` and give a job; `arrays` are whole, in wire order; results go to folder/out."""
+def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
+    """Write spec and shells into `folder` and give a job; `arrays` are whole, in wire order; results go to folder/out.
+
+    `limits` are the round's ``number``, the ``budget`` in bytes and the ``micro`` batch.
+    """
     folder, out = Path(folder), Path(folder) / "out"
     out.mkdir(parents=True, exist_ok=True)
     text = specs.encode(spec)
     (folder / "spec").write_bytes(text)
+    number = limits.get("number", 1)
     widest = max(structures, key=lambda s: s.capacity)
     shells, paths = [], []
     for capacity in range(widest.capacity + 1):
@@ -40,7 +44,9 @@ def job(folder, spec, arrays, structures, recipe=None, *, verb="train", number=1
         structures=tuple(structures),
         recipe=recipe or Recipe(batch=8, clip=1.0),
     )
-    return Job(order, str(folder / "spec"), tuple(paths), str(out), "", budget, micro, threads)
+    return Job(
+        order, str(folder / "spec"), tuple(paths), str(out), "", limits.get("budget", 0), limits.get("micro", 0), 1
+    )
 
 
 def dataset(spec, train=40, test=16, seed=0, shape=None):

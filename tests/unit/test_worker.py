@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime import personal, rules, worker
+from edge_runtime import personal, received, rules, worker
 from edge_runtime.engines import open_engine
-from edge_runtime.received import Received
 from edge_runtime.worker import perform
 from tests.support.models import random_arrays, small_cnn, widths
 from tests.support.orders import dataset, job
@@ -39,14 +38,14 @@ def test_train_gives_trained_minus_received(tmp_path, structure):
     arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
     done = perform(job(tmp_path, SPEC, arrays, [structure], RECIPE), data)
     assert isinstance(done, Done)
-    received = cutting.cut(SPEC, arrays, structure)
+    before = cutting.cut(SPEC, arrays, structure)
     engine = open_engine("torch")()
-    engine.load(SPEC, structure, received)
+    engine.load(SPEC, structure, before)
     x, y = data.train
     rules.find("sgd").train(rules.Task(RECIPE, engine, x, y, 1, 8, lambda *_: None))
     update = read(done.update)
-    assert set(update) == set(received)
-    for name, array in received.items():
+    assert set(update) == set(before)
+    for name, array in before.items():
         np.testing.assert_array_equal(update[name], engine.params[name] - array)
     kept = personal.read(Path(done.keep))
     assert (kept.spec, kept.structure) == (SPEC, structure)
@@ -173,24 +172,48 @@ def test_no_partial_result_is_left_under_its_name_when_training_fails(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_received_puts_any_nested_width_together(tmp_path):
+@pytest.mark.parametrize("mapped", [1, 1 << 30])
+def test_received_puts_any_nested_width_together(tmp_path, monkeypatch, mapped):
+    monkeypatch.setattr(received, "BYTES_MAPPED", mapped)
     arrays = random_arrays(SPEC, WHOLE)
     made = job(tmp_path, SPEC, arrays, [NESTED])
     for capacity in range(3):
-        received = Received(SPEC, NESTED.narrowed(capacity), made.shells)
-        for name, array in cutting.cut(SPEC, arrays, NESTED.narrowed(capacity)).items():
-            np.testing.assert_array_equal(received[name], array)
+        weights = received.Received(SPEC, NESTED.narrowed(capacity), made.shells)
+        wanted = cutting.cut(SPEC, arrays, NESTED.narrowed(capacity))
+        filled = {name: np.full(array.shape, 7, np.float32) for name, array in wanted.items()}
+        weights.fill(filled)
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(filled[name], array)
+        weights.subtract_from(filled)
+        assert not any(array.any() for array in filled.values())
+
+
+def test_an_empty_shell_may_be_left_out(tmp_path):
+    same = widths(a=(2, 2, 6), b=(3, 3, 12))
+    arrays = random_arrays(SPEC, WHOLE)
+    made = job(tmp_path, SPEC, arrays, [same])
+    assert len(made.shells) == 2
+    filled = random_arrays(SPEC, same, seed=2)
+    received.Received(SPEC, same, made.shells).fill(filled)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(filled[name], array)
 
 
 def test_shells_that_lie_are_malformed(tmp_path):
     made = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [NESTED])
+    filled = random_arrays(SPEC, NESTED)
     with pytest.raises(Malformed, match="two shells"):
-        Received(SPEC, NESTED, [*made.shells, made.shells[0]])["f.bias"]
+        received.Received(SPEC, NESTED, [*made.shells, made.shells[0]])
+    for odd in (made.shells[:2], made.shells[1:]):
+        with pytest.raises(Malformed, match=r"expected float32"):
+            received.Received(SPEC, NESTED, odd).fill(filled)
+    with pytest.raises(Malformed, match=r"expected float32"):
+        received.Received(SPEC, widths(a=(2, 4, 6), b=(3, 6, 12)), made.shells).fill(filled)
     for capacity in (-1, "1", 99, True):
         path = tmp_path / "odd"
         write_blob(path, "shell", {"f.bias": np.zeros(3, np.float32)}, meta={"capacity": capacity})
         with pytest.raises(Malformed, match="capacity"):
-            Received(SPEC, NESTED, [str(path)])["f.bias"]
+            received.Received(SPEC, NESTED, [str(path)])
 
 
 def test_personal_refuses_what_is_none(tmp_path):

@@ -1,8 +1,10 @@
 """How messages are carried: `mqtt` over a broker, `memory` within one process.
 
 A link has one owner. The owner asks for events with `Link.next` and tells the link what to do; nobody else touches it,
-except through `Link.post`, which any thread and any signal handler may call. Delivery is *at least once, hop by hop*:
-the broker has a message when `Published` says so, it may come twice, and a broker that is killed may lose what it had.
+except through `Link.post`, which any thread and any signal handler may call. The network moves while the owner is inside
+`Link.next`, so an owner that does not come back for longer than the keepalive counts as gone. Delivery is *at least once,
+hop by hop*: the broker has a message when `Published` says so, it may come twice, and a broker that is killed may lose
+what it had.
 What must survive that is acknowledged end to end, above the link.
 """
 
@@ -219,7 +221,8 @@ class Link(Protocol):
     def done(self, message: Message) -> None:
         """Let the broker forget a delivery. It sends at most 16 that are not done: this is the back-pressure.
 
-        Receipts go out in the order of arrival, so a message that is never done blocks the ones behind it.
+        Receipts go out in the order of arrival, so a message that is never done blocks the ones behind it. (mosquitto
+        2.0 keeps to 16 only until the first receipt; what it sends beyond them waits in the socket.)
         """
         ...
 

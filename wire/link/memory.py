@@ -160,7 +160,7 @@ class Hub:
         """Take a message from a client, unless the connection broke on the way (the client sends it again)."""
         if sender.state == "up" and sender.life == life:
             self.route(letter)
-            self.later(lambda: sender.receipt(life, number))
+            sender.heard = self.later(lambda: sender.receipt(life, number), not_before=sender.heard)
 
     def route(self, letter: Letter) -> None:
         """Keep a message if it is to be retained, and queue it for everybody who wants it."""
@@ -234,6 +234,7 @@ class MemoryLink:
         self.client = client
         self.state = "new"
         self.life = 0
+        self.heard = 0.0
         self._hub = hub
         self._events: deque[object] = deque()
         self._filters: dict[str, None] = {}

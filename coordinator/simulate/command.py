@@ -1,0 +1,67 @@
+"""`coordinator simulate`: read the flags, run, show."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from coordinator.simulate import report
+from coordinator.simulate.run import simulate
+from coordinator.simulate.watch import Screen
+from coordinator.simulate.world import Config, Terms
+from wire.errors import ConfigError
+
+
+def run_simulation(args: argparse.Namespace) -> int:
+    """Run a simulation and print its result; with ``--json -`` the JSON object is all that is printed.
+
+    Raises:
+        NestlingError: Something that was asked for cannot work; the text says what to write.
+    """
+    config = Config(
+        algo=args.algo,
+        model=args.model,
+        data=args.data,
+        partition=args.partition,
+        fleet=args.fleet,
+        weather=args.weather,
+        devices=args.devices,
+        rounds=args.rounds,
+        seed=args.seed,
+        terms=Terms(args.select, args.quorum, args.seconds),
+        params={
+            **_settings(args.param, "--param"),
+            **{f"recipe.{k}": v for k, v in _settings(args.recipe, "--recipe").items()},
+        },
+    )
+    bare = args.json is not None and str(args.json) == "-"
+    if bare:
+        result = simulate(config)
+        json.dump(result, sys.stdout)
+        print()
+        return 0
+    with Screen(config.rounds) as screen:
+        result = simulate(config, screen.show)
+    print(report.text(result))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1), "utf-8")
+    return 0
+
+
+def _settings(words: list[str], flag: str) -> dict[str, float | str]:
+    """Read ``NAME=VALUE`` pairs.
+
+    Raises:
+        ConfigError: One has no ``=``.
+    """
+    found: dict[str, float | str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{flag} {word}: write NAME=VALUE, such as {flag} rate=0.05")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found

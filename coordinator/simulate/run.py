@@ -1,0 +1,271 @@
+"""A whole run in one process: virtual devices on a virtual clock, and everything else real.
+
+The rounds are `coordinator.round.step`, the arithmetic is `coordinator.advance.advance`, the training is
+`edge_runtime.worker.perform` - the very functions of a run over MQTT. Only time, the network and the devices' fates are made
+up, from the seed; so a run can be repeated to the byte, and without weather its model is the one that real devices with the
+same shares would train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator import journal
+from coordinator.advance import Outcome, Task, advance, check_update
+from coordinator.algorithm import DeviceView, Draft
+from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
+from coordinator.select import choose
+from coordinator.show import RunView
+from coordinator.simulate import report, weather
+from coordinator.simulate.world import Client, Config, World, build, token
+from edge_runtime.data import Dataset
+from edge_runtime.worker import perform
+from wire.errors import ConfigError, NestlingError
+from wire.job import Done, Failed, Job
+from wire.messages import Order, Recipe, Refusal, Reply
+from wire.spec import parameter_count
+
+_BUDGET = 1 << 40
+
+
+@dataclass(slots=True)
+class Log:
+    """The run as its journal would tell it, and what the devices keep.
+
+    Attributes:
+        view: All records so far, for progress and for the result.
+        now: The virtual clock, seconds.
+        keeps: Device to the file of its own state.
+        seconds: Device to the training time of its last answer.
+    """
+
+    view: RunView = field(default_factory=RunView)
+    now: float = 0.0
+    keeps: dict[str, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def write(self, round_number: int, record: journal.Record) -> None:
+        """Append one record."""
+        self.view.absorb([journal.Entry(self.view.last + 1, self.now, round_number, record)])
+
+
+def simulate(config: Config, progress: Callable[[RunView], None] | None = None) -> report.Result:
+    """Run it; the result has the shape of DESIGN section 6, and ``seconds_virtual`` is the virtual time.
+
+    Args:
+        config: What to run.
+        progress: Told after every round.
+
+    Raises:
+        NestlingError: The configuration, the data or the model cannot work; the text says what to write.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="simulate-") as folder:
+        world = build(config, Path(folder))
+        log = Log()
+        for _ in play(world, log):
+            if progress is not None:
+                progress(log.view)
+        return report.result(
+            log.view,
+            world.spec,
+            data=config.data,
+            partition=config.partition,
+            partition_digest=world.digest,
+            seconds=time.monotonic() - began,
+        )
+
+
+def play(world: World, log: Log) -> Iterator[int]:
+    """Run all rounds; yields the number of each when it is over.
+
+    Raises:
+        ConfigError: No device can hold any part of the model.
+    """
+    config = world.config
+    about: dict[str, str | int | float | bool] = {"algo": config.algo, "model": config.model, "seed": config.seed}
+    log.write(0, journal.RunStarted(world.run, about={**about, "rounds": config.rounds, "simulated": True}))
+    outcome = _advanced(world, log, Outcome(), 1, None)
+    current: Round | None = None
+    for number in range(1, config.rounds + 1):
+        orders = {draft.device: _order(world, draft, outcome, number) for draft in outcome.drafts}
+        if not orders:
+            raise ConfigError(f"no device of fleet {config.fleet!r} can hold any part of model {config.model!r}")
+        quorum = config.terms.quorum or None
+        log.write(number, journal.Planned(number, outcome.state, tuple(orders.values()), quorum, config.terms.seconds))
+        ids = {device: order.id for device, order in orders.items()}
+        current = open_round(number, world.run, ids, quorum=quorum, seconds=config.terms.seconds, earlier=current)
+        began = log.now
+        current = _fought(world, log, current, orders)
+        outcome = _advanced(world, log, outcome, number + 1, current)
+        if current.phase == "closed":
+            devices = tuple(reply.device for reply in current.replies)
+            sent = sum(ref.size for ref in outcome.shells)
+            log.write(number, journal.Closed(number, outcome.state, devices, log.now - began, bytes_down=sent))
+            log.write(number, journal.Evaluated(number, _measured(world, outcome, number)))
+        else:
+            log.write(number, journal.Abandoned(number, "quorum was not reached"))
+        world.spool.sweep({world.spec_ref.digest, outcome.state, *(ref.digest for ref in outcome.shells)})
+        yield number
+    log.write(config.rounds, journal.Finished())
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """A device is done with its order, by the virtual clock; only now is the work really done, if it is still wanted."""
+
+    device: str
+    order: str
+
+
+def _fought(world: World, log: Log, current: Round, orders: Mapping[str, Order]) -> Round:
+    """Play one round to its end on the virtual clock."""
+    ties = itertools.count()
+    agenda: list[tuple[float, int, _Finish | Deadline | Lost]] = []
+    made: dict[str, Path] = {}
+    event: Issued | Arrived | Refused | Deadline | Lost = Issued(log.now)
+    while True:
+        before = current
+        current, effects = step(current, event)
+        if current is not before and isinstance(event, (Arrived, Refused, Lost)):
+            log.write(current.number, event)
+        for effect in effects:
+            if isinstance(effect, Arm):
+                heapq.heappush(agenda, (effect.at, next(ties), Deadline(effect.at)))
+            elif isinstance(effect, Send):
+                at, what = _foreseen(world, log.now, orders[effect.device])
+                heapq.heappush(agenda, (at, next(ties), what))
+            elif isinstance(effect, Settle) and effect.device in made:
+                log.keeps[effect.device] = made.pop(effect.device)
+        if current.over:
+            return current
+        log.now, _, due = heapq.heappop(agenda)
+        while isinstance(due, _Finish) and word(current, due.device, due.order) != "more":
+            log.now, _, due = heapq.heappop(agenda)
+        event = _worked(world, log, orders[due.device], made) if isinstance(due, _Finish) else due
+
+
+def _foreseen(world: World, now: float, order: Order) -> tuple[float, _Finish | Lost]:
+    """Say when a device will be done with an order, or lost."""
+    machine = world.clients[order.device].machine
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    down = machine.seconds_down(sum(ref.size for ref in order.shells))
+    up = machine.seconds_up(4 * parameter_count(world.spec, order.structures[0]))
+    needed = fate.factor * (down + _seconds_of_work(world, order) + up)
+    if fate.lost_at is not None:
+        return now + fate.lost_at * needed, Lost(order.device, order.round)
+    return now + needed, _Finish(order.device, order.id)
+
+
+def _seconds_of_work(world: World, order: Order) -> float:
+    client = world.clients[order.device]
+    return report.flops(world.spec, order, len(client.data.train[0])) / client.machine.flops
+
+
+def _worked(world: World, log: Log, order: Order, made: dict[str, Path]) -> Arrived | Refused:
+    """Do an order for real and give what the coordinator would hear."""
+    client = world.clients[order.device]
+    done = _performed(world, order, client.data, client.machine.bytes_budget, log.keeps.get(order.device))
+    if isinstance(done, Done) and done.update_ref is not None:
+        try:
+            check_update(Path(done.update), world.spec, done.structure)
+        except NestlingError as error:
+            done = Failed("nonfinite", str(error), 0, 0)
+    if isinstance(done, Failed):
+        refusal = Refusal(order.id, order.device, world.run, done.reason, done.detail, done.bytes_needed)
+        return Refused(order.device, order.id, refusal)
+    seconds = _seconds_of_work(world, order)
+    log.seconds[order.device] = seconds
+    if done.keep:
+        made[order.device] = Path(done.keep)
+    reply = Reply(
+        order=order.id,
+        device=order.device,
+        boot=world.run,
+        structure=done.structure,
+        update=None if done.update_ref is None else world.spool.add_file(Path(done.update)),
+        keep=done.keep_digest,
+        samples=done.samples,
+        metrics=done.metrics,
+        usage=dataclasses.replace(done.usage, seconds=seconds),
+    )
+    return Arrived(order.device, order.id, reply)
+
+
+def _performed(world: World, order: Order, data: Dataset, budget: int, keep: Path | None) -> Done | Failed:
+    out = world.spool.root.parent / "out" / order.device
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.iterdir():
+        if old != keep:
+            old.unlink()
+    job = Job(
+        order=order,
+        spec=str(world.spool.path(world.spec_ref.digest)),
+        shells=tuple(str(world.spool.path(ref.digest)) for ref in order.shells),
+        out=str(out),
+        keep="" if keep is None else str(keep),
+        bytes_budget=budget,
+        micro_batch=0,
+        threads=1,
+    )
+    return perform(job, data, engine=world.config.engine)
+
+
+def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
+    """Close the round that has ended, if it is to be closed, and plan the next one."""
+    config, closing = world.config, ended is not None and ended.phase == "closed"
+    names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number)
+    views = tuple(_view(world.clients[name], log.seconds.get(name, 0.0)) for name in names)
+    return advance(
+        Task(
+            spool=str(world.spool.root),
+            spec=world.spec_ref.digest,
+            algo=config.algo,
+            params=config.params,
+            recipe={},
+            seed=config.seed,
+            state=outcome.state,
+            closing=closing,
+            replies=ended.replies if ended is not None and closing else (),
+            round=number,
+            devices=views,
+        )
+    )
+
+
+def _view(client: Client, seconds: float) -> DeviceView:
+    machine = client.machine
+    return DeviceView(machine.name, machine.bytes_budget, len(client.data.train[0]), seconds=seconds)
+
+
+def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:
+    return Order(
+        id=token("order", world.run, number, draft.device),
+        run=world.run,
+        round=number,
+        device=draft.device,
+        verb=draft.verb,
+        spec=world.spec_ref,
+        shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
+        structures=(draft.structure,),
+        recipe=draft.recipe,
+        bytes_peak=draft.bytes_peak,
+        seconds=world.config.terms.seconds,
+    )
+
+
+def _measured(world: World, outcome: Outcome, number: int) -> dict[str, float]:
+    """Measure every width of the model on the held-out data, as the coordinator's local worker would."""
+    draft = Draft("local", "evaluate", outcome.structures[-1], Recipe(batch=256))
+    order = dataclasses.replace(_order(world, draft, outcome, number), structures=outcome.structures)
+    done = _performed(world, order, world.test, _BUDGET, None)
+    if isinstance(done, Failed):
+        raise ConfigError(f"the model cannot be measured on {world.config.data}: {done.detail}")
+    return dict(done.metrics)

@@ -1,0 +1,184 @@
+"""The `edge-runtime` command. It loads neither numpy nor torch before a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edge_runtime import __version__, exits
+from wire.errors import ConfigError, DataError, LinkError, NestlingError, StoreError
+
+_EXAMPLES = """\
+examples:
+  edge-runtime check --config pi.toml        is this machine ready, and what to do if it is not
+  edge-runtime run --config pi.toml          take part in the federation until stopped
+  edge-runtime predict --config pi.toml --input picture.npy
+  edge-runtime keep --config pi.toml         what this device holds of its own
+
+a configuration file, whole:
+  device = "kitchen-pi"
+  federation = "home"
+  [broker]
+  url = "mqtt://192.168.1.5"
+  [data]
+  source = "images"               # one folder of pictures per class; or npz, csv, idx, digits
+  path = "/home/pi/pictures"
+  [memory]
+  budget = "96 MiB"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (see `exits`)."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        return exits.OK
+    except NestlingError as error:
+        print(f"edge-runtime: {error}", file=sys.stderr)
+        return _code(error)
+
+
+def _code(error: NestlingError) -> int:
+    for kind, code in (
+        (ConfigError, exits.CONFIG),
+        (DataError, exits.DATA),
+        (LinkError, exits.BROKER),
+        (StoreError, exits.DISK),
+    ):
+        if isinstance(error, kind):
+            return code
+    return exits.UNEXPECTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-runtime",
+        description="Takes part in a federation: trains a part of a model on this device's data within its memory budget.",
+        epilog=_EXAMPLES + "\nexit codes:\n" + "\n".join(f"  {code:3} {text}" for code, text in exits.MEANINGS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edge-runtime {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = _command(commands, "run", "take part in the federation until stopped", "run --config pi.toml", _run)
+    run.add_argument("--quiet", action="store_true", help="say on stderr only what goes wrong")
+    check = _command(
+        commands, "check", "is this machine ready, and what to do if not", "check --config pi.toml", _check
+    )
+    predict = _command(
+        commands,
+        "predict",
+        "ask the model that this device holds",
+        "predict --config pi.toml --input picture.png\n  edge-runtime predict --config pi.toml --input - < rows.csv",
+        _predict,
+    )
+    predict.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="samples: .npy, .npz, .csv, .json, a picture; - for standard input",
+    )
+    keep = _command(
+        commands, "keep", "list or wipe what this device holds of its own", "keep --config pi.toml --wipe home", _keep
+    )
+    keep.add_argument("--wipe", metavar="FEDERATION", help="delete the states of this federation; 'all' for every one")
+    for command in (check, predict, keep):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    example: str,
+    function: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  edge-runtime {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.add_argument("--config", type=Path, required=True, metavar="FILE", help="this device's TOML file")
+    added.set_defaults(command=function)
+    return added
+
+
+def _run(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from edge_runtime.config import load
+    from edge_runtime.frugal import without_openssl
+
+    config = load(args.config)
+    with nullcontext() if config.broker.url.startswith("mqtts:") else without_openssl():
+        from edge_runtime.agent import Agent
+    level = logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    Agent(config).run()
+    return exits.OK
+
+
+def _check(args: argparse.Namespace) -> int:
+    from edge_runtime.health import examine
+
+    findings = examine(args.config)
+    fit = all(finding.fine for finding in findings)
+    if args.json:
+        rows = [{"what": f.what, "fine": f.fine, "found": f.found, "advice": f.advice} for f in findings]
+        print(json.dumps({"fit": fit, "findings": rows}))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.fine else 'FAIL'} {finding.what}: {finding.found}")
+            if finding.advice:
+                print(f"     -> {finding.advice}")
+    return exits.OK if fit else exits.UNFIT
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from edge_runtime.config import load
+    from edge_runtime.predict import predict
+
+    answers = predict(load(args.config), args.input)
+    if args.json:
+        print(json.dumps({"predictions": [{"class": a.label, "probabilities": list(a.odds)} for a in answers]}))
+        return exits.OK
+    for answer in answers:
+        best = sorted(range(len(answer.odds)), key=lambda i: -answer.odds[i])[:3]
+        print(f"{answer.label}  " + "  ".join(f"{answer.names[i]}: {answer.odds[i]:.3f}" for i in best))
+    return exits.OK
+
+
+def _keep(args: argparse.Namespace) -> int:
+    from edge_runtime.config import load
+    from edge_runtime.keep import Keep
+
+    keep = Keep(Path(load(args.config).state.dir) / "keep")
+    if args.wipe:
+        count = keep.wipe("" if args.wipe == "all" else args.wipe)
+        print(json.dumps({"wiped": count}) if args.json else f"wiped: {count}")
+        return exits.OK
+    held = keep.listing()
+    if args.json:
+        rows = [{"federation": k.federation, "rule": k.rule, "bytes": k.size, "file": str(k.path)} for k in held]
+        print(json.dumps({"kept": rows}))
+        return exits.OK
+    for kept in held:
+        print(f"{kept.federation} {kept.rule}: {kept.size} bytes, {kept.path}")
+    if not held:
+        print("nothing yet")
+    return exits.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""One life of an agent: its number, what it brings, when it wants to be woken, and what it tells systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from edge_runtime import __version__
+from edge_runtime.config import Config
+from edge_runtime.engines import available
+from wire.errors import ConfigError, StoreError
+from wire.job import Ready
+from wire.link import Address
+from wire.messages import Caps, Lead
+
+NEVER = float("inf")
+
+
+class Life:
+    """What one life of the agent knows, and its timers on the monotonic clock.
+
+    Attributes:
+        seq: Number of this life.
+        ready: What the worker said about the data; None as long as it has not.
+        leaving: Asked to stop.
+        keepalive: The coordinator's, seconds.
+        silence: When an unanswered offer is made again.
+        beat: When the next sign of life is due.
+        watchdog: When systemd's watchdog is to be fed.
+        seconds_watchdog: How often.
+    """
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.ready: Ready | None = None
+        self.leaving = False
+        self.keepalive = 20.0
+        self.silence = NEVER
+        self.beat = NEVER
+        self.seconds_watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+        self.watchdog = time.monotonic() if self.seconds_watchdog else NEVER
+
+    @property
+    def due(self) -> float:
+        """The earliest of the timers."""
+        return min(self.silence, self.beat, self.watchdog)
+
+    def led(self, lead: Lead) -> None:
+        """Take over a coordinator's keepalive."""
+        self.keepalive = lead.keepalive
+        self.beat = min(self.beat, time.monotonic() + self.keepalive / 2) if self.ready else self.beat
+
+    def learnt(self, ready: Ready) -> bool:
+        """Take in a worker's first word; True when it says something new about the data."""
+        known, self.ready = self.ready, ready
+        return known is None or _about(known) != _about(ready)
+
+    def caps(self, config: Config, bytes_budget: int) -> Caps:
+        """Say what this device brings."""
+        assert self.ready is not None
+        return Caps(
+            runtime=__version__,
+            engines=available(),
+            bytes_budget=bytes_budget,
+            threads=config.worker.threads,
+            samples=self.ready.samples,
+            classes=self.ready.classes,
+            input_shape=self.ready.input_shape,
+        )
+
+
+def _about(ready: Ready) -> tuple[int, int, tuple[int, ...]]:
+    return ready.samples, ready.classes, ready.input_shape
+
+
+def claim(root: Path) -> IO[bytes]:
+    """Make the state folder this process's own; the claim ends with the returned file, and with the process.
+
+    Raises:
+        ConfigError: Another agent runs over it.
+        StoreError: It cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (root / "lock").open("ab")
+    except OSError as error:
+        raise StoreError(f"{root}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"{root}: another agent runs over this folder; stop it, or give this one a [state] dir of its own"
+        ) from None
+    except OSError:
+        return lock  # a file system without locks: go on as before
+    return lock
+
+
+def next_seq(root: Path, now: float) -> int:
+    """Number this life, durable before anybody hears of it.
+
+    It is above all earlier ones, and at least the wall clock's seconds: so that a device whose folder was lost is not
+    taken for one of its own former lives, while a clock that is wrong does no harm as long as the folder is there.
+
+    Args:
+        root: The state folder.
+        now: Wall clock, seconds since 1970.
+
+    Raises:
+        StoreError: The folder cannot be written.
+    """
+    path = root / "lives"
+    known = 0
+    with contextlib.suppress(OSError, ValueError):
+        known = int(path.read_text("ascii"))
+    seq = max(known + 1, int(now))
+    temporary = path.with_suffix(".new")
+    try:
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(str(seq))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    return seq
+
+
+def address(config: Config) -> Address:
+    """Read where the broker is; with a password and no name, the device's own name is the user name.
+
+    Raises:
+        ConfigError: It cannot be used.
+    """
+    broker = config.broker
+    username = broker.username or (config.device if broker.password_file else "")
+    return Address.parse(
+        broker.url,
+        username=username,
+        password_file=broker.password_file,
+        ca=broker.ca,
+        cert=broker.cert,
+        key=broker.key,
+    )
+
+
+def client_id(config: Config) -> str:
+    """Name this device at the broker; a second agent of the same name throws the first one out."""
+    return f"{config.federation}-{config.device}"
+
+
+def notify(word: str) -> None:
+    """Tell systemd, if it listens."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
+        door.sendto(word.encode(), "\0" + where[1:] if where.startswith("@") else where)

@@ -1,0 +1,146 @@
+"""Predicted against measured memory of real workers, over models, widths, batches and recipes.
+
+`python -m tests bench memory --json`. Every case is a fresh worker that does the same order three times; its peak is
+the highest of the three, above the base that it had before the first. A bound that is exceeded misses its target.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import queue
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.spawn import command, surroundings
+from tests.bench import Row, outcome
+from tests.support.models import random_arrays
+from tests.support.orders import job
+from wire import memory, zoo
+from wire.child import Child, Ended
+from wire.job import Done, Ready
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Structure
+
+MIB = 1 << 20
+KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
+CASES = {
+    "lenet-300-100": ((1, 128), (0, 4)),
+    "lenet-5": ((32, 128), (0, 4)),
+    "conv-2": ((8, 128), (0, 2, 4)),
+    "digits-cnn": ((16, 32, 256), (0, 1, 2, 3, 4)),
+}
+"""Model to batches and capacities."""
+
+RECIPES = {
+    "clip": Recipe(clip=1.0),
+    "fused": Recipe(),
+    "momentum": Recipe(clip=1.0, momentum=0.9),
+    "sandwich": Recipe(clip=1.0, knobs={"widths": 1.0}),
+}
+
+
+def run() -> dict[str, object]:
+    """Measure and give the result in the bench shape."""
+    rows: list[Row] = []
+    errors, shares, peaks = [], [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows += _start(Path(folder))
+        for number, (model, batch, capacity, recipe) in enumerate(_cases()):
+            spec = zoo.by_name(model)
+            structure = _nested(spec, capacity)
+            asked = Recipe(**{**_fields(RECIPES[recipe]), "batch": batch})
+            found = memory.predict(spec, structure, asked)
+            measured = _measure(Path(folder) / str(number), spec, structure, asked)
+            case = f"{model}, batch {batch}, width {KEPT[capacity]:g}, {recipe}"
+            rows.append(Row(case, "peak", measured / MIB, "MiB", "lower", found.bound / MIB))
+            rows.append(Row(case, "predicted peak", found.peak / MIB, "MiB", "lower"))
+            errors.append(abs(found.peak - measured) / MIB)
+            shares.append(measured / found.bound)
+            peaks[case] = measured
+    wide, narrow = (peaks[f"digits-cnn, batch 32, width {kept}, sandwich"] for kept in ("1", "0.2"))
+    rows += [
+        Row("all", "mean absolute error of the prediction", statistics.mean(errors), "MiB", "lower", 3.0),
+        Row("all", "largest share of a bound that was used", max(shares), "of the bound", "lower", 1.0),
+        Row("digits-cnn", "widest less narrowest, measured", (wide - narrow) / MIB, "MiB", "higher", 20.0),
+    ]
+    return outcome("memory", rows)
+
+
+def _cases() -> Iterator[tuple[str, int, int, str]]:
+    for model, (batches, capacities) in CASES.items():
+        for batch, capacity in itertools.product(batches, capacities):
+            yield model, batch, capacity, "clip"
+    for recipe in ("fused", "momentum", "sandwich"):
+        for model, capacity in itertools.product(("conv-2", "digits-cnn"), (0, 4)):
+            yield model, 32, capacity, recipe
+
+
+def _start(folder: Path) -> list[Row]:
+    """Measure what a worker is before its first order, without and with an engine."""
+    rows = []
+    data = _data(folder / "start.npz", zoo.by_name("digits-mlp"), 64)
+    for case, preload in (("worker without an engine", False), ("worker with torch", True)):
+        with _worker(data, preload) as (child, _, ready):
+            ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        rows.append(Row(case, "resident at rest", ready.bytes_base / MIB, "MiB", "lower"))
+        rows.append(Row(case, "time of the processor until ready", seconds, "s", "lower"))
+    return rows
+
+
+@contextmanager
+def _worker(data: Path, preload: bool) -> Iterator[tuple[Child, queue.Queue[object], Ready]]:
+    heard: queue.Queue[object] = queue.Queue()
+    source = json.dumps({"source": "npz", "path": str(data), "validation": 0.0, "test": 0.1})
+    child = Child("worker", command(source, preload=preload), heard.put, env=surroundings())
+    try:
+        ready = _frame(heard)
+        assert isinstance(ready, Ready), ready
+        yield child, heard, ready
+    finally:
+        child.kill()
+        child.close()
+
+
+def _frame(heard: queue.Queue[object]) -> object:
+    event = heard.get(timeout=120)
+    assert not isinstance(event, Ended), event
+    return event.frame  # type: ignore[attr-defined] # the other event that a child has
+
+
+def _measure(folder: Path, spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
+    folder.mkdir()
+    arrays = random_arrays(spec, Structure(), scale=0.05)
+    peak = 0
+    with _worker(_data(folder / "data.npz", spec, 3 * recipe.batch + 16), preload=True) as (child, heard, _):
+        for number in range(1, 4):
+            child.send(job(folder / str(number), spec, arrays, [structure], recipe, number=number))
+            while not isinstance(frame := _frame(heard), Done):
+                pass
+            peak = max(peak, frame.usage.bytes_peak)
+    return peak
+
+
+def _data(path: Path, spec: ModelSpec, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.random((count, *spec.input_shape), np.float32)
+    np.savez(path, x=x, y=np.arange(count) % spec.classes)
+    return path
+
+
+def _nested(spec: ModelSpec, capacity: int) -> Structure:
+    widths = {
+        g.name: tuple(memory.uniform(spec, kept).widths[g.name][0] for kept in KEPT) for g in spec.groups if g.prunable
+    }
+    return Structure(capacity, widths, "ab" * 32)
+
+
+def _fields(recipe: Recipe) -> dict[str, object]:
+    return {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}

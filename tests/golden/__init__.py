@@ -1,0 +1,1 @@
+"""Bytes that must never change, and bytes that must never get in."""

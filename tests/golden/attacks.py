@@ -1,0 +1,199 @@
+"""Hostile bytes, each made from a golden vector by one lie: {name: {"reader", "hex", "error"}}.
+
+Readers: ``message:KIND``, ``blob`` and ``model``. The error is the name that SPEC.md gives.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgpack
+
+
+def attacks(golden):
+    """Make them all."""
+    found = {}
+    for make in (_messages, _containers, _tensors, _models):
+        for name, reader, data, error in make({key: bytes.fromhex(value) for key, value in golden.items()}):
+            found[name] = {"reader": reader, "hex": data.hex(), "error": error}
+    return found
+
+
+def _changed(data, **changes):
+    plain = msgpack.unpackb(data)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = plain
+        for parent in parents:
+            place = place[int(parent) if parent.isdigit() else parent]
+        if value is None:
+            del place[last]
+        else:
+            place[int(last) if last.isdigit() else last] = value
+    return msgpack.packb(plain)
+
+
+def _messages(golden):
+    order, reply, ack = (golden[f"message:{kind}"] for kind in ("order", "reply", "ack"))
+    yield "message-empty", "message:order", b"", "Malformed"
+    yield "message-cut-off", "message:order", order[:-1], "Malformed"
+    yield "message-trailing", "message:order", order + b"\xc0", "Malformed"
+    yield "message-not-a-map", "message:order", b"\x93\x01\x02\x03", "Malformed"
+    yield "message-other-kind", "message:reply", order, "Malformed"
+    yield "message-version-2", "message:order", _changed(order, v=2), "Unsupported"
+    yield "message-version-true", "message:order", _changed(order, v=True), "Unsupported"
+    yield "message-version-text", "message:order", _changed(order, v="1"), "Unsupported"
+    yield "message-key-twice", "message:ack", b"\x82\xa1v\x01\xa1v\x01", "Malformed"
+    yield "message-int-keys", "message:ack", b"\x82\x01\x01\xa1v\x01", "Malformed"
+    yield "message-extension", "message:ack", b"\x81\xa1v\xd4\x01\x00", "Malformed"
+    yield "message-timestamp", "message:ack", b"\x81\xa1v\xd6\xff\x00\x00\x00\x00", "Malformed"
+    yield "message-not-utf8", "message:ack", b"\x81\xa1v\xa1\xff", "Malformed"
+    yield "message-list-claims-4-billion", "message:ack", b"\x81\xa1v\xdd\xff\xff\xff\xff", "Malformed"
+    yield "message-map-claims-4-billion", "message:ack", b"\xdf\xff\xff\xff\xff", "Malformed"
+    yield "message-bytes-claim-4-billion", "message:ack", b"\x81\xa1v\xc6\xff\xff\xff\xff", "Malformed"
+    yield "message-nested-deep", "message:ack", b"\x91" * 4000 + b"\xc0", "Malformed"
+    yield "message-nested-claims", "message:ack", b"\xdc\xff\xff" * 1000, "Malformed"
+    yield "order-missing-id", "message:order", _changed(order, id=None), "Malformed"
+    yield "order-id-upper-case", "message:order", _changed(order, id="0123456789ABCDEF"), "Malformed"
+    yield "order-id-newline", "message:order", _changed(order, id="0123456789abcde\n"), "Malformed"
+    yield "order-device-slash", "message:order", _changed(order, device="a/b"), "Malformed"
+    yield "order-device-wildcard", "message:order", _changed(order, device="#"), "Malformed"
+    yield "order-round-negative", "message:order", _changed(order, round=-1), "Malformed"
+    yield "order-round-huge", "message:order", _changed(order, round=2**63), "Malformed"
+    yield "order-round-float", "message:order", _changed(order, round=1.0), "Malformed"
+    yield "order-round-true", "message:order", _changed(order, round=True), "Malformed"
+    yield "order-verb-unknown", "message:order", _changed(order, verb="exec"), "Malformed"
+    yield "order-no-shells", "message:order", _changed(order, shells=[]), "Malformed"
+    yield "order-65-shells", "message:order", _changed(order, shells=65 * [msgpack.unpackb(order)["spec"]]), "Malformed"
+    yield "order-digest-short", "message:order", _changed(order, spec__digest="ab"), "Malformed"
+    yield "order-blob-empty", "message:order", _changed(order, spec__size=0), "Malformed"
+    yield "order-piece-0", "message:order", _changed(order, spec__piece=0), "Malformed"
+    yield "order-too-many-pieces", "message:order", _changed(order, spec__size=2**53, spec__piece=1), "TooLarge"
+    yield "order-rate-nan", "message:order", _changed(order, recipe__rate=float("nan")), "Malformed"
+    yield "order-rate-infinite", "message:order", _changed(order, recipe__rate=float("inf")), "Malformed"
+    yield "order-widths-zero", "message:order", _changed(order, structures__0__widths={"a": [0]}), "Malformed"
+    yield "order-widths-no-map", "message:order", _changed(order, structures__0__widths=[1]), "Malformed"
+    yield "reply-metric-nan", "message:reply", _changed(reply, metrics={"loss": float("nan")}), "Malformed"
+    yield "reply-metric-name", "message:reply", _changed(reply, metrics={"a b": 1.0}), "Malformed"
+    yield "reply-samples-text", "message:reply", _changed(reply, samples="12"), "Malformed"
+    yield "reply-usage-null", "message:reply", _changed(reply, usage=[]), "Malformed"
+    yield "ack-have-text", "message:ack", _changed(ack, have="ff"), "Malformed"
+
+
+def _containers(golden):
+    data = golden["blob:dense"]
+    first_pad = data.index(b"\xc6")
+    yield "blob-empty", "blob", b"", "Malformed"
+    yield "blob-one-byte", "blob", b"\xdd", "Malformed"
+    yield "blob-short-array", "blob", b"\x91" + data[5:], "Malformed"
+    yield "blob-even", "blob", _count(data, 4), "Malformed"
+    yield "blob-one-body-too-many", "blob", _count(data, 7), "Malformed"
+    yield "blob-one-body-too-few", "blob", _count(data, 3), "Malformed"
+    yield "blob-4-billion-items", "blob", _count(data, 2**32 - 1), "TooLarge"
+    yield "blob-header-no-map", "blob", struct.pack(">BI", 0xDD, 1) + b"\x01", "Malformed"
+    yield "blob-header-cut-off", "blob", data[:20], "Malformed"
+    yield "blob-header-endless-text", "blob", data[:5] + b"\x81\xa1v\xdb\xff\xff\xff\xff", "Malformed"
+    yield "blob-header-key-twice", "blob", struct.pack(">BI", 0xDD, 1) + b"\x82\xa1v\x01\xa1v\x01", "Malformed"
+    yield "blob-cut-in-body", "blob", data[:-1], "Malformed"
+    yield "blob-cut-in-mark", "blob", data[: first_pad + 3], "Malformed"
+    yield "blob-trailing", "blob", data + b"\0", "Malformed"
+    yield "blob-pad-not-0", "blob", data[: first_pad + 5] + b"\1" + data[first_pad + 6 :], "Malformed"
+    (pad,) = struct.unpack_from(">I", data, first_pad + 1)
+    longer = struct.pack(">BI", 0xC6, pad + 64) + bytes(pad + 64)
+    yield "blob-pad-too-long", "blob", data[:first_pad] + longer + data[first_pad + 5 + pad :], "Malformed"
+    body = first_pad + 5 + pad
+    yield "blob-body-4-billion", "blob", data[: body + 1] + b"\xff" * 4 + data[body + 5 :], "Malformed"
+    yield "blob-body-as-text", "blob", data[:body] + b"\xdb" + data[body + 1 :], "Malformed"
+
+
+def _count(data, items):
+    return struct.pack(">BI", 0xDD, items) + data[5:]
+
+
+def container(header, bodies):
+    """Write a container as SPEC.md section 5 says, whatever the header says."""
+    data = struct.pack(">BI", 0xDD, 1 + 2 * len(bodies)) + msgpack.packb(header)
+    for body in bodies:
+        pad = -(len(data) + 10) % 64
+        data += struct.pack(">BI", 0xC6, pad) + bytes(pad) + struct.pack(">BI", 0xC6, len(body)) + body
+    return data
+
+
+def _one(bodies, **entry):
+    tensor = {"name": "w", "dtype": "float32", "shape": [2, 5], "encoding": "dense", "kept": 10, **entry}
+    tensor.setdefault("parts", list(range(len(bodies))))
+    return container({"v": 1, "kind": "update", "meta": {}, "tensors": [tensor]}, bodies)
+
+
+def _tensors(golden):
+    ten, two, one = bytes(40), bytes(8), bytes(4)
+    yield "header-version-2", "blob", container({"v": 2, "kind": "update"}, []), "Unsupported"
+    yield "header-without-meta", "blob", container({"v": 1, "kind": "update", "tensors": []}, []), "Malformed"
+    yield "header-kind-path", "blob", container({"v": 1, "kind": "../x", "meta": {}, "tensors": []}, []), "Malformed"
+    yield "tensor-float16", "blob", _one([bytes(20)], dtype="float16"), "Unsupported"
+    yield "tensor-object", "blob", _one([ten], dtype="object"), "Unsupported"
+    yield "tensor-encoding-pickle", "blob", _one([ten], encoding="pickle"), "Unsupported"
+    yield "tensor-name-twice", "blob", _twice(ten), "Malformed"
+    yield "tensor-name-empty", "blob", _one([ten], name=""), "Malformed"
+    yield "tensor-shape-negative", "blob", _one([ten], shape=[-2, -5]), "Malformed"
+    yield "tensor-shape-overflows", "blob", _one([ten], shape=[2**32, 2**32], kept=10), "TooLarge"
+    yield "tensor-shape-overflows-with-0", "blob", _one([b""], shape=[0, 2**53], kept=0), "TooLarge"
+    yield "tensor-shape-9-dimensions", "blob", _one([one], shape=[1] * 9, kept=1), "Malformed"
+    yield "tensor-shape-larger-than-body", "blob", _one([ten], shape=[3, 5], kept=15), "Malformed"
+    yield "tensor-kept-lies", "blob", _one([ten], kept=9), "Malformed"
+    yield "tensor-parts-shared", "blob", _one([ten, ten], encoding="bitmap", parts=[0, 0]), "Malformed"
+    yield "tensor-parts-beyond", "blob", _one([ten], parts=[1]), "Malformed"
+    yield "tensor-parts-missing", "blob", _one([ten], encoding="bitmap", parts=[0, 1]), "Malformed"
+    yield "tensor-body-unused", "blob", _one([ten, ten], parts=[0]), "Malformed"
+    yield "tensor-dense-with-mask", "blob", _one([ten], mask="ab" * 32), "Malformed"
+    bitmap = {"encoding": "bitmap", "kept": 2}
+    yield "bitmap-popcount-more", "blob", _one([b"\x07\0", two], **bitmap), "Malformed"
+    yield "bitmap-popcount-fewer", "blob", _one([b"\x01\0", two], **bitmap), "Malformed"
+    yield "bitmap-padding-bits", "blob", _one([b"\x01\x04", two], **bitmap), "Malformed"
+    yield "bitmap-too-short", "blob", _one([b"\x03", two], **bitmap), "Malformed"
+    yield "bitmap-too-long", "blob", _one([b"\x03\0\0", two], **bitmap), "Malformed"
+    yield "bitmap-of-a-terabyte", "blob", _one([b"\x03", two], shape=[2**20, 2**20], **bitmap), "TooLarge"
+    index = {"encoding": "index", "kept": 2}
+    yield "index-row-beyond", "blob", _one([_u2(0, 2), _u2(0, 0), two], **index), "Malformed"
+    yield "index-column-beyond", "blob", _one([_u2(0, 1), _u2(0, 5), two], **index), "Malformed"
+    yield "index-unsorted", "blob", _one([_u2(1, 0), _u2(0, 0), two], **index), "Malformed"
+    yield "index-unsorted-columns", "blob", _one([_u2(1, 1), _u2(4, 3), two], **index), "Malformed"
+    yield "index-repeated", "blob", _one([_u2(1, 1), _u2(3, 3), two], **index), "Malformed"
+    yield "index-short", "blob", _one([_u2(1), _u2(3, 4), two], **index), "Malformed"
+    yield "index-wide", "blob", _one([_u2(0, 0, 1, 0), _u2(3, 4), two], **index), "Malformed"
+    yield "index-more-than-elements", "blob", _one([_u2(0), _u2(0), bytes(44)], encoding="index", kept=11), "Malformed"
+    yield "values-without-mask", "blob", _one([two], encoding="values", kept=2), "Malformed"
+    yield "values-mask-unknown", "blob", _one([two], encoding="values", kept=2, mask="ab" * 32), "MaskUnknown"
+
+
+def _u2(*numbers):
+    return struct.pack(f"<{len(numbers)}H", *numbers)
+
+
+def _twice(body):
+    entry = {"name": "w", "dtype": "float32", "shape": [10], "encoding": "dense", "kept": 10}
+    entries = [{**entry, "parts": [0]}, {**entry, "parts": [1]}]
+    return container({"v": 1, "kind": "update", "meta": {}, "tensors": entries}, [body, body])
+
+
+def _models(golden):
+    cnn = golden["model:digits-cnn"]
+    yield "model-cut-off", "model", cnn[:-1], "Malformed"
+    yield "model-no-map", "model", b"\x90", "Malformed"
+    yield "model-no-nodes", "model", _changed(cnn, nodes=[]), "Malformed"
+    yield "model-op-unknown", "model", _changed(cnn, nodes__0__op="exec"), "SpecError"
+    yield "model-stride-0", "model", _changed(cnn, nodes__0__attrs__stride=0), "SpecError"
+    yield "model-padding-huge", "model", _changed(cnn, nodes__0__attrs__padding=2**53), "SpecError"
+    yield "model-attr-foreign", "model", _changed(cnn, nodes__0__attrs__dilation=2), "SpecError"
+    yield "model-param-missing", "model", _changed(cnn, nodes__0__params__bias=None), "SpecError"
+    yield "model-input-unknown", "model", _changed(cnn, nodes__0__inputs=["relu1"]), "SpecError"
+    yield "model-two-inputs", "model", _changed(cnn, nodes__1__inputs=["conv1", "conv1"]), "SpecError"
+    yield "model-node-named-input", "model", _changed(cnn, nodes__0__name="input"), "SpecError"
+    yield "model-group-unknown", "model", _changed(cnn, tensors__0__axes__0__group="nobody"), "SpecError"
+    yield "model-group-twice", "model", _changed(cnn, groups__1__name="conv1"), "SpecError"
+    yield "model-tensor-unused", "model", _changed(cnn, nodes__2__params__weight="conv1.weight"), "SpecError"
+    yield "model-classes-lie", "model", _changed(cnn, classes=11), "SpecError"
+    yield "model-classes-prunable", "model", _changed(cnn, groups__3__prunable=True), "SpecError"
+    yield "model-axis-not-cut", "model", _changed(cnn, tensors__1__axes__0={"inner": 32}), "SpecError"
+    yield "model-group-of-2-to-the-53", "model", _changed(cnn, groups__2__size=2**53), "SpecError"
+    yield "model-7-dimensions", "model", _changed(cnn, tensors__0__axes=7 * [{}]), "Malformed"

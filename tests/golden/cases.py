@@ -1,0 +1,98 @@
+"""What the golden bytes say. New cases are added by hand here and by ``python -m tests.golden.make`` to the file."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from wire import messages as m
+from wire.masks import mask_digest
+from wire.spec import Structure
+
+ORDER, BOOT, RUN = "0123456789abcdef", "00000000000000b0", "00000000000000a1"
+DIGEST = "ab" * 32
+WIDTHS = Structure(1, {"conv1": (8, 16, 32), "fc2": (100, 200, 400)}, "cd" * 32)
+
+MESSAGES = {
+    "lead": m.Lead("online", BOOT, RUN, 2.5),
+    "presence-online": m.Presence(
+        "pi-1", "online", BOOT, 7, m.Caps("0.1.0", ("torch", "native"), 50_331_648, 4, 1437, 10, (1, 8, 8))
+    ),
+    "presence-lost": m.Presence("pi-1", "lost", BOOT, 7),
+    "beat": m.Beat(BOOT, 7, ORDER, 0.25, 12_345_678),
+    "order": m.Order(
+        id=ORDER,
+        run=RUN,
+        round=3,
+        device="pi-1",
+        verb="train",
+        spec=m.BlobRef(DIGEST, 1589),
+        shells=(m.BlobRef("01" * 32, 65_536), m.BlobRef("02" * 32, 1, 4096)),
+        structures=(WIDTHS,),
+        recipe=m.Recipe(epochs=2, rate=0.1, momentum=0.9, clip=1.0, seed=2**40, knobs={"widths": 2}),
+        bytes_peak=20_000_000,
+        seconds=60.0,
+    ),
+    "order-plain": m.Order(
+        ORDER, RUN, 1, "pi_2", "evaluate", m.BlobRef(DIGEST, 1), (m.BlobRef(DIGEST, 2),), (Structure(),), m.Recipe()
+    ),
+    "reply": m.Reply(
+        order=ORDER,
+        device="pi-1",
+        boot=BOOT,
+        structure=WIDTHS.narrowed(0),
+        update=m.BlobRef(DIGEST, 123_456),
+        keep="ef" * 32,
+        samples=1437,
+        metrics={"loss": 0.5, "accuracy.after": 0.984375},
+        usage=m.Usage(190_000_000, 23_000_000, 50_331_648, 1.5, 32, "torch"),
+    ),
+    "reply-without-update": m.Reply(ORDER, "pi-1", BOOT, Structure(), None, "", 0, {}, m.Usage()),
+    "refusal": m.Refusal(ORDER, "pi-1", BOOT, "memory", "needs 60 MiB, has 48 MiB \u2713", 62_914_560, 50_331_648),
+    "ack": m.Ack(ORDER, "more", b"\xff\x03"),
+    "ack-committed": m.Ack(ORDER, "committed"),
+    "need": m.Need(DIGEST, ORDER),
+    "cancel": m.Cancel(ORDER, "the run is over"),
+}
+
+_EYE = np.eye(5, 7, dtype=np.bool_)
+_SPARSE = np.arange(35, dtype=np.float32).reshape(5, 7)
+_THIN = np.zeros((40, 3, 5), np.bool_)
+_THIN[[0, 7, 39], [2, 0, 1], [4, 0, 3]] = True
+_ROW = np.zeros(70_000, np.bool_)
+_ROW[[1, 69_999]] = True
+
+BLOBS = {
+    "nothing": {"kind": "empty", "tensors": {}},
+    "dense": {
+        "kind": "update",
+        "tensors": {
+            "fc.weight": np.array([[1.5, -2.0, 0.0], [np.float32(0.1), 1e-40, 3e38]], np.float32),
+            "fc.bias": np.array([-0.0], np.float32),
+        },
+    },
+    "types": {
+        "kind": "state",
+        "meta": {"round": 3, "widths": {"a": [1, 2]}, "spec": b"\x00\x01"},
+        "tensors": {
+            "l/a": np.array([0, 1, 255], np.uint8),
+            "x/f8": np.array([[0.1]], np.float64),
+            "x/i4": np.array([-1, 2**31 - 1], np.int32),
+            "x/i8": np.array([-(2**63), 2**63 - 1], np.int64),
+            "x/u4": np.array([2**32 - 1], np.uint32),
+            "x/none": np.zeros((0, 4), np.float32),
+            "x/scalar": np.array(7.0, np.float32),
+        },
+    },
+    "bitmap": {"kind": "update", "tensors": {"w": _SPARSE}, "masks": {"w": _EYE}},
+    "index": {
+        "kind": "update",
+        "tensors": {"w": np.arange(600, dtype=np.float32).reshape(40, 3, 5), "row": np.ones(70_000, np.float32)},
+        "masks": {"w": _THIN, "row": _ROW},
+    },
+    "values": {
+        "kind": "update",
+        "tensors": {"w": _SPARSE},
+        "masks": {"w": _EYE},
+        "known_masks": {"w": mask_digest(_EYE)},
+    },
+}

@@ -1,0 +1,162 @@
+"""Golden vectors in both directions, attacks, and a second reader that was written from SPEC.md alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.golden.cases import BLOBS, MESSAGES
+from tests.golden.make import ATTACKS, GOLDEN, golden
+from tests.support import models, second_blobs, second_reader
+from wire import codec, errors, spec, structure, tensor, topics, zoo
+from wire.masks import mask_digest
+from wire.schema import to_plain
+
+VECTORS = {name: bytes.fromhex(value) for name, value in json.loads(GOLDEN.read_text("utf-8")).items()}
+HOSTILE = json.loads(ATTACKS.read_text("utf-8"))
+
+
+def kind_of(message):
+    return next(kind for kind, cls in codec.KINDS.items() if type(message) is cls)
+
+
+def read_blob(folder, data):
+    """Open bytes as a blob and look at all of it."""
+    path = Path(folder) / "blob"
+    path.write_bytes(data)
+    with tensor.open_blob(path) as blob:
+        arrays = {name: blob.tensor(name).copy() for name in blob.names}
+        for name in blob.names:
+            blob.sparse(name)
+        return blob.kind, blob.meta, arrays
+
+
+def test_every_case_has_a_vector_and_every_vector_is_still_written():
+    assert golden() == {name: data.hex() for name, data in VECTORS.items()}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_message_vectors_read_back(name):
+    message = MESSAGES[name]
+    assert codec.decode(VECTORS[f"message:{name}"], type(message)) == message
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_second_reader_reads_the_same_message(name):
+    message = MESSAGES[name]
+    assert second_reader.message(VECTORS[f"message:{name}"], kind_of(message)) == to_plain(message)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOBS if name != "values"])
+def test_both_readers_read_the_same_blob(name, tmp_path):
+    data = VECTORS[f"blob:{name}"]
+    kind, meta, arrays = read_blob(tmp_path, data)
+    case = BLOBS[name]
+    assert (kind, meta) == (case["kind"], case.get("meta", {}))
+    other_kind, other_meta, other = second_blobs.tensors(data)
+    assert (other_kind, other_meta, list(other)) == (kind, meta, list(arrays))
+    for tensor_name, (dtype, shape, values) in other.items():
+        array = arrays[tensor_name]
+        assert (array.dtype.name, array.shape) == (dtype, shape)
+        assert np.array(values, array.dtype).tobytes() == array.tobytes()
+        mask = case.get("masks", {}).get(tensor_name, True)
+        assert np.array_equal(array, np.where(mask, case["tensors"][tensor_name], 0))
+
+
+def test_both_readers_read_values_with_the_mask(tmp_path):
+    data, mask = VECTORS["blob:values"], BLOBS["values"]["masks"]["w"]
+    assert second_blobs.mask_digest(mask.shape, mask.ravel().tolist()) == mask_digest(mask)
+    _, _, other = second_blobs.tensors(data, {mask_digest(mask): mask.ravel().tolist()})
+    (tmp_path / "x").write_bytes(data)
+    with tensor.open_blob(tmp_path / "x") as blob:
+        assert blob.tensor("w", mask).ravel().tolist() == other["w"][2]
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_model_vectors_read_back(name):
+    found = spec.decode(VECTORS[f"model:{name}"])
+    assert found == zoo.by_name(name)
+    assert second_reader.document(VECTORS[f"model:{name}"]) == to_plain(found)
+
+
+def test_both_digest_rankings_and_join_shells_the_same_way():
+    model = models.small_cnn()
+    levels = {"a": np.array([2, 0, 1, 0, 2, 1], np.uint8), "b": np.arange(12, dtype=np.uint8) % 3}
+    ranking = structure.ranking_digest(levels)
+    assert ranking == second_blobs.ranking_digest({name: level.tobytes() for name, level in levels.items()})
+    widest = spec.Structure(2, structure.widths_of(levels, 3), ranking)
+    arrays = models.random_arrays(model, spec.Structure())
+    whole = structure.to_wire(model, arrays, levels)
+    shells = [structure.shell(model, whole, widest.narrowed(k)) for k in range(3)]
+    for capacity in range(3):
+        sizes = [spec.group_sizes(model, widest.narrowed(k)) for k in range(capacity + 1)]
+        ours = structure.assemble(model, widest.narrowed(capacity), shells[: capacity + 1])
+        for weights in model.tensors:
+            axes = [(axis.group, axis.outer, axis.inner) for axis in weights.axes]
+            lines = [shells[k].get(weights.name, np.empty(0)).tolist() for k in range(capacity + 1)]
+            joined = second_blobs.join_shells(axes, sizes, lines)
+            assert len(joined) == ours[weights.name].size
+            assert all(ours[weights.name][index] == value for index, value in joined.items())
+
+
+def attack(reader, data, folder):
+    if reader == "blob":
+        read_blob(folder, data)
+    elif reader == "model":
+        spec.decode(data)
+    else:
+        codec.decode(data, codec.KINDS[reader.partition(":")[2]])
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bytes_are_refused_by_name(name, tmp_path):
+    case = HOSTILE[name]
+    with pytest.raises(getattr(errors, case["error"])) as caught:
+        attack(case["reader"], bytes.fromhex(case["hex"]), tmp_path)
+    assert type(caught.value).__name__ == case["error"]
+    assert len(str(caught.value)) < 1000, "an error text must not carry the attack along"
+
+
+@pytest.mark.parametrize("name", [name for name, case in HOSTILE.items() if case["reader"] != "model"])
+def test_second_reader_refuses_the_same(name):
+    case = HOSTILE[name]
+    data = bytes.fromhex(case["hex"])
+    kind = case["reader"].partition(":")[2]
+    with pytest.raises(second_reader.Wrong) as caught:
+        second_reader.message(data, kind) if kind else second_blobs.tensors(data)
+    assert str(caught.value).split()[0] == case["error"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(VECTORS)),
+    changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=4),
+    end=st.integers(0, 1 << 20),
+)
+def test_damaged_bytes_are_read_or_refused_but_never_anything_else(name, changes, end, tmp_path_factory):
+    data = bytearray(VECTORS[name])
+    for place, value in changes:
+        data[place % len(data)] = value
+    if end < 1 << 18:
+        del data[end % len(data) :]
+    room, _, rest = name.partition(":")
+    reader = f"message:{kind_of(MESSAGES[rest])}" if room == "message" else room
+    with contextlib.suppress(errors.PeerError, errors.SpecError):
+        attack(reader, bytes(data), tmp_path_factory.getbasetemp())
+
+
+def test_spec_and_code_agree_on_limits_and_topics():
+    text = (Path(tensor.__file__).parent / "SPEC.md").read_text("utf-8")
+    for number in ("65,536", "61,440", "262,144", "1,048,576", "49,152", "16,384"):
+        assert number in text
+    for reason in second_reader.REASONS:
+        assert f"`{reason}`" in text
+    for topic in (topics.lead("F"), topics.presence("F", "D"), topics.down("F", "D", "order")):
+        assert f"`{topic}`" in text
+    assert topics.up_piece("F", "D", "X", 3) == "e1/F/u/0/D/X/3"

@@ -1,0 +1,153 @@
+"""Whole simulated runs of small models: repeatable, in the promised shape, and sensible in bad weather."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from coordinator.algorithms import by_name
+from coordinator.cli import main
+from coordinator.recipes import merged, recipe_of
+from coordinator.simulate import fleet, report, weather
+from coordinator.simulate.run import Log, play, simulate
+from coordinator.simulate.world import Config, Terms, build
+from wire import zoo
+from wire.errors import NestlingError
+from wire.spec import parameter_count
+
+SMALL = Config(model="digits-mlp", partition="iid", devices=3, rounds=2)
+STILL = dataclasses.replace(SMALL, params={"recipe.rule": "still"})
+
+
+def timeless(result):
+    return {k: v for k, v in result.items() if k != "seconds"}
+
+
+def test_a_run_has_the_promised_shape_and_can_be_repeated():
+    seen = []
+    result = simulate(SMALL, lambda view: seen.append(len(view.rounds)))
+    wanted = "algo model data partition partition_digest seed rounds seconds seconds_virtual accuracy personal bytes_up"
+    assert set(wanted.split()) | {"bytes_down", "flops", "density_by_layer", "devices", "curve"} <= set(result)
+    assert seen == [1, 2]
+    assert result["rounds"] == 2
+    assert set(result["accuracy"]["by_width"]) == {"0", "1", "2", "3", "4"}
+    assert result["accuracy"]["full"] == result["accuracy"]["by_width"]["4"]
+    assert [d["width"] for d in result["devices"]] == [0, 2, 4]
+    assert all(d["bytes_peak"] <= d["bytes_budget"] for d in result["devices"])
+    assert result["personal"]["after"]["mean"] > 0
+    json.dumps(result)
+    assert timeless(simulate(SMALL)) == timeless(result)
+
+
+def test_fedavg_learns_on_even_machines():
+    config = dataclasses.replace(SMALL, algo="fedavg", fleet="even", rounds=3, params={"recipe.rate": 0.3})
+    result = simulate(config)
+    accuracies = [point["accuracy"] for point in result["curve"]]
+    assert accuracies[-1] > 0.5
+    assert result["bytes_up"] > 3 * 3 * 4 * 16_000
+
+
+def test_virtual_time_is_that_of_the_slowest(tmp_path):
+    world, log = build(dataclasses.replace(STILL, rounds=1), tmp_path), Log()
+    list(play(world, log))
+    needed = []
+    for name, order in log.view.rounds[1].orders.items():
+        client = world.clients[name]
+        down = sum(ref.size for ref in order.shells) / client.machine.bandwidth_down
+        up = 4 * parameter_count(world.spec, order.structures[0]) / client.machine.bandwidth_up
+        work = report.flops(world.spec, order, len(client.data.train[0])) / client.machine.flops
+        needed.append(down + work + up)
+    assert log.view.rounds[1].seconds == pytest.approx(max(needed))
+    assert max(needed) > min(needed)
+
+
+def test_a_smaller_budget_gives_a_narrower_width(tmp_path):
+    world = build(SMALL, tmp_path)
+    wide = world.clients["device-3"]
+    budget = world.clients["device-1"].machine.bytes_budget
+    narrow = dataclasses.replace(wide, machine=dataclasses.replace(wide.machine, bytes_budget=budget))
+    world = dataclasses.replace(world, clients={**world.clients, "device-3": narrow})
+    log = Log()
+    next(play(world, log))
+    assert log.view.rounds[1].orders["device-3"].structures[0].capacity == 0
+
+
+def test_lost_devices_are_not_waited_for_when_the_quorum_is_there(tmp_path):
+    storm = dataclasses.replace(
+        STILL, devices=8, rounds=6, weather="stormy", terms=Terms(quorum=1, seconds=100.0), fleet="even"
+    )
+    world = build(storm, tmp_path)
+    log = Log()
+    list(play(world, log))
+    rounds = log.view.rounds.values()
+    answered = [len(r.replies) for r in rounds]
+    assert min(answered) < 8
+    assert all(r.outcome == "closed" and r.seconds < 100.0 for r in rounds)
+
+
+def test_a_round_without_its_quorum_is_abandoned_at_the_deadline_and_the_run_goes_on(tmp_path):
+    storm = dataclasses.replace(STILL, devices=8, rounds=4, weather="stormy", terms=Terms(seconds=50.0), fleet="even")
+    log = Log()
+    list(play(build(storm, tmp_path), log))
+    outcomes = [r.outcome for r in log.view.rounds.values()]
+    assert any(o.startswith("abandoned") for o in outcomes)
+    assert len(outcomes) == 4
+    assert log.now >= 50.0
+    assert log.view.finished
+
+
+def test_selection_asks_some(tmp_path):
+    log = Log()
+    list(play(build(dataclasses.replace(STILL, devices=6, terms=Terms("random:2")), tmp_path), log))
+    assert [len(r.orders) for r in log.view.rounds.values()] == [2, 2]
+
+
+def test_fates_follow_the_seed_and_the_odds():
+    storm = weather.forecast("stormy")
+    fates = [weather.fate(storm, 0, n, "a") for n in range(400)]
+    assert fates == [weather.fate(storm, 0, n, "a") for n in range(400)]
+    lost = [f for f in fates if f.lost_at is not None]
+    assert 50 < len(lost) < 115
+    assert np.std(np.log([f.factor for f in fates])) == pytest.approx(0.6, rel=0.15)
+    assert weather.fate(weather.forecast("fair"), 0, 1, "a") == weather.Fate(1.0, None)
+
+
+def test_budgets_ascend_and_fit_five_widths():
+    spec = zoo.load("digits-cnn")
+    recipe = recipe_of(merged(by_name("nestfl").PARAMS, {}))
+    limits = fleet.budgets(spec, recipe, 5, grain=1 << 20)
+    assert limits == sorted(set(limits))
+    assert all(limit % (1 << 20) == 0 for limit in limits)
+    assert fleet.budgets(spec, recipe, 2, grain=1 << 20) == [limits[0], limits[-1]]
+    assert fleet.budgets(spec, recipe, 1, grain=1 << 20) == [limits[-1]]
+    assert limits[-1] - limits[0] >= 20 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fleet": "vast"}, "mixed, even, stragglers"),
+        ({"weather": "mild"}, "fair, gusty, stormy"),
+        ({"algo": "fed"}, "fedavg, nestfl"),
+        ({"devices": 0}, "at least 1"),
+        ({"partition": "dir"}, "dir0.5"),
+        ({"params": {"angles": 1.0}}, "angles"),
+        ({"terms": Terms("most")}, "random:5"),
+    ],
+)
+def test_what_cannot_work_is_explained(change, words):
+    with pytest.raises(NestlingError, match=words):
+        simulate(dataclasses.replace(SMALL, **change))
+
+
+def test_command_prints_one_object(capsys, tmp_path):
+    words = ["simulate", "--model", "digits-mlp", "--partition", "iid", "--devices", "2", "--rounds", "1"]
+    assert main([*words, "--recipe", "rule=still", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rounds"] == 1
+    file = tmp_path / "out.json"
+    assert main([*words, "--recipe", "rule=still", "--json", str(file)]) == 0
+    assert json.loads(file.read_text("utf-8"))["model"] == "digits-mlp"
+    assert "test accuracy" in capsys.readouterr().out
+    assert main([*words, "--recipe", "rate"]) != 0
+    assert "NAME=VALUE" in capsys.readouterr().err
