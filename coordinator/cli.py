@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from coordinator import __version__
 from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError
@@ -72,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands = argparse._SubParsersAction  # type: ignore[type-arg]  # noqa: SLF001 - argparse names no public type
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
 
 
-def _command(commands: Commands, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+def _command(commands: _Commands, name: str, text: str, examples: str) -> argparse.ArgumentParser:
     added: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -86,7 +87,7 @@ def _command(commands: Commands, name: str, text: str, examples: str) -> argpars
     return added
 
 
-def _add_demo(commands: Commands) -> None:
+def _add_demo(commands: _Commands) -> None:
     demo = _command(
         commands,
         "demo",
@@ -106,7 +107,7 @@ def _add_demo(commands: Commands) -> None:
     demo.set_defaults(command=_demo)
 
 
-def _add_start(commands: Commands) -> None:
+def _add_start(commands: _Commands) -> None:
     start = _command(
         commands,
         "start",
@@ -141,7 +142,7 @@ def _add_start(commands: Commands) -> None:
     start.set_defaults(command=_start)
 
 
-def _add_simulate(commands: Commands) -> None:
+def _add_simulate(commands: _Commands) -> None:
     simulate = _command(
         commands,
         "simulate",
@@ -154,20 +155,26 @@ def _add_simulate(commands: Commands) -> None:
     simulate.add_argument("--data", default="digits", metavar="NAME[=PATH]", help="data set (default: digits)")
     simulate.add_argument("--partition", default="dir0.5", help="how the data are split (default: dir0.5)")
     simulate.add_argument("--fleet", default="mixed", help="profile of the virtual devices (default: mixed)")
-    simulate.add_argument("--weather", default="fair", help="fair, gusty or stormy: slow and lost devices (default: fair)")
+    simulate.add_argument(
+        "--weather", default="fair", help="fair, gusty or stormy: slow and lost devices (default: fair)"
+    )
     simulate.add_argument("--devices", type=int, default=5, help="virtual devices (default: 5)")
     simulate.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
     simulate.add_argument("--seed", type=int, default=0, help="root of all randomness (default: 0)")
     simulate.add_argument("--select", default="all", help="who is asked: all, random:5, random:0.2 (default: all)")
     simulate.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")
     simulate.add_argument("--seconds", type=float, default=3600.0, help="virtual time for a round (default: 3600)")
-    simulate.add_argument("--recipe", action="append", default=[], metavar="NAME=VALUE", help="change the recipe: rate=0.05")
-    simulate.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="change a parameter: angle=0")
+    simulate.add_argument(
+        "--recipe", action="append", default=[], metavar="NAME=VALUE", help="change the recipe: rate=0.05"
+    )
+    simulate.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="change a parameter: angle=0"
+    )
     simulate.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON ('-' for the terminal)")
     simulate.set_defaults(command=_simulate)
 
 
-def _add_readers(commands: Commands) -> None:
+def _add_readers(commands: _Commands) -> None:
     algos = _command(
         commands, "algos", "list the algorithms, or explain one", "  coordinator algos\n  coordinator algos nestfl"
     )
@@ -208,7 +215,7 @@ def _add_readers(commands: Commands) -> None:
         reader.set_defaults(command=_read, what=name)
 
 
-def _add_enroll(commands: Commands) -> None:
+def _add_enroll(commands: _Commands) -> None:
     enroll = _command(
         commands,
         "enroll",

@@ -226,8 +226,9 @@ class Journal:
         now = self._clock()
         rows = []
         for record in records:
-            self._round = getattr(record, "round", self._round)
-            rows.append((now, self._round, _NAMES[type(record)], _pack(record)))
+            if isinstance(record, Planned):
+                self._round = record.round
+            rows.append((now, getattr(record, "round", self._round), _NAMES[type(record)], _pack(record)))
         try:
             self._rows.execute("BEGIN IMMEDIATE")
             self._rows.executemany("INSERT INTO record (seconds_wall, round, kind, body) VALUES (?, ?, ?, ?)", rows)
@@ -343,7 +344,7 @@ def _prepare(rows: sqlite3.Connection, path: Path, viewing: bool) -> int:
             _recognise(path, application, version)
         if not viewing:
             rows.execute("PRAGMA synchronous=FULL")
-        found = rows.execute("SELECT round FROM record ORDER BY seq DESC LIMIT 1").fetchone()
+        found = rows.execute("SELECT round FROM record WHERE kind = 'planned' ORDER BY seq DESC LIMIT 1").fetchone()
     except sqlite3.Error as error:
         rows.close()
         raise _damaged(path, error) from error

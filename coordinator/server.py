@@ -1,103 +1,42 @@
 """The coordinator's shell: one owner thread that takes events, folds them, makes the result durable, then speaks.
 
-One turn of the loop takes what has come, steps the round for each event, and ends in `_flush`: files first, one journal
-transaction second, messages last. So whatever anybody was told is on disk, a crash at any line is repeated from the journal, and
-a turn costs two waits for the disk however many devices spoke in it.
+One turn of the loop takes what has come, steps the round for each event, and ends in `_flush`: files first, one
+journal transaction second, messages last. So whatever anybody was told is on disk, a crash at any line is repeated from
+the journal, and a turn costs two waits for the disk however many devices spoke in it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator import events as ev
-from coordinator.advance import Outcome, Task, advance, check_update
-from coordinator.algorithm import DeviceView, Draft
+from coordinator.advance import Outcome, Task, check_update
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator, Measured
 from coordinator.events import Arrived, Born, Lost, Refused
 from coordinator.fleet import Fleet
-from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Journal, Planned, Published, Record
+from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Planned, Published
 from coordinator.mail import Mail
 from coordinator.round import Round, open_round, step, word
-from coordinator.select import choose
 from coordinator.standing import Standing, absorb
+from coordinator.steps import Step, Steps, Store, order_id, orders_of
+from coordinator.turn import Pace, Turn
 from wire import codec, link, topics
-from wire.child import Child, Ended, Said
-from wire.errors import NonFinite, PeerError, StoreError
+from wire.child import Ended, Said
+from wire.errors import NonFinite, PeerError
 from wire.job import Failed
-from wire.messages import Ack, Beat, BlobRef, Need, Order, Presence, Reason, Refusal, Reply
-from wire.spec import ModelSpec, Structure, parameter_count
-from wire.spool import Spool
+from wire.messages import Ack, Beat, Need, Presence, Reason, Refusal, Reply
+from wire.spec import parameter_count
 
 log = logging.getLogger("coordinator")
 
-_INLINE_BYTES = 4 << 20
 _TURN_EVENTS = 256
 _TICK = 0.25
 _HEADROOM = 1 << 20
 _RETRY = 5.0
-
-
-@dataclass(slots=True)
-class Store:
-    """What is on this machine's disk for one run.
-
-    Attributes:
-        spool: Blobs by digest.
-        journal: What happened.
-        spec: The model.
-        spec_ref: The model's blob.
-    """
-
-    spool: Spool
-    journal: Journal
-    spec: ModelSpec
-    spec_ref: BlobRef
-
-
-@dataclass(slots=True)
-class Turn:
-    """What one turn of the loop has decided and not yet done.
-
-    Attributes:
-        rows: For the journal.
-        files: Digests to make durable before the rows.
-        sends: Device and message, to go out after the rows.
-        following: The round that the rows plan, to be issued after them.
-    """
-
-    rows: list[Record] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    sends: list[tuple[str, Order | Ack]] = field(default_factory=list)
-    following: Round | None = None
-
-
-@dataclass(slots=True)
-class Pace:
-    """Instants on the monotonic clock, and counters since then.
-
-    Attributes:
-        deadline: Of the open round.
-        retry: No round is planned before.
-        issued: When the open round was issued.
-        bytes_up: The link's counter at that time.
-        bytes_down: Likewise.
-        clearing: Blobs whose pieces are being deleted at the broker.
-        task: What the child works on.
-    """
-
-    deadline: float = float("inf")
-    retry: float = 0.0
-    issued: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    clearing: tuple[BlobRef, ...] = ()
-    task: Task | None = None
 
 
 class Server:
@@ -110,6 +49,7 @@ class Server:
         standing: Standing,
         mail: Mail,
         evaluator: Evaluator | None,
+        *,
         say: Callable[[str], None] = log.info,
     ) -> None:
         """Take up a run where its journal left it; nothing is sent before `run`."""
@@ -122,7 +62,7 @@ class Server:
         self._fleet = Fleet(scales=standing.scales)
         self._round: Round | None = standing.round
         self._turn = Turn()
-        self._child: Child | None = None
+        self._steps = Steps(config, store, mail.link.post)
         self._pace = Pace()
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -141,7 +81,7 @@ class Server:
             if self._finished():
                 self._end()
                 return True
-        self._mail.stop()
+        self._stop()
         return False
 
     # --- events in -----------------------------------------------------------------------------------------------
@@ -165,8 +105,8 @@ class Server:
                 self._mail.down()
             case Said() | Ended() if event.child == "local" and self._evaluator is not None:
                 self._measured(self._evaluator.take(event))
-            case Said() | Ended() if self._child is not None and event.pid == self._child.pid:
-                self._advanced(event)
+            case Said() | Ended():
+                self._outcome(self._steps.take(event))
             case _:
                 pass
 
@@ -193,7 +133,15 @@ class Server:
         elif place.kind == "refusal":
             self._refused(place.device, codec.decode(message.payload, Refusal))
         elif place.kind == "need":
-            self._mail.publisher.renew(codec.decode(message.payload, Need).blob)
+            self._needed(place.device, codec.decode(message.payload, Need))
+
+    def _needed(self, device: str, need: Need) -> None:
+        """Publish once more what an open order needs; whose order is over is told so instead."""
+        said = "unwanted" if self._round is None else word(self._round, device, need.order)
+        if said == "more":
+            self._mail.publisher.renew(need.blob)
+        else:
+            self._turn.sends.append((device, Ack(need.order, said)))
 
     def _announce(self, presence: Presence, told: Born | Lost | None) -> None:
         if told is None:
@@ -304,70 +252,36 @@ class Server:
     def _may_plan(self, now: float) -> bool:
         standing, turn = self._standing, self._turn
         settled = standing.round is None or standing.done >= standing.round.number
-        busy = self._child is not None or turn.following is not None or turn.rows
+        busy = self._steps.busy or turn.following is not None or turn.rows
         return settled and not busy and standing.done < self._config.rounds and now >= self._pace.retry
 
     def _advance(self, *, closing: bool) -> None:
-        replies = self._round.replies if closing and self._round is not None else ()
-        number = (self._round.number if closing and self._round is not None else self._standing.done) + 1
-        here = self._fleet.online()
-        enough = len(here) >= self._config.round.devices
-        chosen = choose(self._config.round.select, [d.name for d in here], seed=self._config.seed, round_number=number)
-        views = tuple(DeviceView.of(d) for d in here if d.name in set(chosen)) if enough else ()
-        task = Task(
-            spool=str(self._store.spool.root),
-            spec=self._store.spec_ref.digest,
-            algo=self._config.algo,
-            params=self._config.params,
-            recipe=self._config.recipe,
-            seed=self._config.seed,
-            state=self._standing.state,
-            closing=closing,
-            replies=replies,
-            round=number,
-            devices=views,
-        )
-        volume = 4 * parameter_count(self._store.spec, Structure()) + sum(r.update.size for r in replies if r.update)
-        if volume <= _INLINE_BYTES:
-            self._outcome(task, advance(task))
+        self._outcome(self._steps.begin(self._standing, self._round, self._fleet, closing=closing))
+
+    def _outcome(self, done: Step | None) -> None:
+        if done is None:
             return
-        self._child = Child("advance", ["coordinator.advance"], self._mail.link.post, also=(Outcome,))
-        self._pace.task = task
-        self._child.send(task)
-
-    def _advanced(self, event: Said | Ended) -> None:
-        assert self._child is not None
-        if isinstance(event, Said):
-            self._child.close()
-            self._child = None
-            if isinstance(event.frame, Outcome) and self._pace.task is not None and not event.frame.error:
-                self._outcome(self._pace.task, event.frame)
-                return
-        raise StoreError(f"closing a round failed: {getattr(getattr(event, 'frame', event), 'error', event)}")
-
-    def _outcome(self, task: Task, outcome: Outcome) -> None:
+        task, outcome = done
         turn, store = self._turn, self._store
         turn.files += [outcome.state, *(ref.digest for ref in outcome.shells)]
         if task.closing:
             turn.rows.append(self._closed(task, outcome))
             if self._evaluator is not None:
-                token = _order_id(self._run, task.round - 1, "local")
+                token = order_id(self._run, task.round - 1, "local")
                 self._evaluator.measure(task.round - 1, token, self._run, store.spec_ref, outcome)
-        if task.round > self._config.rounds or not task.devices:
+        if not task.devices:
             return
-        orders = tuple(self._order(draft, outcome, task.round) for draft in outcome.drafts)
+        orders = orders_of(self._config, store, self._run, done)
         if not orders:
             self._say(f"round {task.round}: no device can take part in it; looking again in {_RETRY:.0f} s")
             self._pace.retry = time.monotonic() + _RETRY
             return
         blobs = {ref.digest: ref for order in orders for ref in order.blobs}
         new = tuple(ref for digest, ref in blobs.items() if digest not in self._standing.live)
-        quorum = self._config.round.quorum or None
-        seconds = self._config.round.seconds
+        quorum, seconds = self._config.round.quorum or None, self._config.round.seconds
         turn.rows += [Published(new), Planned(task.round, outcome.state, orders, quorum, seconds)]
-        turn.following = open_round(
-            task.round, self._run, {o.device: o.id for o in orders}, quorum=quorum, seconds=seconds, earlier=self._round
-        )
+        seats = {order.device: order.id for order in orders}
+        turn.following = open_round(task.round, self._run, seats, quorum=quorum, seconds=seconds, earlier=self._round)
 
     def _closed(self, task: Task, outcome: Outcome) -> Closed:
         pace, wire = self._pace, self._mail.link
@@ -378,21 +292,6 @@ class Server:
             seconds=max(0.0, time.monotonic() - pace.issued),
             bytes_up=max(0, wire.bytes_received - pace.bytes_up),
             bytes_down=max(0, wire.bytes_sent - pace.bytes_down),
-        )
-
-    def _order(self, draft: Draft, outcome: Outcome, number: int) -> Order:
-        return Order(
-            id=_order_id(self._run, number, draft.device),
-            run=self._run,
-            round=number,
-            device=draft.device,
-            verb=draft.verb,
-            spec=self._store.spec_ref,
-            shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
-            structures=(draft.structure,),
-            recipe=draft.recipe,
-            bytes_peak=draft.bytes_peak,
-            seconds=self._config.round.seconds,
         )
 
     @property
@@ -466,8 +365,14 @@ class Server:
     def _finished(self) -> bool:
         waiting = self._evaluator is not None and not self._evaluator.idle
         return (
-            self._standing.done >= self._config.rounds and self._child is None and not waiting and not self._turn.rows
+            self._standing.done >= self._config.rounds and not self._steps.busy and not waiting and not self._turn.rows
         )
+
+    def _stop(self) -> None:
+        self._steps.stop()
+        if self._evaluator is not None:
+            self._evaluator.stop()
+        self._mail.stop()
 
     def _end(self) -> None:
         self._turn.rows.append(Finished("all rounds are done"))
@@ -478,11 +383,7 @@ class Server:
             event = self._mail.link.next(0.1)
             if isinstance(event, link.Published):
                 self._mail.publisher.sent(event.id)
-        self._mail.stop()
-
-
-def _order_id(run: str, number: int, device: str) -> str:
-    return hashlib.blake2b(f"{run}/{number}/{device}".encode(), digest_size=8).hexdigest()
+        self._stop()
 
 
 def _refusal(reply: Reply, reason: Reason, detail: str) -> Refusal:

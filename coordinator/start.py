@@ -19,8 +19,9 @@ from coordinator.evaluate import Evaluator
 from coordinator.export import JOURNAL, SPOOL, standing_of, write_model
 from coordinator.journal import Journal, RunStarted
 from coordinator.mail import Mail, offline
-from coordinator.server import Server, Store
+from coordinator.server import Server
 from coordinator.standing import Standing, absorb, fold
+from coordinator.steps import Store
 from wire import codec, topics, zoo
 from wire import spec as specs
 from wire.errors import ConfigError
@@ -38,7 +39,9 @@ def start(config: Config) -> int:
         ConfigError: The algorithm, the model or the data set is not there, or the folder holds another run.
         LinkError: There is no broker.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S"
+    )
     say = logging.getLogger("coordinator").info
     algorithms.by_name(config.algo)
     state = Path(config.state)
@@ -124,7 +127,7 @@ def compose(config: Config, store: Store, standing: Standing, broker: Broker, sa
     )
     mail = Mail(link, store.spool, config.federation, lead)
     evaluator = Evaluator(link.post, source(config.data), store.spool) if config.data else None
-    return Server(config, store, standing, mail, evaluator, say)
+    return Server(config, store, standing, mail, evaluator, say=say)
 
 
 def source(data: str) -> str:

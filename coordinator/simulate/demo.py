@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator import algorithms
 from coordinator import broker as brokers
@@ -76,7 +77,7 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
     with ExitStack() as stack:
         stack.callback(_restore)
         shares = split(demo, run)
-        broker = stack.enter_context(brokers.choose("", "", run / "broker"))
+        broker = stack.enter_context(brokers.choose("", "", run))
         print(f"broker: {broker.name} at {broker.url} ({broker.note})")
         processes = stack.enter_context(_fleet())
         leader = processes(
@@ -97,7 +98,7 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
         tail = (run / "coordinator.log").read_text("utf-8", "replace").splitlines()[-5:]
         print("the coordinator ended early:\n  " + "\n  ".join(tail), file=sys.stderr)
         return 4
-    return _finish(demo, run, view, shares, time.monotonic() - began, json_file)
+    return _finish(run, view, shares, time.monotonic() - began, json_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def budgets(algo: str, devices: int) -> list[int]:
     return limits if "fractions" in params else [limits[-1]] * devices
 
 
-def _save(path: Path, whole: Dataset, x: np.ndarray, y: np.ndarray) -> None:  # type: ignore[type-arg]
+def _save(path: Path, whole: Dataset, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
     np.savez(path, x=x, y=y, classes=np.array(whole.classes))
 
 
@@ -153,11 +154,16 @@ def _fresh(out: Path) -> Path:
     return run
 
 
+def _quoted(value: object) -> str:
+    """Write a TOML string; JSON's form is one."""
+    return json.dumps(str(value))
+
+
 def _lead_config(demo: Demo, run: Path, url: str) -> Path:
     path = run / "coordinator.toml"
     path.write_text(
         f'algo = "{demo.algo}"\nmodel = "{_MODEL}"\nrounds = {demo.rounds or _ROUNDS}\nseed = {demo.seed}\n'
-        f'federation = "demo"\nstate = "{run / "coordinator"}"\ndata = "npz={run / "test.npz"}"\n\n'
+        f'federation = "demo"\nstate = {_quoted(run / "coordinator")}\ndata = {_quoted("npz=" + str(run / "test.npz"))}\n\n'
         f'[broker]\nurl = "{url}"\n\n[round]\ndevices = {demo.devices}\nseconds = 120.0\nkeepalive = 10.0\n',
         "utf-8",
     )
@@ -168,9 +174,9 @@ def _device_config(demo: Demo, run: Path, device: str, shares: Shares, url: str)
     path = run / f"{device}.toml"
     path.write_text(
         f'federation = "demo"\ndevice = "{device}"\n\n[broker]\nurl = "{url}"\n\n'
-        f'[data]\nsource = "npz"\npath = "{run / (device + ".npz")}"\nvalidation = 0.1\ntest = 0.1\n\n'
+        f'[data]\nsource = "npz"\npath = {_quoted(run / (device + ".npz"))}\nvalidation = 0.1\ntest = 0.1\n\n'
         f"[memory]\nbudget = {shares.budgets[device]}\n\n"
-        f'[worker]\nengine = "{demo.engine}"\nthreads = 1\nmode = "warm"\n\n[state]\ndir = "{run / device}"\n',
+        f'[worker]\nengine = "{demo.engine}"\nthreads = 1\nmode = "warm"\n\n[state]\ndir = {_quoted(run / device)}\n',
         "utf-8",
     )
     return path
@@ -237,7 +243,7 @@ def _watch(run: Path, leader: subprocess.Popen[bytes], demo: Demo, interrupted: 
     return view
 
 
-def _finish(demo: Demo, run: Path, view: RunView, shares: Shares, seconds: float, json_file: Path | None) -> int:
+def _finish(run: Path, view: RunView, shares: Shares, seconds: float, json_file: Path | None) -> int:
     result = report.result(
         view, zoo.load(_MODEL), data="digits", partition=_PARTITION, partition_digest=shares.digest, seconds=seconds
     )

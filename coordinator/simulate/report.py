@@ -133,9 +133,9 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     except ImportError:
         raise ConfigError("the plot needs matplotlib: pip install 'nestling[plot]'") from None
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     points = [entry for entry in facts["curve"] if entry["by_width"]]
     for width in points[-1]["by_width"] if points else ():
         xs = [p["round"] for p in points if width in p["by_width"]]
@@ -147,5 +147,5 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     if points:
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plt.close(figure)
     return path

@@ -41,7 +41,8 @@ class Screen:
             return
         for number in sorted(view.rounds):
             current = view.rounds[number]
-            if number > self._printed and current.outcome != "open" and (current.metrics or number + 1 in view.rounds):
+            waited = current.metrics or number + 2 in view.rounds or view.finished
+            if number > self._printed and current.outcome != "open" and waited:
                 self._printed = number
                 print(self._line(current), flush=True)
 

@@ -115,13 +115,13 @@ def test_retained_messages_survive_a_restart_in_peace(tmp_path: Path) -> None:
 
 
 _PARENT = """
-import sys, time
+import signal, sys
 from coordinator import broker
 if sys.argv[2] == "iotcore":
     broker.find_mosquitto = lambda: None
 chosen = broker.choose("", sys.argv[3], sys.argv[1])
 print(chosen.name, chosen.pid, chosen.url, flush=True)
-time.sleep(100)
+signal.pause()
 """
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -64,9 +65,11 @@ class Federation:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        self.broker = Mosquitto(self.root / "broker") if self.broker_kind == "mosquitto" else Iotcore(self.root / "broker")
+        self.broker = (
+            Mosquitto(self.root / "broker") if self.broker_kind == "mosquitto" else Iotcore(self.root / "broker")
+        )
 
-    def __enter__(self) -> Federation:
+    def __enter__(self) -> Self:
         self.broker.start()
         return self
 
@@ -172,7 +175,8 @@ class Federation:
 
     def logs(self) -> str:
         return "\n".join(
-            f"--- {name} ({self.processes[name].poll()})\n" + "\n".join(path.read_text(errors="replace").splitlines()[-25:])
+            f"--- {name} ({self.processes[name].poll()})\n"
+            + "\n".join(path.read_text(errors="replace").splitlines()[-25:])
             for name in self.processes
             if (path := self.root / f"{name}.log").exists()
         )

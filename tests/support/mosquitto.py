@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from coordinator import broker
-from wire.link import Link
+from wire.link import Address, Farewell, Link, Published, Up, Will
+from wire.link.mqtt import MqttLink
 
 T = TypeVar("T")
 
@@ -117,3 +119,30 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < until, f"not within {seconds} s"
         time.sleep(0.01)
+
+
+@contextmanager
+def connected(
+    broker: Mosquitto,
+    name: str,
+    topics: list[str] | None = None,
+    *,
+    will: Will | None = None,
+    farewell: Farewell | None = None,
+    keepalive: float = 10,
+) -> Iterator[MqttLink]:
+    link = MqttLink(Address.parse(broker.url), name, session_seconds=60, keepalive=keepalive, will=will)
+    try:
+        link.subscribe(topics or [])
+        link.start()
+        wait_for(link, Up)
+        link.publish("ready", b"")  # one connection is served in order: with this receipt the subscriptions stand
+        early: list[Any] = []
+        while not isinstance(event := link.next(5.0), Published):
+            early.append(event)
+        for event in early:
+            link.post(event)
+        link.bytes_sent = 0
+        yield link
+    finally:
+        link.stop(farewell)

@@ -47,14 +47,16 @@ UNDONE_MAX = 16
 _SECONDS_DIAL = 10.0
 _SECONDS_STOP = 2.0
 _SECONDS_STARVE = 0.05
+_QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 _REFUSALS = frozenset({0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C})
 
 
 class _Dialled:
     """The end of an attempt to open a connection; `problem` is empty when it is open."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, refused: bool) -> None:
         self.problem = problem
+        self.refused = refused
 
 
 class MqttLink:
@@ -219,6 +221,7 @@ class MqttLink:
         flags = ready.get(wire.fileno(), 0) if wire.fileno() >= 0 else 0
         if flags & ~select.POLLOUT or (pending and pending()):
             self._client.loop_read()
+            _ack_now(wire)
         if self._client.want_write():  # also what a callback asked for, which paho does not send by itself
             self._client.loop_write()
         self._client.loop_misc()
@@ -231,16 +234,19 @@ class MqttLink:
 
     def _open(self) -> None:
         """Open a connection. While this thread lives, the owner leaves paho alone."""
-        problem = "the attempt to connect failed"
+        problem, refused = "the attempt to connect failed", False
         try:
             self._client.reconnect()
             problem = ""
         except (OSError, ValueError) as error:
-            problem = f"nobody answers at {self._address}: {getattr(error, 'strerror', None) or error}"
+            # The class is asked for by name because ssl need not be there.
+            refused = type(error).__name__ == "SSLCertVerificationError"
+            what = "no certificate to trust" if refused else "nobody answers"
+            problem = f"{what} at {self._address}: {getattr(error, 'strerror', None) or error}"
         finally:
             if self._state == "stopped":
                 self._close()
-            self._inbox.post(_Dialled(problem))
+            self._inbox.post(_Dialled(problem, refused))
 
     def _close(self) -> None:
         """Send DISCONNECT, which takes the last will back, and close; what cannot be sent within 0.2 s is not."""
@@ -257,7 +263,7 @@ class MqttLink:
         if self._state == "dialling":
             self._state = "greeting"
             if event.problem:
-                self._lost(event.problem)
+                self._lost(event.problem, refused=event.refused)
             elif self._client.socket() is None:
                 self._lost(f"{self._address} hung up at once")
 
@@ -316,7 +322,7 @@ class MqttLink:
         if name in ("Unspecified error", "Normal disconnection"):
             name = "the connection broke"
         if self._state == "greeting":
-            name += " during the greeting; is this a broker for MQTT 5?"
+            name += " during the greeting; is this a broker for MQTT 5, and does it want mqtts://?"
         self._lost(f"lost {self._address}: {name}")
 
     def _on_message(self, _client: Any, _userdata: Any, message: Any) -> None:
@@ -349,6 +355,16 @@ def _properties(packet: int) -> Any:
 
 def _no_delay(_client: Any, _userdata: Any, opened: Any) -> None:
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _ack_now(opened: Any) -> None:
+    """Tell the kernel, after each read, not to wait with its TCP acknowledgement.
+
+    A broker that does not set TCP_NODELAY itself (rumqttd, mosquitto as shipped) sends its next small packet only after
+    that, which is 40 ms a time: a no-op round over iotcore takes 44 ms without and 20 ms with it.
+    """
+    if _QUICKACK and opened.fileno() >= 0:
+        opened.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
 
 def _answered(inbox: Inbox, number: int) -> bool:

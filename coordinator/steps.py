@@ -1,0 +1,144 @@
+"""The server's way to `advance`: what to ask of it, where it runs, and what its outcome means for the journal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.advance import Outcome, Task, advance
+from coordinator.algorithm import DeviceView
+from coordinator.config import Config
+from coordinator.fleet import Fleet
+from coordinator.journal import Journal
+from coordinator.round import Round
+from coordinator.select import choose
+from coordinator.standing import Standing
+from wire.child import Child, Ended, Said
+from wire.errors import StoreError
+from wire.messages import BlobRef, Order
+from wire.spec import ModelSpec, Structure, parameter_count
+from wire.spool import Spool
+
+_INLINE_BYTES = 4 << 20
+
+Step = tuple[Task, Outcome]
+
+
+@dataclass(slots=True)
+class Store:
+    """What is on this machine's disk for one run.
+
+    Attributes:
+        spool: Blobs by digest.
+        journal: What happened.
+        spec: The model.
+        spec_ref: The model's blob.
+    """
+
+    spool: Spool
+    journal: Journal
+    spec: ModelSpec
+    spec_ref: BlobRef
+
+
+class Steps:
+    """Runs one step at a time: here when little is to be moved, else in a child, so that the owner thread stays awake."""
+
+    def __init__(self, config: Config, store: Store, post: Callable[[Said | Ended], None]) -> None:
+        """`post` takes the child's events."""
+        self._config = config
+        self._store = store
+        self._post = post
+        self._child: Child | None = None
+        self._task: Task | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a child is at work."""
+        return self._child is not None
+
+    def begin(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Step | None:
+        """Close the current round, or not, and plan the next one; None when a child does it and `take` will tell.
+
+        Raises:
+            NestlingError: As `advance` does.
+        """
+        task = self._task_of(standing, current, fleet, closing=closing)
+        volume = 4 * parameter_count(self._store.spec, Structure())
+        volume += sum(reply.update.size for reply in task.replies if reply.update is not None)
+        if volume <= _INLINE_BYTES:
+            return task, advance(task)
+        self._task = task
+        self._child = Child("advance", ["coordinator.advance"], self._post, also=(Outcome,))
+        self._child.send(task)
+        return None
+
+    def take(self, event: Said | Ended) -> Step | None:
+        """Take in the child's word.
+
+        Raises:
+            StoreError: It could not do its task.
+        """
+        if self._child is None or self._task is None or event.pid != self._child.pid:
+            return None
+        task = self._task
+        self.stop()
+        outcome = event.frame if isinstance(event, Said) else None
+        if not isinstance(outcome, Outcome):
+            raise StoreError(f"closing or planning round {task.round} ended without a result: {event}")
+        if outcome.error:
+            raise StoreError(f"closing or planning round {task.round} failed: {outcome.error}")
+        return task, outcome
+
+    def stop(self) -> None:
+        """End the child, if there is one."""
+        if self._child is not None:
+            self._child.close()
+        self._child = self._task = None
+
+    def _task_of(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Task:
+        config = self._config
+        number = (current.number if closing and current is not None else standing.done) + 1
+        here = fleet.online()
+        enough = len(here) >= config.round.devices and number <= config.rounds
+        names = choose(config.round.select, [d.name for d in here], seed=config.seed, round_number=number)
+        return Task(
+            spool=str(self._store.spool.root),
+            spec=self._store.spec_ref.digest,
+            algo=config.algo,
+            params=config.params,
+            recipe=config.recipe,
+            seed=config.seed,
+            state=standing.state,
+            closing=closing,
+            replies=current.replies if closing and current is not None else (),
+            round=number,
+            devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
+        )
+
+
+def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:
+    """Complete an outcome's drafts: ids, blobs and the deadline."""
+    task, outcome = step
+    return tuple(
+        Order(
+            id=order_id(run, task.round, draft.device),
+            run=run,
+            round=task.round,
+            device=draft.device,
+            verb=draft.verb,
+            spec=store.spec_ref,
+            shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
+            structures=(draft.structure,),
+            recipe=draft.recipe,
+            bytes_peak=draft.bytes_peak,
+            seconds=config.round.seconds,
+        )
+        for draft in outcome.drafts
+    )
+
+
+def order_id(run: str, number: int, device: str) -> str:
+    """Name an order: the same run, round and device always give the same id."""
+    return hashlib.blake2b(f"{run}/{number}/{device}".encode(), digest_size=8).hexdigest()
