@@ -30,6 +30,8 @@ from wire.schema import Name, Natural
 from wire.spec import ModelSpec, Structure, decode, tensor_shapes
 from wire.spool import Spool
 
+_KEPT_OPEN_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -106,27 +108,38 @@ def advance(task: Task) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The replies of a round, read from disk one at a time, as often as an algorithm likes, in the order of device names."""
+    """The replies of a round, as often as an algorithm likes, in the order of device names, one large update at a time.
+
+    Small updates stay open from one pass to the next, because opening one costs more than reading it.
+    """
 
     spool: Spool
     spec: ModelSpec
     replies: tuple[Reply, ...]
+    _open: dict[str, Mapping[str, np.ndarray[Any, Any]]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Answer]:
         """Yield one `Answer` at a time; its arrays are valid until the next one."""
         for reply in sorted(self.replies, key=lambda r: r.device):
             if reply.update is None:
                 continue
-            with tensor.open_blob(self.spool.path(reply.update.digest)) as blob:
-                update = {name: blob.tensor(name) for name in blob.names}
-                yield Answer(
-                    device=reply.device,
-                    samples=reply.samples,
-                    structure=reply.structure,
-                    metrics=reply.metrics,
-                    usage=reply.usage,
-                    update=update,
-                )
+            yield Answer(
+                device=reply.device,
+                samples=reply.samples,
+                structure=reply.structure,
+                metrics=reply.metrics,
+                usage=reply.usage,
+                update=self._update(reply.update),
+            )
+
+    def _update(self, ref: BlobRef) -> Mapping[str, np.ndarray[Any, Any]]:
+        known = self._open.get(ref.digest)
+        if known is None:
+            blob = tensor.open_blob(self.spool.path(ref.digest))
+            known = {name: blob.tensor(name) for name in blob.names}  # the views keep the file mapped
+            if ref.size <= _KEPT_OPEN_BYTES:
+                self._open[ref.digest] = known
+        return known
 
 
 def check_update(path: Path, spec: ModelSpec, structure: Structure) -> None:

@@ -16,6 +16,7 @@ from coordinator.events import Born, Lost
 from wire.messages import Beat, Caps, Presence, Usage
 
 _SILENCE = 1.5
+_GRAIN = 0.25
 _FORGETTING = 0.9
 
 
@@ -108,9 +109,11 @@ class Fleet:
         return self._with(following), Born(name, known.seq) if known.state == "lost" else None
 
     def heard(self, name: str, now: float) -> Fleet:
-        """Count any other message as a sign of life, without bringing anybody back."""
+        """Count any other message as a sign of life, without bringing anybody back; to a quarter of a second."""
         known = self.devices.get(name)
-        return self if known is None else self._with(replace(known, seconds_seen=now))
+        if known is None or now - known.seconds_seen < _GRAIN:
+            return self
+        return self._with(replace(known, seconds_seen=now))
 
     def expire(self, now: float, keepalive: float) -> tuple[Fleet, tuple[Lost, ...]]:
         """Count devices as lost that were silent for 1.5 times `keepalive` seconds. Cost: one look per device."""

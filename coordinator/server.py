@@ -37,6 +37,8 @@ _TURN_EVENTS = 256
 _TICK = 0.25
 _HEADROOM = 1 << 20
 _RETRY = 5.0
+_SWEEP_BYTES = 256 << 20
+_SWEEP_ROUNDS = 50
 
 
 class Server:
@@ -123,7 +125,7 @@ class Server:
             return
         self._fleet = self._fleet.heard(place.device, now)
         if place.index >= 0:
-            self._mail.uploads.piece(place.kind, place.device, place.index, message.payload)
+            self._mail.uploads.piece(place.kind, place.device, place.index, message.payload, now)
         elif place.kind == "beat":
             self._fleet, born = self._fleet.beat(place.device, codec.decode(message.payload, Beat), now)
             if born is not None:
@@ -160,7 +162,7 @@ class Server:
         problem = self._unusable(reply)
         if problem:
             self._happen(Refused(device, reply.order, _refusal(reply, "unsupported", problem)))
-        elif self._mail.uploads.offer(reply):
+        elif self._mail.uploads.offer(reply, time.monotonic()):
             self._arrived(reply)
 
     def _unusable(self, reply: Reply) -> str:
@@ -244,7 +246,8 @@ class Server:
             self._pace.deadline = float("inf")
             self._happen(ev.Deadline(now))
         if self._pace.clearing and not self._mail.publisher.busy:
-            self._turn.rows.append(Cleared(tuple(ref.digest for ref in self._pace.clearing)))
+            live = {ref.digest for ref in self._mail.publisher.live}
+            self._turn.rows.append(Cleared(tuple(r.digest for r in self._pace.clearing if r.digest not in live)))
             self._pace.clearing = ()
         if self._may_plan(now) and len(self._fleet.online()) >= self._config.round.devices:
             self._advance(closing=False)
@@ -304,12 +307,13 @@ class Server:
     def _flush(self) -> None:
         for reply in self._mail.uploads.complete():
             self._arrived(reply)
-        for reply, have in self._mail.uploads.due():
+        for reply, have in self._mail.uploads.due(time.monotonic()):
             self._turn.sends.append((reply.device, Ack(reply.order, "more", have)))
         turn, self._turn = self._turn, Turn()
         if turn.rows:
             if turn.files:
                 self._store.spool.sync(turn.files)
+                self._pace.bytes_old += sum(self._store.spool.ref(digest).size for digest in turn.files)
             self._store.journal.append(turn.rows)
             for row in turn.rows:
                 self._standing = absorb(self._standing, row)
@@ -320,15 +324,15 @@ class Server:
         elif any(isinstance(row, Closed) for row in turn.rows):
             self._clear(set())
         if any(isinstance(row, Closed) for row in turn.rows):
-            self._sweep()
+            self._tidy()
 
     def _issue(self, following: Round) -> None:
         self._round = following
         wanted = {ref.digest: ref for order in self._standing.orders.values() for ref in order.blobs}
-        self._clear(set(wanted))
-        self._mail.publisher.want(wanted.values())
         pace, wire = self._pace, self._mail.link
         pace.issued, pace.bytes_up, pace.bytes_down = time.monotonic(), wire.bytes_received, wire.bytes_sent
+        self._clear(set(wanted))
+        self._mail.publisher.want(wanted.values())
         shown = ", ".join(f"{o.device} width {o.structures[0].capacity}" for o in self._standing.orders.values())
         self._say(f"round {following.number} of {self._config.rounds}: {shown}")
         self._happen(ev.Issued(pace.issued))
@@ -337,9 +341,14 @@ class Server:
     def _clear(self, wanted: set[str]) -> None:
         gone = tuple(ref for ref in self._standing.live.values() if ref.digest not in wanted)
         self._mail.publisher.clear(gone)
-        self._pace.clearing = gone
+        self._pace.clearing += gone
 
-    def _sweep(self) -> None:
+    def _tidy(self) -> None:
+        """Delete blobs that nobody needs any more: not after every round, because deleting files is slow on some disks."""
+        self._pace.rounds_old += 1
+        if self._pace.bytes_old < _SWEEP_BYTES and self._pace.rounds_old < _SWEEP_ROUNDS:
+            return
+        self._pace.bytes_old = self._pace.rounds_old = 0
         keep = {self._standing.state, self._store.spec_ref.digest, *self._standing.live}
         if self._evaluator is not None:
             keep |= self._evaluator.needs()

@@ -272,8 +272,13 @@ def _detail(view: RoundView) -> dict[str, object]:
 
 
 def show_journal(folder: Path, *, as_json: bool) -> int:
-    """Print the journal, entry by entry, and where its fold stands."""
+    """Print the journal, entry by entry, and where its fold stands. Memory: one entry, however long the journal is.
+
+    Raises:
+        StoreError: There is none, or it is damaged.
+    """
     with Journal(folder / JOURNAL, viewing=True) as journal:
+        separator = '{"entries": ['
         for entry in journal.replay():
             plain = {
                 "seq": entry.seq,
@@ -283,12 +288,16 @@ def show_journal(folder: Path, *, as_json: bool) -> int:
                 "body": to_plain(entry.record),
             }
             if as_json:
-                print(json.dumps(plain, default=_readable))
+                print(separator + json.dumps(plain, default=_readable))
+                separator = ","
             else:
                 text = json.dumps(plain["body"], default=_readable)
                 print(f"{entry.seq:6d} {entry.seconds_wall:.3f} round {entry.round} {plain['kind']}: {text[:200]}")
         standing = fold(journal.replay())
-    if not as_json:
+    reached = {"rounds_done": standing.done, "state": standing.state, "finished": standing.finished}
+    if as_json:
+        print(f'{separator if separator != "," else ""}], "adds_up_to": {json.dumps(reached)}}}')
+    else:
         print(f"adds up to: rounds done {standing.done}, state {standing.state or '-'}, finished {standing.finished}")
     return 0
 

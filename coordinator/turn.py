@@ -37,6 +37,8 @@ class Pace:
         bytes_up: The link's counter at that time.
         bytes_down: Likewise.
         clearing: Blobs whose pieces are being deleted at the broker.
+        bytes_old: Written to the spool since it was last swept.
+        rounds_old: Rounds since then.
     """
 
     deadline: float = float("inf")
@@ -45,3 +47,5 @@ class Pace:
     bytes_up: int = 0
     bytes_down: int = 0
     clearing: tuple[BlobRef, ...] = ()
+    bytes_old: int = 0
+    rounds_old: int = 0

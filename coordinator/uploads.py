@@ -15,6 +15,7 @@ from wire.messages import Reply
 from wire.spool import Spool
 
 _ACK_EVERY = 8
+_SECONDS_FIRST = 0.2
 
 
 @dataclass(slots=True)
@@ -25,13 +26,13 @@ class Upload:
         reply: The message that opened it.
         assembly: Its partial file.
         fresh: Pieces since the last acknowledgement.
-        asked: The device opened it (again) and waits for an answer.
+        due: When the device is to be told what is here, on the caller's clock.
     """
 
     reply: Reply
     assembly: Assembly
     fresh: int = 0
-    asked: bool = True
+    due: float = float("inf")
 
 
 class Uploads:
@@ -41,21 +42,25 @@ class Uploads:
         self._spool = spool
         self._open: dict[str, Upload] = {}
 
-    def offer(self, reply: Reply) -> bool:
-        """Open an upload, or go on with it. True when there is nothing to receive because the blob is here already."""
+    def offer(self, reply: Reply, now: float) -> bool:
+        """Open an upload, or go on with it. True when there is nothing to receive because the blob is here already.
+
+        A first offer is followed by pieces, so that it is answered only if they stay away; a repeated one waits for the
+        answer.
+        """
         if reply.update is None or self._spool.has(reply.update.digest):
             return True
         known = self._open.get(reply.order)
         if known is not None and known.reply.update == reply.update:
             known.reply = reply
-            known.asked = True
+            known.due = now
             return False
         if known is not None:
             known.assembly.close()
-        self._open[reply.order] = Upload(reply, self._spool.assembly(reply.update))
+        self._open[reply.order] = Upload(reply, self._spool.assembly(reply.update), due=now + _SECONDS_FIRST)
         return False
 
-    def piece(self, order: str, device: str, index: int, data: bytes) -> None:
+    def piece(self, order: str, device: str, index: int, data: bytes, now: float) -> None:
         """Write one piece. Pieces of unknown uploads, of strangers, or of the wrong size change nothing."""
         upload = self._open.get(order)
         if upload is None or upload.reply.device != device:
@@ -65,7 +70,7 @@ class Uploads:
         except Malformed:
             return
         upload.fresh += 1
-        upload.asked = upload.asked or not new
+        upload.due = now if not new or upload.fresh >= _ACK_EVERY else now + _SECONDS_FIRST
 
     def complete(self) -> list[Reply]:
         """Take out the uploads whose last piece is here, verified by digest; a wrong one starts from nothing."""
@@ -76,20 +81,20 @@ class Uploads:
             try:
                 self._spool.adopt(upload.assembly)
             except DigestMismatch:
-                upload.asked = True
+                upload.due = 0.0
                 continue
             del self._open[order]
             done.append(upload.reply)
         return done
 
-    def due(self) -> list[tuple[Reply, bytes]]:
+    def due(self, now: float) -> list[tuple[Reply, bytes]]:
         """Make durable what must be acknowledged now and say what each such upload has."""
         result = []
         for upload in self._open.values():
-            if upload.asked or upload.fresh >= _ACK_EVERY:
+            if now >= upload.due:
                 upload.assembly.sync()
                 upload.fresh = 0
-                upload.asked = False
+                upload.due = float("inf")
                 result.append((upload.reply, upload.assembly.have))
         return result
 

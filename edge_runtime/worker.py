@@ -208,8 +208,9 @@ def _evaluate(work: _Work) -> Done:
     return Done(widest, "", None, "", "", len(test[0]), metrics, work.usage(batch, engine.name))
 
 
+@functools.lru_cache(maxsize=4)
 def read_spec(path: str) -> ModelSpec:
-    """Read and check a model file.
+    """Read and check a model file, whose name is its digest: the same path always holds the same model.
 
     Raises:
         PeerError, SpecError: It is no model that can be run.

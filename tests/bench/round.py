@@ -79,6 +79,7 @@ def _federation(root: Path, model: Path, broker: str = "mosquitto", rounds: int 
         rounds=rounds,
         recipe={"rule": "still"},
         keepalive=_KEEPALIVE,
+        mode="auto",
         broker_kind=broker,
     )
 

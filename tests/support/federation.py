@@ -33,6 +33,7 @@ class Iotcore:
         self.root = root
 
     def start(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
         self._broker = _own_iotcore(self.root)
         self.port = int(self._broker.url.rpartition(":")[2])
 
