@@ -32,6 +32,7 @@ from edge_runtime.engines.update import finite
 from edge_runtime.memory import plan as planning
 from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, settle_allocator, wall
 from edge_runtime.received import Received
+from edge_runtime.rules import still
 from wire import memory, zoo
 from wire.child import die_with_parent
 from wire.errors import (
@@ -150,8 +151,9 @@ def _train(work: _Work) -> Done:
     update, keep = out / f"{order.id}.update", out / f"{order.id}.keep"
     if not rule.NEEDS_ENGINE:
         work.settle("")
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(spec, structure).items()}
-        ref = write_blob(update, "update", zeros)
+        shapes = tensor_shapes(spec, structure)
+        moves = {name: still.update(order.recipe, order.round, shape) for name, shape in shapes.items()}
+        ref = write_blob(update, "update", moves)
         return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(0, ""))
     x, y = _part(spec, work.data, "train")
     micro_batch = _micro_batch(work, spec)

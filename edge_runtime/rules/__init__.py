@@ -60,7 +60,7 @@ class Rule(Protocol):
 
     @property
     def NEEDS_ENGINE(self) -> bool:  # noqa: N802 - a module's constant
-        """False for a rule that touches no weight; `train` is then never called."""
+        """False for a rule that reads no weight (`still`); `train` is then never called."""
 
     def copies(self, recipe: Recipe) -> int:
         """Count the weight-sized float32 copies that the rule holds beside the engine's weights and gradients."""

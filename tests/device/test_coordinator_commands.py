@@ -196,7 +196,7 @@ def test_replay_is_the_journal(done: Run) -> None:
     assert lines[-1] == f"adds up to: rounds done {ROUNDS}, state {standing.state}, finished True"
 
 
-@pytest.mark.parametrize("capacity", range(5))
+@pytest.mark.parametrize("capacity", [0, 2, 4])
 def test_an_exported_width_is_the_cut_model(done: Run, tmp_path: Path, capacity: int) -> None:
     spec, state = done.model()
     structure = structures_of(state)[capacity]
