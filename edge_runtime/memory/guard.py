@@ -20,7 +20,7 @@ MMAP_THRESHOLD = MEBIBYTE
 """Blocks from this size on are mapped singly and given back at once. A fixed threshold makes peaks predictable and
 small; 1 MiB has the same peaks as 64 KiB and costs less page-fault time."""
 
-WALL_SLACK = 24 * MEBIBYTE
+WALL_SLACK = 72 * MEBIBYTE
 """What the wall leaves beyond the budget: address space counts before it is touched (arenas, stacks, code buffers)."""
 
 _M_MMAP_THRESHOLD = -3
