@@ -204,14 +204,15 @@ def test_the_wall_stands_and_falls():
 import resource
 from edge_runtime.memory import guard
 guard.settle_allocator()
-guard.wall(32 << 20)
+budget = 32 << 20
+guard.wall(budget)
 try:
-    b = bytearray(32 + 60 << 20)
+    b = bytearray(budget + guard.WALL_SLACK + (16 << 20))
 except MemoryError:
     print("stopped")
-c = bytearray(30 << 20)
+c = bytearray(budget)
 guard.wall(0)
-d = bytearray(92 << 20)
+d = bytearray(budget + guard.WALL_SLACK + (16 << 20))
 print(resource.getrlimit(resource.RLIMIT_DATA)[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
