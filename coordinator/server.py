@@ -72,7 +72,7 @@ class Server:
         self._mail.start()
         self._resume()
         while not stop():
-            event = self._mail.link.next(_TICK)
+            event = self._mail.link.next(min(_TICK, self._turn.wait(time.monotonic()) or _TICK))
             taken = 0
             while event is not None:
                 self._take(event)
@@ -186,7 +186,7 @@ class Server:
             self._happen(Refused(reply.device, reply.order, _refusal(reply, reason, str(error))))
             self._store.spool.drop(reply.update.digest)
             return
-        self._turn.files.append(reply.update.digest)
+        self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
         if order is not None:
             self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak)
@@ -309,11 +309,11 @@ class Server:
             self._arrived(reply)
         for reply, have in self._mail.uploads.due(time.monotonic()):
             self._turn.sends.append((reply.device, Ack(reply.order, "more", have)))
+        if self._turn.wait(time.monotonic()):
+            return
         turn, self._turn = self._turn, Turn()
         if turn.rows:
-            if turn.files:
-                self._store.spool.sync(turn.files)
-                self._pace.bytes_old += sum(self._store.spool.ref(digest).size for digest in turn.files)
+            self._pace.bytes_old += turn.make_durable(self._store.spool)
             self._store.journal.append(turn.rows)
             for row in turn.rows:
                 self._standing = absorb(self._standing, row)

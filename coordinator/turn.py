@@ -4,26 +4,56 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.journal import Record
+from coordinator.events import Arrived
+from coordinator.journal import Cleared, Closed, Evaluated, Record
 from coordinator.round import Round
 from wire.messages import Ack, BlobRef, Order
+from wire.spool import Spool
+
+SECONDS_GATHER = 0.1
 
 
 @dataclass(slots=True)
 class Turn:
-    """What one turn of the loop has decided and not yet done.
+    """What the loop has decided and not yet done.
 
     Attributes:
         rows: For the journal.
         files: Digests to make durable before the rows.
+        updates: Likewise, of answers that have arrived.
         sends: Device and message, to go out after the rows.
         following: The round that the rows plan, to be issued after them.
+        since: When rows began to gather here, on the monotonic clock.
     """
 
     rows: list[Record] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    updates: list[str] = field(default_factory=list)
     sends: list[tuple[str, Order | Ack]] = field(default_factory=list)
     following: Round | None = None
+    since: float = float("inf")
+
+    def wait(self, now: float) -> float:
+        """Give the seconds that this may wait for more: 0 unless nobody is in a hurry for any of it.
+
+        A device that has answered need not hear at once that its answer counts, so that answers which come close together
+        share one wait for the disk, at the latest `SECONDS_GATHER` after the first of them.
+        """
+        patient = bool(self.rows) and all(isinstance(row, Arrived | Cleared | Evaluated) for row in self.rows)
+        if not patient or any(not isinstance(word, Ack) or word.state != "committed" for _, word in self.sends):
+            return 0.0
+        self.since = min(self.since, now)
+        return max(0.0, self.since + SECONDS_GATHER - now)
+
+    def make_durable(self, spool: Spool) -> int:
+        """Flush the files that the rows speak of; gives their bytes.
+
+        Updates are flushed only where the rows do not close their round as well: a closed round's new state stands for
+        them, and nobody reads them again.
+        """
+        closed = any(isinstance(row, Closed) for row in self.rows)
+        spool.sync(self.files if closed else self.files + self.updates)
+        return sum(spool.ref(digest).size for digest in self.files + self.updates)
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -52,12 +53,14 @@ Text = Annotated[str, Limit(0, 2000)]
 
 def to_plain(value: Any) -> Any:
     """Turn a dataclass (or a tuple or map of them) into maps, lists and scalars. Cost: one visit per leaf."""
-    if type(value) in _SCALARS:
+    kind: Any = type(value)
+    if kind in _SCALARS:
         return value
     if isinstance(value, (tuple, list)):
-        return [to_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
+        return [item if type(item) in _SCALARS else to_plain(item) for item in value]
+    names = _names(kind)
+    if names is not None:
+        return {name: item if type(item := getattr(value, name)) in _SCALARS else to_plain(item) for name in names}
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return value
@@ -87,8 +90,8 @@ _Reader = Callable[[Any, bool], Any]
 
 
 @functools.cache
-def _names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(cls))
+def _names(cls: type[Any]) -> tuple[str, ...] | None:
+    return tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else None
 
 
 @functools.cache
@@ -96,7 +99,9 @@ def _reader(hint: Any) -> _Reader:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is Annotated:
-        return _bounded(_reader(arguments[0]), [note for note in arguments[1:] if isinstance(note, Limit)])
+        limits = [note for note in arguments[1:] if isinstance(note, Limit)]
+        explain = _bounded(_reader(arguments[0]), limits)
+        return _quick(arguments[0], limits[0], explain) if arguments[0] in _SCALARS and len(limits) == 1 else explain
     if origin is Literal:
         return _choice(arguments)
     if origin in (typing.Union, types.UnionType):
@@ -111,28 +116,48 @@ def _reader(hint: Any) -> _Reader:
 def _record(cls: Any) -> _Reader:
     hints = typing.get_type_hints(cls, include_extras=True)
     missing = dataclasses.MISSING
-    fields = {
-        f.name: (_reader(hints[f.name]), f.default is missing and f.default_factory is missing)
+    fields = [
+        (f.name, _reader(hints[f.name]), f.default is missing and f.default_factory is missing)
         for f in dataclasses.fields(cls)
-    }
+    ]
+    known = {name for name, _, _ in fields}
 
     def read(value: Any, strict: bool) -> Any:
-        if not isinstance(value, Mapping):
+        if type(value) is not dict and not isinstance(value, Mapping):
             raise Malformed(f"expected a map, got {_kind(value)}")
-        if strict:
-            for key in value:
-                if key not in fields:
-                    raise Malformed(f"unknown key; known here: {', '.join(sorted(fields))}", f"$.{str(key)[:80]}")
+        if strict and not known.issuperset(value):
+            key = next(key for key in value if key not in known)
+            raise Malformed(f"unknown key; known here: {', '.join(sorted(known))}", f"$.{str(key)[:80]}")
         values: dict[str, Any] = {}
-        for name, (reader, required) in fields.items():
-            if name in value:
-                try:
+        name = ""
+        try:
+            for name, reader, required in fields:
+                if name in value:
                     values[name] = reader(value[name], strict)
-                except Malformed as error:
-                    raise _within(f".{name}", error) from None
-            elif required:
-                raise Malformed("this key is missing", f"$.{name}")
+                elif required:
+                    _missing()
+        except Malformed as error:
+            raise _within(f".{name}", error) from None
         return cls(**values)
+
+    return read
+
+
+def _missing() -> None:
+    raise Malformed("this key is missing")
+
+
+def _quick(kind: Any, limit: Limit, explain: _Reader) -> _Reader:
+    """Let a good scalar pass at once; whatever else it is, the slow reader says."""
+    number = kind in (int, float)
+    low = -sys.float_info.max if limit.low is None else limit.low
+    high = sys.float_info.max if limit.high is None else limit.high
+    match = re.compile(limit.pattern).fullmatch if limit.pattern is not None else None
+
+    def read(value: Any, strict: bool) -> Any:
+        if type(value) is kind and low <= (value if number else len(value)) <= high and (match is None or match(value)):
+            return value
+        return explain(value, strict)
 
     return read
 

@@ -220,12 +220,12 @@ class Spool:
         return freed
 
     def sync(self, blobs: Iterable[str | Path]) -> None:
-        """Make many files durable as one group: all at once, then their folder.
+        """Make many files durable as one group: they and their folders all at once.
 
         Args:
             blobs: Digests of whole blobs, or paths of files.
 
-        Cost: about two flushes of the disk, however many files; the waiting is done in short-lived threads.
+        Cost: about one flush of the disk, however many files; the waiting is done in short-lived threads.
 
         Raises:
             StoreError: One of them is not here, or the disk refuses.
@@ -233,15 +233,11 @@ class Spool:
         paths = {blob if isinstance(blob, Path) else self._place(blob) for blob in blobs}
         if not paths:
             return
-        if len(paths) == 1:
-            _flush(next(iter(paths)))
-        else:
-            from concurrent.futures import ThreadPoolExecutor
+        from concurrent.futures import ThreadPoolExecutor
 
-            with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
-                list(pool.map(_flush, sorted(paths)))
-        for folder in sorted({path.parent for path in paths}):
-            _flush(folder)
+        paths |= {path.parent for path in paths}
+        with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
+            list(pool.map(_flush, sorted(paths)))
 
     def _place(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):

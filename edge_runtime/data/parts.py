@@ -1,6 +1,6 @@
 """What every reader hands over, and how it becomes a data set: checked, scaled, divided into three parts.
 
-The held-out parts are stratified: each class gives its share, to within one sample. Which samples they are depends on
+The held-out parts are stratified: each class gives its share, give or take a sample. Which samples they are depends on
 the seed and the classes alone.
 """
 

@@ -9,6 +9,7 @@ own 16-bit numbers.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import select
@@ -47,6 +48,7 @@ UNDONE_MAX = 16
 _SECONDS_DIAL = 10.0
 _SECONDS_STOP = 2.0
 _SECONDS_STARVE = 0.05
+_SECONDS_HANG_UP = 0.2
 _QUICKACK: int = getattr(socket, "TCP_QUICKACK", 0)
 _REFUSALS = frozenset({0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C})
 
@@ -249,15 +251,23 @@ class MqttLink:
             self._inbox.post(_Dialled(problem, refused))
 
     def _close(self) -> None:
-        """Send DISCONNECT, which takes the last will back, and close; what cannot be sent within 0.2 s is not."""
+        """Send DISCONNECT, which takes the last will back, and hang up; nothing is waited for longer than 0.2 s.
+
+        A connection that is closed with something unread is reset, and a broker that is reset before it has read the
+        DISCONNECT speaks the will. So a second handle outlives paho's, and reads to the end.
+        """
+        wire = self._client.socket()
+        rest = socket.fromfd(wire.fileno(), wire.family, wire.type) if wire is not None and wire.fileno() >= 0 else None
         self._client.disconnect()
         wire = self._client.socket()
         if wire is not None:
             poller = select.poll()
             poller.register(wire, select.POLLOUT)
-            poller.poll(200)
+            poller.poll(math.ceil(1000 * _SECONDS_HANG_UP))
             self._client.loop_write()
             wire.close()
+        if rest is not None:
+            _read_out(rest)
 
     def _dialled(self, event: _Dialled) -> None:
         if self._state == "dialling":
@@ -355,6 +365,15 @@ def _properties(packet: int) -> Any:
 
 def _no_delay(_client: Any, _userdata: Any, opened: Any) -> None:
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _read_out(rest: socket.socket) -> None:
+    with rest, contextlib.suppress(OSError):
+        rest.settimeout(_SECONDS_HANG_UP)
+        rest.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + _SECONDS_HANG_UP
+        while rest.recv(65_536) and time.monotonic() < until:
+            pass
 
 
 def _ack_now(opened: Any) -> None:
