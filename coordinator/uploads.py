@@ -14,7 +14,7 @@ from wire.errors import DigestMismatch, Malformed
 from wire.messages import Reply
 from wire.spool import Spool
 
-_ACK_EVERY = 4
+_ACK_EVERY = 8
 _SECONDS_FIRST = 0.2
 
 

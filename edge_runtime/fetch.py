@@ -1,6 +1,6 @@
 """Pulling an order's blobs from the broker's retained pieces, a few exact topics at a time.
 
-The device sets the pace: it subscribes to at most four pieces, whichever blobs they belong to, takes what comes,
+The device sets the pace: it subscribes to at most eight pieces, whichever blobs they belong to, takes what comes,
 unsubscribes, and goes on. Every piece goes straight to its place in a file, so memory does not grow with the model, and
 what is there after a crash is not fetched again. Retained messages come once per subscription: pulling again means to
 unsubscribe first.

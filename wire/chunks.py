@@ -17,8 +17,8 @@ from pathlib import Path
 from wire.errors import DigestMismatch, Malformed, StoreError
 from wire.messages import BlobRef
 
-WINDOW_DOWN = 4
-WINDOW_UP = 8
+WINDOW_DOWN = 8
+WINDOW_UP = 16
 _HASH_BYTES = 1 << 18
 _SIDECAR = struct.Struct(">4sQI")
 _MAGIC = b"have"

@@ -16,7 +16,7 @@ from wire.schema import Amount, Digest, Fraction, Limit, Name, Natural, Positive
 from wire.spec import Structure
 
 MESSAGE_BYTES = 65_536
-PIECE_BYTES = 122_880
+PIECE_BYTES = 61_440
 PIECES_MAX = 262_144
 
 Verb = Literal["train", "score", "calibrate", "evaluate"]

@@ -42,8 +42,8 @@ def linked(
 def works(url: str) -> None:
     """A piece of the greatest size goes there and back, is retained, and can be deleted."""
     with linked(url, "both", ["e1/f/b/x/0"]) as link:
-        link.publish("e1/f/b/x/0", b"p" * 122_880, retain=True, seconds_expiry=600)
-        assert len(wait_for(link, Message).payload) == 122_880
+        link.publish("e1/f/b/x/0", b"p" * 61_440, retain=True, seconds_expiry=600)
+        assert len(wait_for(link, Message).payload) == 61_440
         with linked(url, "late", ["e1/f/b/x/0"]) as late:
             assert wait_for(late, Message).retained
         link.publish("e1/f/b/x/0", b"", retain=True)
@@ -163,7 +163,7 @@ def test_iotcore_carries_a_run_when_mosquitto_is_missing(tmp_path: Path, monkeyp
         works(chosen.url)
         with linked(chosen.url, "reader", ["u/#"]) as reader, linked(chosen.url, "writer") as writer:
             for i in range(40):
-                writer.publish(f"u/{i}", b"x" * 122_880)
+                writer.publish(f"u/{i}", b"x" * 61_440)
             got, sent = set(), 0
             until = time.monotonic() + 10
             while (len(got) < 40 or sent < 40) and time.monotonic() < until:

@@ -214,7 +214,7 @@ caps = record(
     classes=(natural, 0),
     input_shape=(a_list(positive, 0, 4), []),
 )
-_blob_fields = record(digest=digest, size=positive, piece=(an_int(1, 1_048_576), 122_880))
+_blob_fields = record(digest=digest, size=positive, piece=(an_int(1, 1_048_576), 61_440))
 
 
 def blob(value):

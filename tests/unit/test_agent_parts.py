@@ -85,15 +85,15 @@ def serve(notes: Notes, fetcher: Fetcher, blobs: dict[str, tuple[BlobRef, bytes]
 
 class TestFetcher:
     def test_windows_cross_blobs_and_are_left_before_the_next_one(self, notes: Notes, fetcher: Fetcher) -> None:
-        blobs = [blob(1, 3), blob(2, 5)]
+        blobs = [blob(1, 3), blob(2, 9)]
         by_prefix = {ref.digest[:32]: (ref, data) for ref, data in blobs}
         order = order_for(*(ref for ref, _ in blobs))
         assert not fetcher.begin(order, 0.0)
         assert [len(t) for w, t in notes.said if w == "subscribe"] == [WINDOW_DOWN]
         assert serve(notes, fetcher, by_prefix)
         assert [(w, len(t)) for w, t in notes.said] == [
-            ("subscribe", 4),
-            ("unsubscribe", 4),
+            ("subscribe", 8),
+            ("unsubscribe", 8),
             ("subscribe", 4),
             ("unsubscribe", 4),
         ]
@@ -152,7 +152,7 @@ class TestFetcher:
         assert not notes.wanted
         later = Fetcher(notes, Spool(tmp_path), "f", "d0")  # type: ignore[arg-type]  # as much of a link as it takes
         assert not later.begin(order_for(ref, ref), 0.0)
-        assert {topics.parse(t).index for t in notes.wanted} == {5, 6, 7, 8}
+        assert {topics.parse(t).index for t in notes.wanted} == {5, 6, 7, 8, 9, 10, 11}
 
     def test_weights_of_older_rounds_go(self, notes: Notes, fetcher: Fetcher, tmp_path: Path) -> None:
         spec, first, second = blob(1, 1), blob(2, 2), blob(3, 2)

@@ -153,7 +153,7 @@ def test_damaged_bytes_are_read_or_refused_but_never_anything_else(name, changes
 
 def test_spec_and_code_agree_on_limits_and_topics():
     text = (Path(tensor.__file__).parent / "SPEC.md").read_text("utf-8")
-    for number in ("65,536", "122,880", "262,144", "1,048,576", "49,152", "16,384"):
+    for number in ("65,536", "61,440", "262,144", "1,048,576", "49,152", "16,384"):
         assert number in text
     for reason in second_reader.REASONS:
         assert f"`{reason}`" in text
