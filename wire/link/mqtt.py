@@ -21,8 +21,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from wire.errors import ConfigError, TooLarge
-from wire.link import Address, Denied, Down, Farewell, Link, Message, Published, Up, Will
+from wire.errors import TooLarge
+from wire.link import Address, Denied, Down, Farewell, Link, Message, Published, Up, Will, tls
 from wire.link.ledger import Backoff, Inbox, Outbox, Parcel, Receipts, Wishes
 
 if "urllib.request" not in sys.modules:
@@ -102,7 +102,7 @@ class MqttLink:
         if address.user:
             client.username_pw_set(address.user, address.password)
         if address.tls:
-            client.tls_set_context(_tls(address))
+            client.tls_set_context(tls.context(address))
         if will is not None:
             client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
         client.on_socket_open = _no_delay
@@ -388,18 +388,6 @@ def _ack_now(opened: Any) -> None:
 
 def _answered(inbox: Inbox, number: int) -> bool:
     return any(isinstance(event, Published) and event.id == number for event in inbox.events)
-
-
-def _tls(address: Address) -> Any:
-    import ssl
-
-    try:
-        context = ssl.create_default_context(cafile=address.ca or None)
-        if address.cert:
-            context.load_cert_chain(address.cert, address.key or None)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"certificates for {address} (ca, cert, key): {error}") from None
-    return context
 
 
 _: type[Link] = MqttLink
