@@ -98,11 +98,11 @@ def text(facts: Result) -> str:
     rows = [
         [
             str(d["name"]),
-            str(d["width"]),
+            str(d["width"]) if d["answered"] else "-",
             f"{d['bytes_budget'] / MIB:.1f}",
             f"{d['bytes_predicted'] / MIB:.1f}",
             f"{d['bytes_peak'] / MIB:.1f}",
-            "yes" if d["bytes_peak"] <= d["bytes_budget"] else "NO",
+            "-" if not d["answered"] else "yes" if d["bytes_peak"] <= d["bytes_budget"] else "NO",
             str(d["micro_batch"]),
             str(d["samples"]),
             f"{d['seconds']:.1f}",
