@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def check_update(path: Path, spec: ModelSpec, structure: Structure) -> None:
         NonFinite: It holds a NaN or an infinity.
     """
     wanted = tensor_shapes(spec, structure)
-    with tensor.open_blob(path) as blob:
+    with tensor.open_blob(path, elements_max=sum(map(prod, wanted.values()))) as blob:
         if blob.kind != "update" or set(blob.names) != set(wanted):
             raise Malformed(f"expected an update of {len(wanted)} tensors, got {blob.kind!r} of {len(blob.names)}")
         for name, shape in wanted.items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_runtime.engines.arrays import Floats
 from wire.errors import Malformed
-from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes
+from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, parameter_count
 from wire.structure import shell_blocks, views_of
 from wire.tensor import Blob, open_blob
 
@@ -34,9 +34,10 @@ class Received:
         """
         self._spec = spec
         self._structure = structure
+        self._elements = parameter_count(spec, structure)
         self._shells: dict[int, Path] = {}
         for place, path in enumerate(shells):
-            with open_blob(Path(path)) as blob:
+            with open_blob(Path(path), elements_max=self._elements) as blob:
                 capacity = _capacity(blob, place)
             if capacity in self._shells:
                 raise Malformed(f"two shells of capacity {capacity}", "$.meta.capacity")
@@ -65,7 +66,7 @@ class Received:
                     views_of(tensor, arrays[tensor.name], None, boxes)  # nothing may be missing
                 continue
             while waiting:
-                with open_blob(path) as blob:
+                with open_blob(path, elements_max=self._elements) as blob:
                     waiting = _pour_some(blob, arrays, waiting, pour)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
+from collections.abc import Sequence
 from typing import IO, Any
 
 import msgpack
@@ -44,17 +45,19 @@ class Writer:
         self.size = 0
         self._write(_MARK.pack(_ARRAY32, 1 + 2 * bodies) + header)
 
-    def body(self, data: bytes | memoryview) -> None:
-        """Write the next body.
+    def body(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Write the next body, which is these parts one after another.
 
         Raises:
             TooLarge: It is longer than `BODY_BYTES`.
         """
-        if len(data) > BODY_BYTES:
-            raise TooLarge(f"a body of {len(data)} bytes; the limit is {BODY_BYTES}")
+        length = sum(len(part) for part in parts)
+        if length > BODY_BYTES:
+            raise TooLarge(f"a body of {length} bytes; the limit is {BODY_BYTES}")
         pad = -(self.size + 2 * _MARK.size) % ALIGNMENT
-        self._write(_MARK.pack(_BIN32, pad) + bytes(pad) + _MARK.pack(_BIN32, len(data)))
-        self._write(data)
+        self._write(_MARK.pack(_BIN32, pad) + bytes(pad) + _MARK.pack(_BIN32, length))
+        for part in parts:
+            self._write(part)
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)

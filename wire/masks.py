@@ -1,17 +1,6 @@
-"""Which weights of a tensor are kept, in as few bytes as possible. Masks drive the format, values never do.
+"""Which weights of a tensor are kept: as bits, and as rows and columns. Masks drive the format, values never do.
 
-Four encodings, by what stands in their parts (all little-endian, elements in C order):
-
-========== =============================== ==================================================================
-encoding   parts                           bytes of n elements, k of them kept, each value w bytes long
-========== =============================== ==================================================================
-dense      values                          ``n w``
-bitmap     bits, values                    ``ceil(n / 8) + k w``
-index      rows, columns, values           ``k (r + c + w)``; r, c = 0, 2 or 4 by the length of that side
-values     values (the mask is elsewhere)  ``k w``
-========== =============================== ==================================================================
-
-For float32 and sides of 2 to 65536 the first three cross at densities 31/32 and 1/32 exactly (PruneFL, section 5).
+All numbers are little-endian, elements stand in C order. `gaps` has the third way to say it, `coding` chooses.
 """
 
 from __future__ import annotations
@@ -19,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -28,8 +17,6 @@ from numpy.typing import NDArray
 from wire.errors import Malformed
 
 Mask = NDArray[np.bool_]
-Encoding = Literal["dense", "bitmap", "index", "values"]
-PARTS: dict[str, int] = {"dense": 1, "bitmap": 2, "index": 3, "values": 1}
 
 
 def mask_digest(mask: Mask) -> str:
@@ -47,21 +34,9 @@ def index_type(length: int) -> np.dtype[Any] | None:
     return None if length <= 1 else np.dtype("<u2") if length <= 1 << 16 else np.dtype("<u4")
 
 
-def cost(encoding: str, shape: Sequence[int], kept: int, itemsize: int) -> int:
-    """Count the bytes of an encoding's parts, as in the table above."""
-    if encoding == "dense":
-        return prod(shape) * itemsize
-    if encoding == "bitmap":
-        return -(-prod(shape) // 8) + kept * itemsize
-    if encoding == "index":
-        return kept * (sum(_width(side) for side in sides(shape)) + itemsize)
-    return kept * itemsize
-
-
-def cheapest(shape: Sequence[int], kept: int, itemsize: int) -> Encoding:
-    """Choose among dense, bitmap and index by exact cost; of two equals the one that is simpler to read."""
-    options: tuple[Encoding, ...] = ("dense", "bitmap", "index")
-    return min(options, key=lambda option: cost(option, shape, kept, itemsize))
+def index_bytes(shape: Sequence[int], kept: int) -> int:
+    """Count the bytes of so many rows and columns."""
+    return kept * sum(_width(side) for side in sides(shape))
 
 
 def _width(side: int) -> int:

@@ -9,29 +9,28 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from wire import layout
+from wire import forms, layout, zstd
+from wire.coding import Coded, code_dense, code_masked
+from wire.entries import DTYPES, ELEMENTS_MAX, TENSORS_MAX, Entry, Head, check_entries
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, NonFinite, StoreError, TooLarge, Unsupported
-from wire.masks import PARTS, Mask, cheapest, from_bits, from_indices, mask_digest, to_bits, to_indices
+from wire.gaps import from_gaps
+from wire.masks import Mask, from_bits, from_indices, mask_digest
 from wire.messages import BlobRef
-from wire.schema import Limit, Name, Natural, from_plain
+from wire.outline import Outline, outline_of
+from wire.rice import from_rice
+from wire.schema import from_plain
 
-ELEMENTS_MAX = 1 << 28
-SHAPE_MAX = 1 << 40
-TENSORS_MAX = 16_384
-DTYPES = {
-    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "uint8", "int32", "int64", "uint32")
-}
 _VERSION = 1
 _CHECKED_AT_ONCE = 1 << 16
 
@@ -39,32 +38,25 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """What the header says of one tensor.
+class Coding:
+    """How masked tensors are written.
 
     Attributes:
-        name: Unique in the blob.
-        dtype: One of `DTYPES`.
-        shape: Of the whole tensor.
-        encoding: One of `masks.PARTS`.
-        parts: Indices of its bodies.
-        kept: Number of values; all elements when dense.
-        mask: Digest of the mask, for the encoding ``values`` only.
+        known: Tensor name to the digest of its mask, where the reader holds that very mask: values only.
+        bases: Tensor name to an older mask that the reader holds: what has changed is written where that is shorter.
+        form: How float32 values are written, one of `forms.FORMS`.
+        outline: What the reader knows of all tensors: values only, in one body.
+        pack: Whether masks may be coded by gaps and packed; without it only the encodings of the papers are used.
     """
 
-    name: Annotated[str, Limit(1, 128, r"[A-Za-z0-9_./:-]+")]
-    dtype: Annotated[str, Limit(1, 16)]
-    shape: Annotated[tuple[Natural, ...], Limit(0, 8)]
-    encoding: Annotated[str, Limit(1, 16)]
-    parts: Annotated[tuple[Natural, ...], Limit(1, 3)]
-    kept: Natural
-    mask: Annotated[str, Limit(0, 64)] = ""
+    known: Mapping[str, str] = field(default_factory=dict)
+    bases: Mapping[str, Mask] = field(default_factory=dict)
+    form: str = ""
+    outline: Outline | None = None
+    pack: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    kind: Name
-    tensors: Annotated[tuple[Entry, ...], Limit(0, TENSORS_MAX)]
+PLAIN = Coding()
 
 
 def write_blob(
@@ -74,9 +66,12 @@ def write_blob(
     *,
     meta: Mapping[str, Any] | None = None,
     masks: Mapping[str, Mask] | None = None,
-    known_masks: Mapping[str, str] | None = None,
+    coding: Coding = PLAIN,
 ) -> BlobRef:
-    """Write a blob file, one tensor at a time, hashing on the way. The same input gives the same bytes. Not yet durable.
+    """Write a blob file, hashing on the way. The same input gives the same bytes. Not yet durable.
+
+    Memory: dense values are written from where they lie; the masks and kept values of masked tensors, and values in another
+    form, are held from the header's writing to their own.
 
     Args:
         path: The file; replaced if it is there.
@@ -85,69 +80,84 @@ def write_blob(
         meta: Plain values for the header, which may have at most `layout.HEADER_BYTES` in all.
         masks: Tensor name to what is kept of it, of the tensor's shape; the cheapest encoding is chosen. Values that are
             not kept are lost; kept ones that are zero are not.
-        known_masks: Tensor name to the digest of its mask (which stands in `masks` too), where the reader has that mask.
+        coding: What the reader is known to hold, and how values are written.
 
     Raises:
-        Unsupported: An array's type has no name here.
+        Unsupported: An array's type, or a form, has no name here.
         TooLarge: The header or one body is beyond its limit.
-        DigestMismatch: `known_masks` names another mask than `masks` has.
+        DigestMismatch: `coding` names another mask than `masks` has.
+        NonFinite: A value cannot be said in this form.
         StoreError: The disk refuses.
     """
-    masks, known_masks = masks or {}, known_masks or {}
-    entries: list[dict[str, Any]] = []
-    count = 0
-    for name, array in tensors.items():
-        entry = _entry(name, array, masks.get(name), known_masks.get(name, ""))
-        parts = PARTS[entry["encoding"]]
-        entry["parts"] = list(range(count, count + parts))
-        entries.append(entry)
-        count += parts
-    header: bytes = msgpack.packb({"v": _VERSION, "kind": kind, "meta": dict(meta or {}), "tensors": entries})
-    if len(entries) > TENSORS_MAX:
-        raise TooLarge(f"a blob of {len(entries)} tensors; the limit is {TENSORS_MAX}")
+    masks = masks or {}
+    if len(tensors) > TENSORS_MAX:
+        raise TooLarge(f"a blob of {len(tensors)} tensors; the limit is {TENSORS_MAX}")
+    head: dict[str, Any] = {"v": _VERSION, "kind": kind, "meta": dict(meta or {})}
+    bodies: list[list[Array | bytes]] = []
+    if coding.outline is not None:
+        head |= {"like": coding.outline.digest, "form": coding.form}
+        bodies = [_values_alone(tensors, masks, coding, coding.outline)]
+    else:
+        head["tensors"] = []
+        for name, array in tensors.items():
+            coded = _coded(name, array, masks.get(name), coding)
+            parts = list(range(len(bodies), len(bodies) + len(coded.parts)))
+            head["tensors"].append(_entry(name, array, coded, parts))
+            bodies += [[part] for part in coded.parts]
     try:
         with path.open("wb") as file:
-            out = layout.Writer(file, header, count)
-            for entry in entries:
-                name = entry["name"]
-                for body in _bodies(entry, tensors[name], masks.get(name)):
-                    out.body(body)
+            out = layout.Writer(file, msgpack.packb(head), len(bodies))
+            for body in bodies:
+                out.body([part if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data for part in body])
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     return BlobRef(out.digest.hexdigest(), out.size)
 
 
-def _entry(name: str, array: Array, mask: Mask | None, known: str) -> dict[str, Any]:
+def _values_alone(
+    tensors: Mapping[str, Array], masks: Mapping[str, Mask], coding: Coding, outline: Outline
+) -> list[Array | bytes]:
+    """Give the values of all tensors, one after another, once they are seen to be those of the outline."""
+    if outline_of(tensors, masks) != outline:
+        raise DigestMismatch("these are not the tensors and masks of the outline")
+    known = {entry.name: entry.mask for entry in outline.entries}
+    coding = replace(coding, known=known)
+    return [_coded(name, array, masks.get(name), coding).parts[-1] for name, array in tensors.items()]
+
+
+def _coded(name: str, array: Array, mask: Mask | None, coding: Coding) -> Coded:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         raise Unsupported(f"tensor {name!r} is {dtype}; a blob holds {', '.join(DTYPES)}")
-    entry = {"name": name, "dtype": dtype, "shape": list(array.shape), "encoding": "dense", "parts": []}
+    array = array.astype(DTYPES[dtype], copy=False)
+    form = coding.form if dtype == "float32" else ""
+    known, base = coding.known.get(name, ""), coding.bases.get(name)
     if mask is None:
         if known:
             raise Malformed(f"tensor {name!r} has the digest of a mask, but not the mask")
-        return {**entry, "kept": array.size}
-    if mask.shape != array.shape or mask.dtype != np.bool_:
-        raise Malformed(f"the mask of tensor {name!r} is {mask.dtype}{mask.shape}, expected bool{array.shape}")
-    kept = int(np.count_nonzero(mask))
-    if known:
-        if mask_digest(mask) != known:
-            raise DigestMismatch(f"the mask of tensor {name!r} is {mask_digest(mask)}, not {known}")
-        return {**entry, "encoding": "values", "kept": kept, "mask": known}
-    encoding = cheapest(array.shape, kept, array.dtype.itemsize)
-    return {**entry, "encoding": encoding, "kept": array.size if encoding == "dense" else kept}
+        return code_dense(array, form)
+    for found, what in ((mask, "mask"), (base, "old mask")):
+        if found is not None and (found.shape != array.shape or found.dtype != np.bool_):
+            raise Malformed(f"the {what} of tensor {name!r} is {found.dtype}{found.shape}, expected bool{array.shape}")
+    if known and mask_digest(mask) != known:
+        raise DigestMismatch(f"the mask of tensor {name!r} is {mask_digest(mask)}, not {known}")
+    return code_masked(array, mask, form=form, known=known, base=base, pack=coding.pack)
 
 
-def _bodies(entry: Mapping[str, Any], array: Array, mask: Mask | None) -> Iterator[bytes | memoryview]:
-    encoding = entry["encoding"]
-    values = np.ascontiguousarray(array, DTYPES[entry["dtype"]])
-    if mask is not None:
-        # A dense body has zeros where nothing is kept: what the reader gets must not depend on the encoding.
-        values = np.where(mask, values, values.dtype.type(0)) if encoding == "dense" else values[mask]
-        if encoding == "bitmap":
-            yield to_bits(mask).tobytes()
-        elif encoding == "index":
-            yield from to_indices(mask)
-    yield values.reshape(-1).view(np.uint8).data
+def _entry(name: str, array: Array, coded: Coded, parts: list[int]) -> dict[str, Any]:
+    entry = {
+        "name": name,
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "encoding": coded.encoding,
+        "parts": parts,
+        "kept": coded.kept,
+        "mask": coded.mask,
+        "packed": coded.packed,
+        "form": coded.form,
+        "low": coded.low,
+    }
+    return {key: value for key, value in entry.items() if value or key not in ("mask", "packed", "form", "low")}
 
 
 class Blob:
@@ -155,24 +165,28 @@ class Blob:
 
     __slots__ = ("_bodies", "_entries", "_map", "kind", "meta")
 
-    def __init__(self, view: mmap.mmap, elements_max: int = ELEMENTS_MAX) -> None:
+    def __init__(self, view: mmap.mmap, elements_max: int = ELEMENTS_MAX, outline: Outline | None = None) -> None:
         """Check everything that the file says of itself (see `open_blob`)."""
         self._map = view
         header, start = layout.read_header(view)
         version = header.get("v")
         if type(version) is not int or version != _VERSION:
             raise Unsupported(f"a blob of version {repr(version)[:80]}; this side reads {_VERSION}")
-        head = from_plain(_Head, header, path="$[0]")
+        head = from_plain(Head, header, path="$[0]")
         meta = header.get("meta")
         if not isinstance(meta, dict):
             raise Malformed("expected a map", "$[0].meta")
         self.kind: str = head.kind
         self.meta: dict[str, Any] = meta
         self._bodies = layout.find_bodies(view, start)
-        self._entries = {entry.name: entry for entry in head.tensors}
-        if len(self._entries) != len(head.tensors):
+        entries = head.tensors
+        if head.like or "tensors" not in header:
+            entries = _outlined(head, outline)
+            self._bodies = _cut(self._bodies, entries)
+        self._entries = {entry.name: entry for entry in entries}
+        if len(self._entries) != len(entries):
             raise Malformed("two tensors share a name", "$[0].tensors")
-        _check_entries(head.tensors, [length for _, length in self._bodies], elements_max)
+        check_entries(entries, [length for _, length in self._bodies], elements_max)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -194,7 +208,7 @@ class Blob:
 
         Args:
             name: Which one.
-            mask: What is kept, where the blob has the values only.
+            mask: What is kept, where the blob has the values only; what was kept, where it has the changes.
 
         Raises:
             Malformed: There is no such tensor, or its parts contradict each other.
@@ -222,6 +236,20 @@ class Blob:
             where = np.flatnonzero(where)
         return where.astype(np.int64, copy=False), self._values(entry)
 
+    def mask(self, name: str, mask: Mask | None = None) -> Mask:
+        """Give what is kept of a tensor, in its shape; for a receiver that will be sent values only, or changes, later.
+
+        Raises:
+            Malformed, MaskUnknown, DigestMismatch: As `tensor` does.
+        """
+        entry = self.entry(name)
+        whole = np.ones(prod(entry.shape), np.bool_)
+        if entry.encoding != "dense":
+            where = self._where(entry, mask)
+            whole[:] = False
+            whole[where] = True
+        return whole.reshape(entry.shape)
+
     def require_finite(self) -> None:
         """Look at every value. Cost: one pass in small parts.
 
@@ -229,9 +257,9 @@ class Blob:
             NonFinite: One is a NaN or an infinity; the text names the tensor.
         """
         for entry in self._entries.values():
-            values = self._values(entry)
-            if values.dtype.kind != "f":
+            if entry.dtype not in ("float32", "float64"):
                 continue
+            values = self._values(entry)
             for start in range(0, len(values), _CHECKED_AT_ONCE):
                 if not np.isfinite(values[start : start + _CHECKED_AT_ONCE]).all():
                     raise NonFinite(f"tensor {entry.name!r} holds a value that is not finite")
@@ -256,37 +284,79 @@ class Blob:
         return np.frombuffer(self._map, dtype, length // dtype.itemsize, start)
 
     def _values(self, entry: Entry) -> Array:
-        return self._body(entry.parts[-1], DTYPES[entry.dtype])
+        if not entry.form:
+            return self._body(entry.parts[-1], DTYPES[entry.dtype])
+        values = forms.read(self._body(entry.parts[-1], DTYPES["uint8"]), entry.form, entry.kept)
+        values.flags.writeable = False
+        return values
 
     def _where(self, entry: Entry, mask: Mask | None) -> Array:
         """Give what is kept: a mask in one line, or positions."""
         path = f"$[0].tensors.{entry.name}"
+        count = prod(entry.shape)
+        first: Any = self._body(entry.parts[0], DTYPES["uint8"])
+        if entry.packed:
+            first = np.frombuffer(zstd.unpack(first.data, entry.packed, path), np.uint8)
         if entry.encoding == "bitmap":
-            return from_bits(self._body(entry.parts[0], DTYPES["uint8"]), prod(entry.shape), entry.kept, path)
+            return from_bits(first, count, entry.kept, path)
+        if entry.encoding == "gaps":
+            return from_gaps(first, count, entry.kept, path)
+        if entry.encoding == "rice":
+            return from_rice(first, count, entry.kept, entry.low, path)
         if entry.encoding == "index":
-            rows, columns = (self._body(part, DTYPES["uint8"]) for part in entry.parts[:2])
-            return from_indices(rows, columns, entry.shape, entry.kept, path)
+            return from_indices(first, self._body(entry.parts[1], DTYPES["uint8"]), entry.shape, entry.kept, path)
         if mask is None:
             raise MaskUnknown(f"tensor {entry.name!r} needs mask {entry.mask}")
         if mask.shape != entry.shape or mask_digest(mask) != entry.mask:
             raise DigestMismatch(f"tensor {entry.name!r} needs mask {entry.mask}, not {mask_digest(mask)}")
-        if int(np.count_nonzero(mask)) != entry.kept:
+        found = np.ravel(mask)
+        if entry.encoding == "delta":
+            found = found.copy()
+            found[from_gaps(first, count, -1, path)] ^= True
+        if int(np.count_nonzero(found)) != entry.kept:
             raise Malformed(f"{entry.kept} values for mask {entry.mask}", path)
-        return np.ravel(mask)
+        return found
 
 
-def open_blob(path: Path, *, elements_max: int = ELEMENTS_MAX) -> Blob:
+def _outlined(head: Head, outline: Outline | None) -> tuple[Entry, ...]:
+    """Give the entries that a header names by digest only."""
+    if len(head.like) != 32 or head.tensors:
+        raise Malformed("a header has either tensors or the digest of an outline", "$[0].like")
+    if outline is None or outline.digest != head.like:
+        raise MaskUnknown(f"this blob needs outline {head.like.hex()}")
+    return tuple(replace(entry, form=head.form if entry.dtype == "float32" else "") for entry in outline.entries)
+
+
+def _cut(bodies: list[tuple[int, int]], entries: tuple[Entry, ...]) -> list[tuple[int, int]]:
+    """Cut the one body into the values of the tensors."""
+    if len(bodies) != 1:
+        raise Malformed(f"{len(bodies)} bodies for an outline, expected 1", "$")
+    start, length = bodies[0]
+    places = []
+    for entry in entries:
+        forms.check(entry.form, entry.dtype, "$[0].form")
+        size = forms.size(entry.form, entry.kept, DTYPES[entry.dtype].itemsize)
+        places.append((start, size))
+        start += size
+    if start != bodies[0][0] + length:
+        raise Malformed(f"{length} bytes for the values of an outline", "$[2]")
+    return places
+
+
+def open_blob(path: Path, *, elements_max: int = ELEMENTS_MAX, outline: Outline | None = None) -> Blob:
     """Open a blob file and check all of it except the values. Cost: linear in the header; bodies are not read.
 
     Args:
         path: The file; it must not be changed while it is open.
-        elements_max: Most elements that its sparse tensors may have in all when they are made dense.
+        elements_max: Most elements that its sparse tensors, and those in another form, may have in all when made dense.
+        outline: What is known of its tensors, where it says no more than their values.
 
     Raises:
         StoreError: It cannot be read.
         Malformed: It is not one blob, exactly.
         TooLarge: It is beyond a limit.
-        Unsupported: Its version, or a tensor's type or encoding, is not known here.
+        Unsupported: Its version, or a tensor's type, encoding or form, is not known here.
+        MaskUnknown: It needs an outline, and this is not the one.
     """
     try:
         with path.open("rb") as file:
@@ -296,35 +366,7 @@ def open_blob(path: Path, *, elements_max: int = ELEMENTS_MAX) -> Blob:
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     try:
-        return Blob(view, elements_max)
+        return Blob(view, elements_max, outline)
     except Exception:
         view.close()
         raise
-
-
-def _check_entries(entries: tuple[Entry, ...], lengths: list[int], elements_max: int) -> None:
-    """Hold what the header says against the lengths of the bodies, before anything is allocated."""
-    count = elements = 0
-    for entry in entries:
-        path = f"$[0].tensors.{entry.name}"
-        if entry.dtype not in DTYPES or entry.encoding not in PARTS:
-            raise Unsupported(f"tensor {entry.name!r} is {entry.encoding} of {entry.dtype}")
-        parts = PARTS[entry.encoding]
-        if entry.parts != tuple(range(count, count + parts)) or count + parts > len(lengths):
-            raise Malformed(f"parts {entry.parts} of {len(lengths)} bodies, expected {parts} from {count} on", path)
-        count += parts
-        whole = prod(entry.shape)
-        if prod(max(length, 1) for length in entry.shape) > SHAPE_MAX:
-            raise TooLarge(f"tensor {entry.name!r} of shape {entry.shape}; the limit is {SHAPE_MAX} elements")
-        if entry.encoding != "dense":
-            elements += whole
-        if entry.kept > whole or (entry.encoding == "dense" and entry.kept != whole):
-            raise Malformed(f"{entry.kept} values of {whole} elements", path)
-        if lengths[entry.parts[-1]] != entry.kept * DTYPES[entry.dtype].itemsize:
-            raise Malformed(f"{lengths[entry.parts[-1]]} bytes for {entry.kept} values of {entry.dtype}", path)
-        if (len(entry.mask) == 64) != (entry.encoding == "values"):
-            raise Malformed(f"encoding {entry.encoding!r} with mask {entry.mask!r}", path)
-    if count != len(lengths):
-        raise Malformed(f"{len(lengths)} bodies, of which {count} are used", "$")
-    if elements > elements_max:
-        raise TooLarge(f"sparse tensors of {elements} elements; the limit is {elements_max}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 
 import msgpack
+import zstandard
 
 
 def attacks(golden):
@@ -162,8 +163,62 @@ def _tensors(golden):
     yield "index-short", "blob", _one([_u2(1), _u2(3, 4), two], **index), "Malformed"
     yield "index-wide", "blob", _one([_u2(0, 0, 1, 0), _u2(3, 4), two], **index), "Malformed"
     yield "index-more-than-elements", "blob", _one([_u2(0), _u2(0), bytes(44)], encoding="index", kept=11), "Malformed"
+    yield from _gaps()
+    yield from _packed()
+    yield from _forms()
     yield "values-without-mask", "blob", _one([two], encoding="values", kept=2), "Malformed"
     yield "values-mask-unknown", "blob", _one([two], encoding="values", kept=2, mask="ab" * 32), "MaskUnknown"
+
+
+def _gaps():
+    two = bytes(8)
+    gaps = {"encoding": "gaps", "kept": 2}
+    yield "gaps-beyond", "blob", _one([b"\0\x09", two], **gaps), "Malformed"
+    yield "gaps-keep-fewer", "blob", _one([b"\0", two], **gaps), "Malformed"
+    yield "gaps-more-than-can-be", "blob", _one([b"\0\0\0", two], **gaps), "Malformed"
+    long = {"encoding": "gaps", "kept": 1, "shape": [600]}
+    yield "gaps-end-in-a-skip", "blob", _one([b"\0\xff", bytes(4)], **long), "Malformed"
+    yield "gaps-skip-beyond", "blob", _one([b"\xff\xff\x5a", bytes(4)], **long), "Malformed"
+    yield "gaps-of-a-terabyte", "blob", _one([b"\0\0", two], **gaps, shape=[2**20, 2**20]), "TooLarge"
+    rice = {"encoding": "rice", "kept": 2, "low": 1}
+    yield "rice-keeps-fewer", "blob", _one([b"\1\0", two], **rice), "Malformed"
+    yield "rice-bytes-behind", "blob", _one([b"\3\0\0", two], **rice), "Malformed"
+    yield "rice-padding-bits", "blob", _one([b"\3\4", two], **rice), "Malformed"
+    yield "rice-beyond", "blob", _one([b"\x41\0", two], **rice), "Malformed"
+    yield "rice-too-short", "blob", _one([b"", two], **rice), "Malformed"
+    yield "rice-low-25", "blob", _one([b"\3\0", two], **{**rice, "low": 25}), "Malformed"
+    yield "rice-of-a-terabyte", "blob", _one([b"\3\0", two], **rice, shape=[2**20, 2**20]), "TooLarge"
+    yield "delta-without-mask", "blob", _one([b"\0", two], encoding="delta", kept=2), "Malformed"
+    yield "delta-mask-unknown", "blob", _one([b"\0", two], encoding="delta", kept=2, mask="ab" * 32), "MaskUnknown"
+    like = {"v": 1, "kind": "update", "meta": {}, "like": bytes(32), "form": ""}
+    yield "outline-unknown", "blob", container(like, [two]), "MaskUnknown"
+    yield "outline-short", "blob", container({**like, "like": bytes(31)}, [two]), "Malformed"
+
+
+def _packed():
+    two = bytes(8)
+    frame = zstandard.ZstdCompressor(level=1).compress
+    bits = {"encoding": "bitmap", "kept": 2, "shape": [800]}
+    good = frame(b"\x03" + bytes(99))
+    yield "packed-size-lies", "blob", _one([good, two], **bits, packed=99), "Malformed"
+    yield "packed-frame-states-more", "blob", _one([frame(b"\x03" + bytes(100)), two], **bits, packed=100), "TooLarge"
+    yield "packed-no-frame", "blob", _one([b"\x03" + bytes(50), two], **bits, packed=100), "Malformed"
+    yield "packed-frame-cut-off", "blob", _one([good[:-1], two], **bits, packed=100), "Malformed"
+    yield "packed-two-frames", "blob", _one([good + good, two], **bits, packed=100), "Malformed"
+    bomb = frame(bytes(1 << 30))
+    yield "packed-bomb", "blob", _one([bomb, two], **bits, packed=100), "TooLarge"
+    yield "packed-bomb-that-says-so", "blob", _one([bomb, two], **bits, packed=1 << 30), "Malformed"
+    silent = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(bytes(100))
+    yield "packed-frame-without-size", "blob", _one([silent, two], **bits, packed=100), "TooLarge"
+    yield "packed-rows", "blob", _one([good, _u2(0, 1), two], encoding="index", kept=2, packed=100), "Malformed"
+
+
+def _forms():
+    yield "form-unknown", "blob", _one([bytes(20)], form="float8"), "Unsupported"
+    yield "form-of-integers", "blob", _one([bytes(20)], dtype="int32", form="bfloat16"), "Malformed"
+    yield "form-length", "blob", _one([bytes(40)], form="float16"), "Malformed"
+    yield "form-without-scales", "blob", _one([bytes(10)], form="int8"), "Malformed"
+    yield "form-of-a-terabyte", "blob", _one([b"", b""], encoding="bitmap", shape=[2**20, 2**20], kept=0), "TooLarge"
 
 
 def _u2(*numbers):

@@ -6,7 +6,9 @@ import numpy as np
 
 from wire import messages as m
 from wire.masks import mask_digest
+from wire.outline import outline_of
 from wire.spec import Structure
+from wire.tensor import Coding
 
 ORDER, BOOT, RUN = "0123456789abcdef", "00000000000000b0", "00000000000000a1"
 DIGEST = "ab" * 32
@@ -61,6 +63,17 @@ _THIN[[0, 7, 39], [2, 0, 1], [4, 0, 3]] = True
 _ROW = np.zeros(70_000, np.bool_)
 _ROW[[1, 69_999]] = True
 
+_FEW = np.zeros(1000, np.bool_)
+_FEW[[0, 1, 5, 260, 515, 770, 999]] = True
+_FEWER = _FEW.copy()
+_FEWER[[5, 6]] = [False, True]
+_LONG = np.arange(1000, dtype=np.float32) / 8
+_VALUES = (np.arange(300, dtype=np.float32) * 7 % 37 - 18) / np.float32(53)
+_RANDOM = np.random.default_rng(5).random((2, 40, 50))
+_BLOCKS = np.repeat(_RANDOM[:, :, :10] < 0.5, 5, axis=2)
+_COLUMNS = np.broadcast_to(np.arange(50) % 11 == 3, (2, 40, 50)).copy()
+_STRANGE = _RANDOM < 0.5
+
 BLOBS = {
     "nothing": {"kind": "empty", "tensors": {}},
     "dense": {
@@ -83,16 +96,50 @@ BLOBS = {
             "x/scalar": np.array(7.0, np.float32),
         },
     },
-    "bitmap": {"kind": "update", "tensors": {"w": _SPARSE}, "masks": {"w": _EYE}},
+    "bitmap": {"kind": "update", "tensors": {"w": _SPARSE}, "masks": {"w": _EYE}, "coding": Coding(pack=False)},
     "index": {
         "kind": "update",
         "tensors": {"w": np.arange(600, dtype=np.float32).reshape(40, 3, 5), "row": np.ones(70_000, np.float32)},
         "masks": {"w": _THIN, "row": _ROW},
+        "coding": Coding(pack=False),
     },
     "values": {
         "kind": "update",
         "tensors": {"w": _SPARSE},
         "masks": {"w": _EYE},
-        "known_masks": {"w": mask_digest(_EYE)},
+        "coding": Coding(known={"w": mask_digest(_EYE)}),
+    },
+    "gaps": {"kind": "update", "tensors": {"w": _LONG}, "masks": {"w": _FEW}},
+    "rice": {"kind": "update", "tensors": {"w": _LONG}, "masks": {"w": _RANDOM.ravel()[:1000] < 0.1}},
+    "delta": {
+        "kind": "update",
+        "tensors": {"w": _LONG},
+        "masks": {"w": _FEW},
+        "coding": Coding(bases={"w": _FEWER}),
+    },
+    "outline": {
+        "kind": "update",
+        "tensors": {"w": _SPARSE, "b": np.array([0.5, -1.0], np.float32), "i": np.array([7], np.int64)},
+        "masks": {"w": _EYE},
+        "coding": Coding(
+            outline=outline_of(
+                {"w": _SPARSE, "b": np.array([0.5, -1.0], np.float32), "i": np.array([7], np.int64)}, {"w": _EYE}
+            )
+        ),
+    },
+    **{
+        form: {"kind": "update", "tensors": {"w": _VALUES, "b": _VALUES[:3]}, "coding": Coding(form=form)}
+        for form in ("bfloat16", "float16", "int8")
     },
 }
+
+PACKED = {
+    name: {
+        "kind": "update",
+        "tensors": {"w": np.arange(4000, dtype=np.float32).reshape(2, 40, 50)},
+        "masks": {"w": mask},
+        "coding": Coding(bases={"w": mask ^ _COLUMNS} if name == "delta" else {}),
+    }
+    for name, mask in (("bits", _BLOCKS), ("gaps", _COLUMNS), ("delta", _STRANGE))
+}
+"""Blobs with packed parts. Another zstandard may pack them otherwise, so that their vectors are read but not written again."""

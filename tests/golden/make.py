@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.golden.attacks import attacks
-from tests.golden.cases import BLOBS, MESSAGES
+from tests.golden.cases import BLOBS, MESSAGES, PACKED
 from wire import codec, spec, tensor, zoo
 
 HERE = Path(__file__).parent
@@ -21,13 +21,20 @@ ATTACKS = HERE / "attacks.json"
 def golden():
     """Encode every case: {"message:NAME" | "blob:NAME" | "model:NAME": hex}."""
     found = {f"message:{name}": codec.encode(message).hex() for name, message in MESSAGES.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, case in BLOBS.items():
-            path = Path(folder) / name
-            tensor.write_blob(path, **case)
-            found[f"blob:{name}"] = path.read_bytes().hex()
+    found |= blobs("blob", BLOBS)
     for name in zoo.MODELS:
         found[f"model:{name}"] = spec.encode(zoo.by_name(name)).hex()
+    return found
+
+
+def blobs(room, cases):
+    """Encode blobs: {"ROOM:NAME": hex}."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, case in cases.items():
+            path = Path(folder) / name
+            tensor.write_blob(path, **case)
+            found[f"{room}:{name}"] = path.read_bytes().hex()
     return found
 
 
@@ -38,7 +45,7 @@ def load(path):
 
 def main():
     """Write the files."""
-    for path, found in ((GOLDEN, golden()), (ATTACKS, attacks(load(GOLDEN) or golden()))):
+    for path, found in ((GOLDEN, golden() | blobs("packed", PACKED)), (ATTACKS, attacks(load(GOLDEN) or golden()))):
         old = load(path)
         path.write_text(json.dumps({**found, **old}, indent=0, sort_keys=True) + "\n", "utf-8")
         print(f"{path.name}: {len(old)} kept, {len(found.keys() - old.keys())} added")

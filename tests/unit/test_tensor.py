@@ -14,8 +14,9 @@ from hypothesis.extra import numpy as hnp
 
 from tests.golden.attacks import container
 from wire import layout, masks, tensor
+from wire.coding import plain_cost
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, NonFinite, StoreError, TooLarge, Unsupported
-from wire.tensor import open_blob, write_blob
+from wire.tensor import Coding, open_blob, write_blob
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7)
 DTYPES = st.sampled_from(sorted(tensor.DTYPES))
@@ -54,8 +55,8 @@ def test_any_mask_comes_back(tmp_path_factory, data, shape, dtype, known):
     path = tmp_path_factory.getbasetemp() / "sparse.blob"
     array = data.draw(hnp.arrays(dtype, shape))
     mask = data.draw(hnp.arrays(np.bool_, shape, elements=st.sampled_from([False, False, True])))
-    digest = {"w": masks.mask_digest(mask)} if known else None
-    write_blob(path, "update", {"w": array}, masks={"w": mask}, known_masks=digest)
+    digest = {"w": masks.mask_digest(mask)} if known else {}
+    write_blob(path, "update", {"w": array}, masks={"w": mask}, coding=Coding(known=digest))
     wanted = np.where(mask, array, array.dtype.type(0))
     with open_blob(path) as blob:
         found = blob.tensor("w", mask)
@@ -82,12 +83,14 @@ def test_costs_are_what_is_written_and_the_cheapest_is_chosen(tmp_path_factory, 
     mask = mask.reshape(shape)
     kept = int(mask.sum())
     path = tmp_path_factory.getbasetemp() / "cost.blob"
-    write_blob(path, "update", {"w": np.ones(shape, dtype)}, masks={"w": mask})
+    least = min(plain_cost(option, shape, kept, itemsize) for option in ("dense", "bitmap", "index"))
+    write_blob(path, "update", {"w": np.ones(shape, dtype)}, masks={"w": mask}, coding=Coding(pack=False))
     with open_blob(path) as blob:
         entry = blob.entry("w")
     spent = sum(length for _, length in layout_of(path))
-    assert spent == masks.cost(entry.encoding, shape, kept, itemsize)
-    assert spent == min(masks.cost(option, shape, kept, itemsize) for option in ("dense", "bitmap", "index"))
+    assert spent == plain_cost(entry.encoding, shape, kept, itemsize) == least
+    write_blob(path, "update", {"w": np.ones(shape, dtype)}, masks={"w": mask})
+    assert sum(length for _, length in layout_of(path)) <= least
 
 
 def layout_of(path):
@@ -102,20 +105,26 @@ def test_encodings_cross_where_the_paper_says():
     # PruneFL section 5: ratio to dense is min(1, d + 1/32, 2 d); bitmap and index cross at 1/32, dense at 31/32.
     n = (64, 64)
     for kept in range(0, 4097, 8):
-        ratio = min(masks.cost(option, n, kept, 4) for option in ("dense", "bitmap", "index")) / (4096 * 4)
+        ratio = min(plain_cost(option, n, kept, 4) for option in ("dense", "bitmap", "index")) / (4096 * 4)
         assert ratio == min(1, kept / 4096 + 1 / 32, 2 * kept / 4096)
-    assert masks.cheapest(n, 127, 4) == "index"
-    assert masks.cheapest(n, 128, 4) == "bitmap"
-    assert masks.cheapest(n, 3967, 4) == "bitmap"
-    assert masks.cheapest(n, 3968, 4) == "dense"
+
+
+@pytest.mark.parametrize(("kept", "encoding"), [(127, "index"), (128, "bitmap"), (3967, "bitmap"), (3968, "dense")])
+def test_the_papers_encodings_are_chosen_where_they_cross(tmp_path, kept, encoding):
+    mask = np.zeros(4096, np.bool_)
+    mask[:kept] = True
+    mask = mask.reshape(64, 64)
+    plain = Coding(pack=False)
+    write_blob(tmp_path / "x", "update", {"w": np.ones((64, 64), np.float32)}, masks={"w": mask}, coding=plain)
+    assert encoding_of(tmp_path / "x") == encoding
 
 
 def test_index_types_grow_with_the_sides():
-    assert masks.cost("index", (1, 1), 1, 4) == 4
-    assert masks.cost("index", (9,), 1, 4) == 6
-    assert masks.cost("index", (65_536, 65_536), 1, 4) == 8
-    assert masks.cost("index", (65_537, 2), 1, 4) == 10
-    assert masks.cost("index", (2, 3, 40_000), 1, 4) == 10
+    assert plain_cost("index", (1, 1), 1, 4) == 4
+    assert plain_cost("index", (9,), 1, 4) == 6
+    assert plain_cost("index", (65_536, 65_536), 1, 4) == 8
+    assert plain_cost("index", (65_537, 2), 1, 4) == 10
+    assert plain_cost("index", (2, 3, 40_000), 1, 4) == 10
 
 
 def test_a_kept_zero_is_kept_and_a_lost_value_is_lost(tmp_path):
@@ -186,7 +195,7 @@ def test_values_need_their_mask(tmp_path):
     mask = np.eye(4, dtype=np.bool_)
     digest = masks.mask_digest(mask)
     array = np.ones((4, 4), np.float32)
-    write_blob(tmp_path / "x", "update", {"w": array}, masks={"w": mask}, known_masks={"w": digest})
+    write_blob(tmp_path / "x", "update", {"w": array}, masks={"w": mask}, coding=Coding(known={"w": digest}))
     with open_blob(tmp_path / "x") as blob:
         with pytest.raises(MaskUnknown, match=digest):
             blob.tensor("w")
@@ -205,9 +214,9 @@ def test_writers_are_held_to_the_same_rules(tmp_path):
     with pytest.raises(Malformed, match="the mask of tensor 'w'"):
         write_blob(path, "update", {"w": ones}, masks={"w": mask[:1]})
     with pytest.raises(Malformed, match="not the mask"):
-        write_blob(path, "update", {"w": ones}, known_masks={"w": "ab" * 32})
+        write_blob(path, "update", {"w": ones}, coding=Coding(known={"w": "ab" * 32}))
     with pytest.raises(DigestMismatch):
-        write_blob(path, "update", {"w": ones}, masks={"w": mask}, known_masks={"w": "ab" * 32})
+        write_blob(path, "update", {"w": ones}, masks={"w": mask}, coding=Coding(known={"w": "ab" * 32}))
     with pytest.raises(TooLarge, match="header"):
         write_blob(path, "update", {"w": ones}, meta={"x": bytes(layout.HEADER_BYTES)})
     with pytest.raises(StoreError):
@@ -258,5 +267,5 @@ def test_encoding_is_seen_without_touching_values(tmp_path):
     mask = np.zeros((40, 40), np.bool_)
     mask[3, 4] = True
     write_blob(tmp_path / "x", "update", {"w": np.ones((40, 40), np.float32)}, masks={"w": mask})
-    assert encoding_of(tmp_path / "x") == "index"
+    assert encoding_of(tmp_path / "x") == "gaps"
     assert (tmp_path / "x").stat().st_size < 500

@@ -1,0 +1,63 @@
+"""A mask as the distances between what it keeps, in a Rice code: no tables, so that it is the shortest for small masks.
+
+A gap g, the number of elements passed over, is written as ``g >> low`` zeros and a one, and apart from that its `low` lowest
+bits. Of a random mask gaps are geometrically distributed, for which the best `low` is within 3 % of the information limit at
+densities up to 0.35 (Golomb 1966; Rice 1979).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.errors import Malformed
+
+LOW_MAX = 24
+KEPT_MAX = 1 << 16
+"""Above so many kept elements packed gaps are as short, and faster."""
+
+
+def to_rice(mask: NDArray[np.bool_]) -> tuple[bytes, int]:
+    """Code a flat mask that keeps something; gives the bytes and the number of low bits. Cost: 30 bytes per kept element."""
+    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    guess = int(np.log2(1 + gaps.mean()))
+    low = min(range(max(0, guess - 1), min(LOW_MAX, guess + 1) + 1), key=lambda bits: _size(gaps, bits))
+    ones = np.cumsum((gaps >> low) + 1) - 1
+    unary = np.zeros(int(ones[-1]) + 1, np.bool_)
+    unary[ones] = True
+    rest = (gaps[:, None] >> np.arange(low)) & 1
+    return np.packbits(unary, bitorder="little").tobytes() + np.packbits(
+        rest.astype(np.bool_), bitorder="little"
+    ).tobytes(), low
+
+
+def _size(gaps: NDArray[np.int64], low: int) -> int:
+    return -(-(int((gaps >> low).sum()) + len(gaps)) // 8) - (-low * len(gaps) // 8)
+
+
+def from_rice(data: NDArray[np.uint8], count: int, kept: int, low: int, path: str) -> NDArray[np.int64]:
+    """Read such bytes; gives the positions of the kept elements ``(kept,)``, ascending. Memory: 8 bytes per bit of `data`.
+
+    Raises:
+        Malformed: They keep another number of elements, reach beyond the mask, or bits that pad them are not 0.
+    """
+    split = len(data) - -(-low * kept // 8)
+    if split < 0:
+        raise Malformed(f"{len(data)} bytes for {kept} elements of {low} low bits", path)
+    unary = np.unpackbits(data[:split], bitorder="little")
+    ones = np.flatnonzero(unary)
+    if len(ones) != kept or (kept and len(unary) - 1 - int(ones[-1]) >= 8) or (not kept and split):
+        raise Malformed(f"a code of {len(ones)} elements for {kept} values, or with bytes behind it", path)
+    bits = np.unpackbits(data[split:], bitorder="little")
+    if bits[low * kept :].any():
+        raise Malformed("padding bits of a code are not 0", path)
+    rest = bits[: low * kept].reshape(kept, low).astype(np.int64) @ (1 << np.arange(low, dtype=np.int64))
+    places = np.cumsum(((np.diff(ones, prepend=-1) - 1) << low) + rest + 1) - 1
+    if kept and int(places[-1]) >= count:
+        raise Malformed(f"a code reaches element {int(places[-1])} of {count}", path)
+    return places
+
+
+def longest(count: int, kept: int, low: int) -> int:
+    """Give the greatest number of bytes that the code of such a mask can take."""
+    return -(-((count >> low) + kept) // 8) - (-low * kept // 8)
