@@ -29,7 +29,7 @@ def merged(defaults: Params, params: Params) -> dict[str, float | str]:
     foreign_rule = params.get("recipe.rule", defaults.get("recipe.rule")) != defaults.get("recipe.rule")
     result = dict(defaults)
     for name, value in params.items():
-        known = defaults.get(name, 0.0 if _takes(name, foreign_rule) else None)
+        known = defaults.get(name, _default(name) if _takes(name, foreign_rule) else None)
         if known is None:
             raise ConfigError(f"parameter {name!r} is not known here; there are {', '.join(sorted(defaults))}")
         if isinstance(known, str) != isinstance(value, str) or isinstance(value, bool):
@@ -73,6 +73,12 @@ def cooled(recipe: Recipe, cooling: float, round_number: int) -> Recipe:
     if not 0.0 < cooling <= 1.0:
         raise ConfigError(f"parameter cooling = {cooling:g}: write a factor above 0 and at most 1, such as 0.95")
     return dataclasses.replace(recipe, rate=recipe.rate * cooling ** (round_number - 1))
+
+
+def _default(name: str) -> float | str:
+    """Give the recipe's own value; a knob's is a number."""
+    known = getattr(Recipe(), name.removeprefix(_PREFIX), 0.0)
+    return known if isinstance(known, str) else 0.0
 
 
 def _takes(name: str, foreign_rule: bool) -> bool:

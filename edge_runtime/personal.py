@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.engines.arrays import Arrays
-from wire.errors import Malformed
+import numpy as np
+
+from edge_runtime.engines.arrays import Arrays, Floats
+from wire.errors import Malformed, NestlingError
 from wire.messages import BlobRef
 from wire.schema import from_plain, to_plain
 from wire.spec import ModelSpec, Structure, decode, encode, tensor_shapes
 from wire.tensor import open_blob, write_blob
 
 KIND = "keep"
+_CARRIED = "carried/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,37 @@ class Personal:
     arrays: Arrays
 
 
-def write(path: Path, personal: Personal) -> BlobRef:
-    """Write the blob; not durable until its caller says so."""
+def write(path: Path, personal: Personal, carried: Mapping[str, Floats] | None = None) -> BlobRef:
+    """Write the blob; not durable until its caller says so.
+
+    Args:
+        path: The file.
+        personal: The model.
+        carried: What the last update's form did not carry, by tensor; stands beside the weights.
+    """
     meta = {"spec": encode(personal.spec), "structure": to_plain(personal.structure)}
-    return write_blob(path, KIND, personal.arrays, meta=meta)
+    beside = {_CARRIED + name: array for name, array in (carried or {}).items()}
+    return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta)
+
+
+def add_carried(path: str, structure: Structure, update: Mapping[str, Floats]) -> None:
+    """Add to an update what earlier ones did not carry, in place; nothing where no state is held.
+
+    What was lost of a width is carried over to the same width of the same ranking only: in another one a place in a tensor
+    is another channel. A state that cannot be read is no reason to fail an order: it is as if nothing had been lost.
+    """
+    if not path:
+        return
+    try:
+        with open_blob(Path(path)) as blob:
+            held = from_plain(Structure, blob.meta.get("structure"), path="$.meta.structure")
+            if held != structure or blob.kind != KIND:
+                return
+            for name, array in update.items():
+                if _CARRIED + name in blob.names and blob.entry(_CARRIED + name).shape == array.shape:
+                    np.add(array, blob.tensor(_CARRIED + name), out=array)
+    except NestlingError:
+        return
 
 
 def read(path: Path) -> Personal:

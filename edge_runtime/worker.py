@@ -33,7 +33,7 @@ from edge_runtime.memory import plan as planning
 from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, settle_allocator, wall
 from edge_runtime.received import Received
 from edge_runtime.rules import still
-from wire import memory, zoo
+from wire import forms, memory, zoo
 from wire.child import die_with_parent
 from wire.errors import (
     BudgetExceeded,
@@ -47,10 +47,10 @@ from wire.errors import (
     Unsupported,
 )
 from wire.job import Done, Failed, Job, Progress, Ready, read_frame, write_frame
-from wire.messages import Reason, Recipe, Usage
+from wire.messages import BlobRef, Reason, Recipe, Usage
 from wire.schema import from_plain
 from wire.spec import ModelSpec, Structure, decode, tensor_shapes
-from wire.tensor import write_blob
+from wire.tensor import Coding, write_blob
 
 Report = Callable[[Progress], None]
 SECONDS_BETWEEN_REPORTS = 0.2
@@ -153,17 +153,32 @@ def _train(work: _Work) -> Done:
         work.settle("")
         shapes = tensor_shapes(spec, structure)
         moves = {name: still.update(order.recipe, order.round, shape) for name, shape in shapes.items()}
-        ref = write_blob(update, "update", moves)
+        ref = write_blob(update, "update", moves, coding=Coding(form=order.recipe.form))
         return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(0, ""))
     x, y = _part(spec, work.data, "train")
     micro_batch = _micro_batch(work, spec)
     received = Received(spec, structure, work.job.shells)
     weights, metrics, name = _trained(work, (spec, structure, received), rule, (x, y), micro_batch)
-    keep_ref = personal.write(keep, personal.Personal(spec, structure, weights))
-    received.subtract_from(weights)
-    ref = write_blob(update, "update", weights)
+    model = personal.Personal(spec, structure, weights)
+    ref, keep_ref = _write(work.job, model, received, update, keep)
     usage = work.usage(micro_batch, name)
     return Done(structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
+
+
+def _write(job: Job, model: personal.Personal, received: Received, update: Path, keep: Path) -> tuple[BlobRef, BlobRef]:
+    """Write update and state. In a form that loses something, what it lost the last time is added, and what it loses kept."""
+    form = job.order.recipe.form
+    if not form:
+        keep_ref = personal.write(keep, model)
+        received.subtract_from(model.arrays)
+        return write_blob(update, "update", model.arrays), keep_ref
+    moves = {name: array.copy() for name, array in model.arrays.items()}
+    received.subtract_from(moves)
+    personal.add_carried(job.keep, model.structure, moves)
+    ref = write_blob(update, "update", moves, coding=Coding(form=form))
+    for array in moves.values():
+        array[...] = forms.lost(array, form)
+    return ref, personal.write(keep, model, moves)
 
 
 def _trained(

@@ -110,7 +110,8 @@ def predict(
         return _bounded(bytes_held + weights, scale)
     gradients = weights if holds_gradients(recipe, batch) else 0
     step = weights + gradients + copies(recipe) * weights + _peak(_Walk(spec, structure, batch, backward=True))
-    return _bounded(bytes_held + HEAP + max(step, weights + largest), scale)
+    writing = 3 * weights if recipe.form else weights + largest  # trained, update, and the update in its form
+    return _bounded(bytes_held + HEAP + max(step, writing), scale)
 
 
 def predict_evaluation(spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0) -> Prediction:

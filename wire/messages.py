@@ -20,6 +20,7 @@ PIECE_BYTES = 61_440
 PIECES_MAX = 262_144
 
 Verb = Literal["train", "score", "calibrate", "evaluate"]
+Form = Literal["", "bfloat16", "float16", "int8"]
 Reason = Literal["memory", "oom", "crash", "stalled", "data", "unsupported", "nonfinite", "cancelled", "busy"]
 
 
@@ -125,6 +126,7 @@ class Recipe:
         clip: Greatest Euclidean norm of a step's gradient; 0 for no clipping.
         seed: Root of all randomness of this order.
         knobs: What else the rule understands.
+        form: How the update's values are written (see `forms`); what that loses is added to the device's next update.
     """
 
     rule: Name = "sgd"
@@ -136,6 +138,7 @@ class Recipe:
     clip: Amount = 0.0
     seed: Natural = 0
     knobs: Mapping[Name, float] = field(default_factory=dict)
+    form: Form = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One zstandard frame in, one out, bounded: by the package `zstandard`, and from Python 3.14 on by the standard library.
 
-A frame that states a size is given that much by both libraries, whatever limit they are told. So what it states is held against
-what is expected before anything is unpacked.
+A frame that states a size is given that much by both libraries, whatever limit they are told. So what it states is held
+against what is expected before anything is unpacked.
 """
 
 from __future__ import annotations

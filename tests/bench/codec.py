@@ -1,8 +1,8 @@
 """What a sparse tensor costs on the wire, in bytes and in time, beside the encodings of the papers and a plain gather.
 
 ``python -m tests bench codec --json``. Masks are random unless the case says otherwise; 6.6 million weights (PruneFL's
-Conv-2) in one thread. Times are medians of paired runs in this process: ours, numpy's boolean gather of the same data, and zstandard at
-level 3 over the dense array, turn by turn. Memory is the kernel's high-water mark above what input and output take.
+Conv-2) in one thread. Times are medians of paired runs in this process, turn by turn: ours, numpy's boolean gather of the
+same data, and zstandard at level 3 over the dense array. Memory is the kernel's high-water mark above input and output.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def load(path):
 
 def main():
     """Write the files."""
-    for path, found in ((GOLDEN, golden() | blobs("packed", PACKED)), (ATTACKS, attacks(load(GOLDEN) or golden()))):
+    for path, found in ((GOLDEN, golden() | blobs("packed", PACKED)), (ATTACKS, attacks(golden() | load(GOLDEN)))):
         old = load(path)
         path.write_text(json.dumps({**found, **old}, indent=0, sort_keys=True) + "\n", "utf-8")
         print(f"{path.name}: {len(old)} kept, {len(found.keys() - old.keys())} added")

@@ -239,6 +239,7 @@ recipe = record(
     clip=(amount, 0.0),
     seed=(natural, 0),
     knobs=(a_map(name, a_float()), {}),
+    form=(one_of("", "bfloat16", "float16", "int8"), ""),
 )
 usage = record(
     bytes_base=(natural, 0),

@@ -53,6 +53,39 @@ def test_train_gives_trained_minus_received(tmp_path, structure):
         np.testing.assert_array_equal(array, engine.params[name])
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "float16", "int8"])
+def test_what_a_form_loses_comes_with_the_next_update(tmp_path, form):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    recipe = dataclasses.replace(RECIPE, form=form)
+    meant = read(perform(job(tmp_path / "meant", SPEC, arrays, [NESTED], RECIPE), data).update)
+    said = dict.fromkeys(meant, 0.0)
+    keep = ""
+    for turn in range(4):  # always the same weights, so that every update means the same
+        task = dataclasses.replace(job(tmp_path / str(turn), SPEC, arrays, [NESTED], recipe), keep=keep)
+        done = perform(task, data)
+        assert isinstance(done, Done)
+        keep = done.keep
+        said = {name: said[name] + array for name, array in read(done.update).items()}
+        assert done.update_ref.size < 0.75 * Path(done.keep).stat().st_size / 2
+        for name, array in personal.read(Path(keep)).arrays.items():
+            before = cutting.cut(SPEC, arrays, NESTED)[name]
+            np.testing.assert_allclose(array, before + meant[name], rtol=0, atol=1e-6)
+        step = {"bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 127}[form]
+        for name, array in meant.items():
+            off = np.abs(said[name] - (turn + 1) * array).max()
+            assert off <= 1.6 * step * np.abs(array).max() + 1e-6, "the error of one update, however many there were"
+
+
+def test_what_was_lost_of_another_width_is_not_added(tmp_path):
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    recipe = dataclasses.replace(RECIPE, form="int8")
+    first = perform(job(tmp_path / "1", SPEC, arrays, [NESTED], recipe), data)
+    plain = perform(job(tmp_path / "2", SPEC, arrays, [NESTED.narrowed(1)], recipe), data)
+    for keep in (first.keep, str(tmp_path / "nothing"), str(tmp_path / "2" / "spec")):
+        task = dataclasses.replace(job(tmp_path / "3", SPEC, arrays, [NESTED.narrowed(1)], recipe), keep=keep)
+        assert perform(task, data).update_ref == plain.update_ref
+
+
 def test_what_a_result_says(tmp_path):
     told = []
     data = dataset(SPEC)
