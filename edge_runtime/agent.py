@@ -133,13 +133,17 @@ class Agent:
                 self._worker(event)
             case link.Up():
                 log.info("connected to %s as %s", address(self._config), self._config.device)
+                self._fetcher.up(time.monotonic())
                 self._announce()
             case link.Down():
                 log.warning("no broker: %s", event.why)
+                self._fetcher.down()
             case link.Denied():
                 log.warning("the broker does not let this device hear %s: %s", event.topic, event.why)
-            case link.Published() if event.problem:
-                log.warning("the broker does not carry what this device says: %s", event.problem)
+            case link.Published():
+                self._offers.sent(event.id)
+                if event.problem:
+                    log.warning("the broker does not carry what this device says: %s", event.problem)
             case Stop():
                 self._life.leaving = True
             case _:

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from edge_runtime.data import Source
 from wire import settings, topics
 from wire.errors import ConfigError
-from wire.schema import Limit, Name, Natural, Positive
+from wire.schema import Limit, Name, Natural, Positive, shown
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_AMOUNT_MAX = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,15 @@ def amount(value: int | str, key: str) -> int:
     Raises:
         ConfigError: It is neither.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    wrong = ConfigError(f'{key}: {shown(value)} is no amount of memory; write bytes or text such as "48 MiB"')
+    if isinstance(value, int):
+        if not 0 <= value <= _AMOUNT_MAX:
+            raise wrong
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if found is None or found[2].lower() not in _UNITS:
-        raise ConfigError(f'{key}: {value!r} is no amount of memory; write bytes or text such as "48 MiB"')
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+        raise wrong
+    bytes_wanted = float(found[1]) * _UNITS[found[2].lower()]
+    if bytes_wanted > _AMOUNT_MAX:
+        raise wrong
+    return int(bytes_wanted)

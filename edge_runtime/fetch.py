@@ -92,6 +92,16 @@ class Fetcher:
                 self._link.publish(topics.up(federation, device, "need"), codec.encode(need))
         self._due = now + SECONDS_PATIENCE * min(self._silences, 5)
 
+    def down(self) -> None:
+        """Wait for the link: nothing can be asked of anybody, and what was asked for comes again when it is back."""
+        self._due = float("inf")
+
+    def up(self, now: float) -> None:
+        """Expect the window again: the broker's session holds it, or the link asks for it anew."""
+        self._silences = 0
+        if self._window:
+            self._due = now + SECONDS_PATIENCE
+
     def stop(self) -> None:
         """Stop; what has come stays for the next time."""
         self._unsubscribe()

@@ -37,6 +37,7 @@ class Offers:
         self._federation = federation
         self._reply: Reply | None = None
         self._push = Push(0)
+        self._under_way: dict[int, int] = {}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,7 +79,7 @@ class Offers:
         again = self._reply is not None and self._reply.order == reply.order
         self._link.publish(topics.up(self._federation, reply.device, "reply"), codec.encode(reply))
         if again:
-            self._push.rewind()
+            self._push.rewind(self._under_way.values())
             return
         self._hold(reply)
         self._send()
@@ -92,6 +93,10 @@ class Offers:
         self._push.acked(have)
         self._send()
 
+    def sent(self, message_id: int) -> None:
+        """Take the broker's receipt: until it comes, a piece is the link's to repeat and not ours."""
+        self._under_way.pop(message_id, None)
+
     def drop(self, order: str) -> None:
         """Forget the answer to an order, its files included. What a worker has begun to write for it goes as well."""
         if self._reply is not None:
@@ -99,6 +104,7 @@ class Offers:
                 self._note.unlink(missing_ok=True)
         self._reply = None
         self._push = Push(0)
+        self._under_way = {}
         for end in ("update", "keep"):
             with contextlib.suppress(OSError):
                 (self.out / f"{order}.{end}").unlink(missing_ok=True)
@@ -113,6 +119,7 @@ class Offers:
     def _hold(self, reply: Reply) -> None:
         self._reply = reply
         self._push = Push(reply.update.pieces if reply.update is not None else 0)
+        self._under_way = {}
 
     def _send(self) -> None:
         reply = self._reply
@@ -121,7 +128,7 @@ class Offers:
         path = self._update(reply.order)
         for index in self._push.to_send():
             topic = topics.up_piece(self._federation, reply.device, reply.order, index)
-            self._link.publish(topic, read_piece(path, reply.update, index))
+            self._under_way[self._link.publish(topic, read_piece(path, reply.update, index))] = index
 
     def _update(self, order: str) -> Path:
         return self.out / f"{order}.update"

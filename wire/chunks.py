@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 from wire.errors import DigestMismatch, Malformed, StoreError
@@ -214,6 +215,7 @@ class Assembly:
             file = os.open(sidecar_of(self.path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.pwrite(file, _SIDECAR.pack(_MAGIC, self.ref.size, self.ref.piece) + self._bits, 0)
+                os.ftruncate(file, _SIDECAR.size + len(self._bits))  # a damaged one may have been longer
             finally:
                 os.close(file)
         except OSError as error:
@@ -248,10 +250,10 @@ def _read_sidecar(ref: BlobRef, path: Path) -> bytearray:
     if data[: _SIDECAR.size] != _SIDECAR.pack(_MAGIC, ref.size, ref.piece) or len(data) != _SIDECAR.size + length:
         return nothing
     bits = bytearray(data[_SIDECAR.size :])
-    for index in range(length * 8):
-        end = min((index + 1) * ref.piece, ref.size)
-        if index >= ref.pieces or end > on_disk:
-            bits[index >> 3] &= ~(1 << (index & 7))
+    whole = ref.pieces if on_disk >= ref.size else on_disk // ref.piece  # pieces that the file is long enough for
+    if whole < length * 8:
+        bits[whole >> 3] &= (1 << (whole & 7)) - 1
+        bits[(whole >> 3) + 1 :] = bytes(length - (whole >> 3) - 1)
     return bits
 
 
@@ -325,11 +327,15 @@ class Push:
                 self._mark(index, there=bool(new >> (index & 7) & 1))
         self._have = have
 
-    def rewind(self) -> None:
-        """Count nothing as in flight any more: the link was lost, or nobody has answered for too long."""
+    def rewind(self, still: Collection[int] = ()) -> None:
+        """Count nothing as in flight any more but `still`: the link was lost, or nobody has answered for too long."""
         self._state = self._state.replace(bytes([_FLYING]), bytes([_WAITING]))
         self._flying = 0
         self._lowest = 0
+        for index in still:
+            if self._state[index] == _WAITING:
+                self._state[index] = _FLYING
+                self._flying += 1
 
     def _mark(self, index: int, *, there: bool) -> None:
         state = self._state[index]

@@ -12,7 +12,7 @@ import msgpack
 
 from wire import VERSION, messages
 from wire.errors import Malformed, TooLarge, Unsupported
-from wire.schema import from_plain, to_plain, unpack
+from wire.schema import from_plain, shown, to_plain, unpack
 
 T = TypeVar("T")
 
@@ -57,8 +57,8 @@ def decode(data: bytes | memoryview, cls: type[T]) -> T:
         raise Malformed(f"expected a map, got {type(plain).__name__}")
     version = plain.get("v")
     if type(version) is not int or version != VERSION:
-        raise Unsupported(f"wire version {repr(version)[:80]}; this side speaks {VERSION}")
+        raise Unsupported(f"wire version {shown(version)}; this side speaks {VERSION}")
     kind = _NAMES[cls]
     if plain.get("k") != kind:
-        raise Malformed(f"expected a {kind}, got {repr(plain.get('k'))[:80]}", "$.k")
+        raise Malformed(f"expected a {kind}, got {shown(plain.get('k'))}", "$.k")
     return from_plain(cls, plain)

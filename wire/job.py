@@ -15,7 +15,7 @@ import msgpack
 
 from wire.errors import Malformed, TooLarge
 from wire.messages import BlobRef, Order, Reason, Usage
-from wire.schema import Fraction, Limit, Name, Natural, Positive, Text, from_plain, to_plain, unpack
+from wire.schema import Fraction, Limit, Name, Natural, Positive, Text, from_plain, shown, to_plain, unpack
 from wire.spec import Structure
 
 FRAME_BYTES = 1 << 20
@@ -170,7 +170,7 @@ def read_frame(stream: IO[bytes], also: tuple[type[Any], ...] = ()) -> Any:
     for cls in (*FRAMES, *also):
         if cls.__name__.lower() == kind:
             return from_plain(cls, plain)
-    raise Malformed(f"no frame is called {repr(kind)[:80]}", "$.k")
+    raise Malformed(f"no frame is called {shown(kind)}", "$.k")
 
 
 def _read_exactly(stream: IO[bytes], length: int) -> bytes:

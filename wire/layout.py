@@ -15,7 +15,7 @@ from typing import IO, Any
 import msgpack
 
 from wire.errors import Malformed, TooLarge
-from wire.schema import unique
+from wire.schema import maybe_costly, refuse_costly, unique
 
 HEADER_BYTES = 1 << 20
 BODY_BYTES = (1 << 32) - 1
@@ -24,6 +24,7 @@ ALIGNMENT = 64
 _MARK = struct.Struct(">BI")  # msgpack's array32 and bin32: a byte, then the length
 _ARRAY32, _BIN32 = 0xDD, 0xC6
 _STEP = 1 << 12
+_ITEMS_MAX = 16_384
 
 
 class Writer:
@@ -83,11 +84,12 @@ def read_header(view: mmap.mmap) -> tuple[dict[str, Any], int]:
         object_pairs_hook=unique,
         read_size=_STEP,
         max_buffer_size=HEADER_BYTES,
-        max_array_len=16_384,
+        max_array_len=_ITEMS_MAX,
         max_map_len=8_192,
         max_ext_len=0,
     )
     start = end = _MARK.size
+    surveyed = False
     step = _STEP
     while True:
         part = view[end : min(end + step, start + HEADER_BYTES)]
@@ -95,8 +97,11 @@ def read_header(view: mmap.mmap) -> tuple[dict[str, Any], int]:
             raise Malformed("the header is cut off", "$[0]")
         if not part:
             raise TooLarge(f"the header is longer than {HEADER_BYTES}")
-        reader.feed(part)
         end += len(part)
+        if not surveyed and maybe_costly(view[start:end], _ITEMS_MAX):
+            refuse_costly(view[start : start + HEADER_BYTES])
+            surveyed = True
+        reader.feed(part)
         step *= 2
         try:
             header = reader.unpack()

@@ -41,6 +41,19 @@ class Limit:
 
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 
+CONTAINERS_MAX = 131_072
+"""Most lists and maps of one document: an empty map is one byte that costs a reader 64."""
+
+# What one document may cost before it is surveyed, and what its marks mean (see msgpack's specification).
+_SURVEY_ABOVE, _CONTAINER_BYTES, _SLOT_BYTES, _NESTED_MAX = 1 << 23, 64, 8, 1024
+_KEYS_MAX = 8_192
+_SMALL = 1 << 16
+_MAPS = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+_CONTAINER_MARKS = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
+_EXTENSIONS = frozenset([0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)])
+_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+_WIDTHS = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+
 Natural = Annotated[int, Limit(0, 2**53)]
 Positive = Annotated[int, Limit(1, 2**53)]
 Amount = Annotated[float, Limit(0.0, 1e18)]
@@ -178,7 +191,7 @@ def _choice(choices: tuple[Any, ...]) -> _Reader:
 
     def read(value: Any, strict: bool) -> Any:  # noqa: ARG001 - every reader has the same form
         if type(value) not in kinds or value not in choices:
-            raise Malformed(f"expected one of {', '.join(map(str, choices))}, got {repr(value)[:80]}")
+            raise Malformed(f"expected one of {', '.join(map(str, choices))}, got {shown(value)}")
         return value
 
     return read
@@ -241,7 +254,7 @@ def _scalar(hint: Any) -> _Reader:
         if type(value) is not hint:
             if hint is not float or type(value) is not int:
                 raise Malformed(f"expected {hint.__name__}, got {_kind(value)}")
-            value = float(value)
+            value = _as_float(value)
         if hint is float and not math.isfinite(value):
             raise Malformed(f"expected a finite number, got {value}")
         return value
@@ -249,12 +262,19 @@ def _scalar(hint: Any) -> _Reader:
     return read
 
 
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # TOML has integers of any length
+        raise Malformed(f"value {shown(value)} is too large") from None
+
+
 def _bound(limit: Limit, value: Any) -> None:
     number = type(value) is int or type(value) is float
     size = value if number else len(value)
     if (limit.low is not None and size < limit.low) or (limit.high is not None and size > limit.high):
         side = f"above {limit.high:g}" if limit.high is not None and size > limit.high else f"below {limit.low:g}"
-        raise Malformed(f"{'value' if number else 'length'} {size} is {side}")
+        raise Malformed(f"{'value' if number else 'length'} {shown(size)} is {side}")
     if limit.pattern is not None and not re.fullmatch(limit.pattern, value):
         raise Malformed(f"{value[:80]!r} does not match {limit.pattern}")
 
@@ -267,6 +287,18 @@ def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
+def shown(value: object) -> str:
+    """Name a stranger's value in an error text, in a few words and without ever failing.
+
+    Python's own `repr` fails on lists within 1,000 lists and on integers of more than 4,300 digits.
+    """
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        return repr(value[:80])[:80]
+    return repr(value)[:80] if type(value) in _SCALARS else f"a {type(value).__name__}"
+
+
 def unpack(data: bytes | memoryview, bytes_max: int, items_max: int = 1024) -> Any:
     """Read one msgpack document with every length bounded and no key twice in a map.
 
@@ -274,22 +306,68 @@ def unpack(data: bytes | memoryview, bytes_max: int, items_max: int = 1024) -> A
         data: The document.
         bytes_max: Most bytes that it may have.
         items_max: Most items of one list. A list is made as long as it claims to be before its items are read, at every
-            level of up to 1024 that are nested, so this bounds what a small document can make a reader allocate.
+            level of up to 1024 that are nested (see `refuse_costly`).
 
     Raises:
-        TooLarge: `data` is longer than `bytes_max`.
+        TooLarge: `data` is longer than `bytes_max`, or has more than `CONTAINERS_MAX` lists and maps.
         Malformed: It is not exactly one document, nests too deep, or repeats a key.
     """
     if len(data) > bytes_max:
         raise TooLarge(f"{len(data)} bytes; the limit is {bytes_max}")
+    if maybe_costly(bytes(data), items_max):
+        refuse_costly(bytes(data))
     try:
         return msgpack.unpackb(
-            data, object_pairs_hook=unique, max_array_len=items_max, max_map_len=8_192, max_ext_len=0
+            data, object_pairs_hook=unique, max_array_len=items_max, max_map_len=_KEYS_MAX, max_ext_len=0
         )
     except Malformed:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise Malformed(f"not one msgpack document: {error or type(error).__name__}") from None
+
+
+def maybe_costly(data: bytes, items_max: int) -> bool:
+    """Tell whether bytes may cost a reader far more memory than they are. A few passes at C speed.
+
+    Args:
+        data: Of a msgpack document; what stands behind it counts as well.
+        items_max: Most items of one list that the reader will make.
+    """
+    lists = min(data.count(b"\xdc") + data.count(b"\xdd"), _NESTED_MAX)
+    maps = min(data.count(b"\xde") + data.count(b"\xdf"), _NESTED_MAX)
+    containers = len(data) if len(data) < _SMALL else len(data) - len(data.translate(None, _CONTAINER_MARKS))
+    slots = lists * items_max + maps * _KEYS_MAX
+    return slots * _SLOT_BYTES + containers * _CONTAINER_BYTES > _SURVEY_ABOVE
+
+
+def refuse_costly(data: bytes) -> None:
+    """Walk from mark to mark to the end of the document at the beginning of `data` and count, without making anything.
+
+    Raises:
+        TooLarge: There are more than `CONTAINERS_MAX` lists and maps.
+        Malformed: They claim more items than there are bytes; a reader would make room for all of them.
+    """
+    place = containers = 0
+    items = 1  # that are still to come
+    while items and place < len(data):
+        mark = data[place]
+        if mark in _EXTENSIONS:
+            return  # refused by the reader when it comes here
+        width = _LENGTHS.get(mark, 0)
+        place += 1 + width
+        length = int.from_bytes(data[place - width : place], "big") if width else mark & (31 if mark & 0x20 else 15)
+        items -= 1
+        if mark in _CONTAINER_MARKS:
+            containers += 1
+            items += length * (2 if mark in _MAPS else 1)
+            if containers > CONTAINERS_MAX:
+                raise TooLarge(f"more than {CONTAINERS_MAX} lists and maps")
+            if items > len(data) - place:
+                raise Malformed(f"not one msgpack document: {items} items to come in {len(data) - place} bytes")
+        elif width or 0xA0 <= mark < 0xC0:
+            place += length
+        else:
+            place += _WIDTHS.get(mark, 0)
 
 
 def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -30,7 +30,7 @@ def read(cls: type[T], path: Path | None, flags: Mapping[str, object] | None = N
             plain = tomllib.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist; write it, or name another file with --config") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, an endless number
             raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
     for key, value in (flags or {}).items():
         if value is not None:

@@ -29,7 +29,7 @@ from wire.masks import Mask, from_bits, from_indices, mask_digest
 from wire.messages import BlobRef
 from wire.outline import Outline, outline_of
 from wire.rice import from_rice
-from wire.schema import from_plain
+from wire.schema import from_plain, shown
 
 _VERSION = 1
 _CHECKED_AT_ONCE = 1 << 16
@@ -171,7 +171,7 @@ class Blob:
         header, start = layout.read_header(view)
         version = header.get("v")
         if type(version) is not int or version != _VERSION:
-            raise Unsupported(f"a blob of version {repr(version)[:80]}; this side reads {_VERSION}")
+            raise Unsupported(f"a blob of version {shown(version)}; this side reads {_VERSION}")
         head = from_plain(Head, header, path="$[0]")
         meta = header.get("meta")
         if not isinstance(meta, dict):

@@ -71,13 +71,16 @@ def picture(path: Path, shape: tuple[int, ...] = ()) -> NDArray[np.uint8]:
             warnings.simplefilter("error")
             with image_module.open(path, formats=_FORMATS) as opened:
                 if opened.width * opened.height > _PIXELS_MAX:
-                    raise DataError(f"{path}: {opened.width} x {opened.height} pixels are too many: make it smaller")
+                    problem = f"{path}: {opened.width} x {opened.height} pixels are too many: make it smaller"
+                    raise DataError(problem)  # noqa: TRY301 - only an open picture says its size
                 grey = shape[0] == 1 if shape else opened.mode in {"1", "L", "I", "I;16", "F", "LA"}
                 turned = operations.exif_transpose(opened).convert("L" if grey else "RGB")
                 if shape and turned.size != (shape[2], shape[1]):
                     turned = turned.resize((shape[2], shape[1]), image_module.Resampling.BILINEAR)
                 pixels = np.asarray(turned, np.uint8)
-    except (OSError, SyntaxError, ValueError, ArithmeticError, EOFError, Warning) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what a damaged picture makes Pillow raise is not a closed list
         raise DataError(f"{path}: not a readable picture ({error}): replace it or take it away") from error
     return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (h, w, c) -> (c, h, w)
 

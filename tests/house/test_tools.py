@@ -31,7 +31,7 @@ def test_every_dependency_has_its_reason_written_down() -> None:
         *PROJECT["dependencies"],
         *(d for name in ("torch", "coordinator", "plot", "images") for d in extras[name]),
     ]
-    names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in wanted}
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in wanted}
     notes = {path.stem for path in (ROOT / "docs" / "decisions").glob("*.md")}
     assert names - notes == set()
 
@@ -40,7 +40,7 @@ def test_the_pins_cover_every_direct_dependency() -> None:
     pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = {re.split(r"[=; ]", line)[0] for line in pins if line and not line.startswith("#")}
     lines = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
-    wanted = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in lines} - {"nestling"}
+    wanted = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in lines} - {"nestling"}
     assert wanted - pinned == set()
 
 

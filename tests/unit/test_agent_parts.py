@@ -133,6 +133,23 @@ class TestFetcher:
         assert codec.decode(payload, Need) == Need(ref.digest, order_for(ref, ref).id)
         assert fetcher.due > 8.0 + SECONDS_PATIENCE  # more patience each time
 
+    def test_without_a_link_nobody_is_late(self, notes: Notes, fetcher: Fetcher) -> None:
+        fetcher.down()
+        fetcher.up(0.0)
+        assert fetcher.due == float("inf")
+        ref, data = blob(1, 2)
+        fetcher.begin(order_for(ref, ref), 0.0)
+        fetcher.down()
+        assert fetcher.due == float("inf")
+        fetcher.up(50.0)
+        assert fetcher.due == 50.0 + SECONDS_PATIENCE
+        fetcher.late(60.0)
+        assert notes.sent == []  # the first silence asks nobody but the broker
+        fetcher.piece(ref.digest[:32], 0, data[:10], 61.0)
+        assert fetcher.piece(ref.digest[:32], 1, data[10:], 62.0)
+        fetcher.up(70.0)
+        assert fetcher.due == float("inf")
+
     def test_wrong_bytes_are_fetched_again_but_not_for_ever(self, notes: Notes, fetcher: Fetcher) -> None:
         ref, _ = blob(1, 1)
         prefix = ref.digest[:32]
@@ -205,11 +222,24 @@ class TestOffers:
         offers = self.make(notes, tmp_path / "out")
         _, reply = self.answer(offers)
         offers.offer(reply)
-        notes.take()
+        for message_id, _ in enumerate(notes.take(), 1):
+            offers.sent(message_id)
         offers.offer(reply)
         assert [t for t, _ in notes.take()] == [topics.up("f", "d0", "reply")]
         offers.more(b"\x0f")
         assert self.pieces(notes) == list(range(4, 4 + WINDOW_UP))
+
+    def test_what_the_link_has_not_delivered_yet_is_not_sent_beside_it(self, notes: Notes, tmp_path: Path) -> None:
+        offers = self.make(notes, tmp_path / "out")
+        _, reply = self.answer(offers)
+        offers.offer(reply)
+        notes.take()
+        for message_id in range(1, 8):  # the reply and pieces 0 to 5; the connection broke before the other receipts
+            offers.sent(message_id)
+        offers.offer(reply)
+        notes.take()
+        offers.more(b"\x07")
+        assert self.pieces(notes) == [3, 4, 5, *range(WINDOW_UP, WINDOW_UP + 3)]
 
     def test_a_new_life_offers_the_same_in_its_own_name(self, notes: Notes, tmp_path: Path) -> None:
         first = self.make(notes, tmp_path / "out")

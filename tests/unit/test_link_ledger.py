@@ -155,11 +155,11 @@ def test_back_off_grows_to_its_most_and_starts_over_only_after_a_calm() -> None:
     backoff = Backoff()
     assert backoff.at == 0.0
     delays = []
-    for _ in range(12):
+    for _ in range(14):
         backoff.fail(100.0)
         delays.append(backoff.at - 100.0)
     for index, delay in enumerate(delays):
-        full = min(30.0, 0.2 * 2**index)
+        full = min(30.0, 0.2 * 1.5**index)
         assert 0.5 * full <= delay <= full
     backoff.up(200.0)
     backoff.fail(201.0)

@@ -192,6 +192,7 @@ class Backoff:
     LEAST = 0.2
     MOST = 30.0
     CALM = 5.0
+    GROWTH = 1.5  # coming back takes about half as long again as the outage; doubling costs twice that
 
     def __init__(self) -> None:
         """The first attempt is due now."""
@@ -208,5 +209,5 @@ class Backoff:
         if self._up_at is not None and now - self._up_at >= self.CALM:
             self._delay = 0.0
         self._up_at = None
-        self._delay = min(self.MOST, max(self.LEAST, self._delay * 2))
+        self._delay = min(self.MOST, max(self.LEAST, self._delay * self.GROWTH))
         self.at = now + self._delay * (0.5 + int.from_bytes(os.urandom(2), "big") / 131_072)
