@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire import forms, zstd
-from wire.gaps import to_gaps
+from wire.gaps import gather, to_gaps
 from wire.masks import Mask, index_bytes, mask_digest, to_bits, to_indices
 from wire.rice import KEPT_MAX, to_rice
 
@@ -89,7 +89,7 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
     flat, where = np.ravel(array), np.ravel(mask)
     kept = int(np.count_nonzero(where))
     if known:
-        return Coded("values", [forms.written(_kept(flat, where), form)], kept, mask=known, form=form)
+        return Coded("values", [forms.written(gather(where, flat), form)], kept, mask=known, form=form)
     sized = forms.size(form, kept, array.itemsize)
     dense = forms.size(form, array.size, array.itemsize)
     best, gathered = _mask_code(flat, where, kept, array.shape, pack=pack)
@@ -98,8 +98,8 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
         if cost(changes) < cost(best):
             best = changes
     if dense <= cost(best) + sized:
-        return code_dense(array, form)
-    values = gathered if gathered is not None else _kept(flat, where)
+        return code_dense(np.where(where, flat, flat.dtype.type(0)), form)  # what is not kept is lost here too
+    values = gathered if gathered is not None else gather(where, flat)
     digest = mask_digest(base) if best.encoding == "delta" and base is not None else ""
     return replace(best, parts=[*best.parts, forms.written(values, form)], mask=digest, form=form)
 
@@ -142,12 +142,6 @@ def _packed(encoding: str, data: bytes, kept: int) -> Coded:
     if len(short) < len(data):
         return Coded(encoding, [short], kept, len(data))
     return Coded(encoding, [data], kept)
-
-
-def _kept(flat: Array, where: Mask) -> Array:
-    values = to_gaps(where, flat)[1]
-    assert values is not None
-    return values
 
 
 def entropy(density: float) -> float:

@@ -8,6 +8,7 @@ has not, and end up 0 to 15 % longer and several times slower; ``python -m tests
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from wire.errors import Malformed
 
 _SKIP = 255
-_AT_ONCE = 1 << 17
-"""Elements that are looked at together: what is needed for them stays in a core's own cache."""
+_AT_ONCE = 1 << 19
+"""Elements that are looked at together: as many as bound what is held beside the result."""
 
 
 def to_gaps(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> tuple[bytes, NDArray[Any] | None]:
@@ -28,30 +29,58 @@ def to_gaps(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> tupl
         values: As many values, of any type.
 
     Returns:
-        The bytes, and the kept values (None without `values`). Cost: one pass; beside the result less than 4 MiB.
+        The bytes, and the kept values (None without `values`). Cost: one pass; beside the result less than 16 MiB.
     """
-    kept = int(np.count_nonzero(mask)) if values is not None else 0
-    gathered = np.empty(kept, values.dtype) if values is not None else None
+    kept = None if values is None else np.empty(np.count_nonzero(mask), values.dtype)
     parts = []
-    done, place = 0, 0  # values gathered; the first element that no byte speaks of yet
-    for start in range(0, len(mask), _AT_ONCE):
-        where = np.flatnonzero(mask[start : start + _AT_ONCE])
-        if not len(where):
-            continue
-        if values is not None and gathered is not None:
-            line = values[start : start + _AT_ONCE]
-            np.take(line, where, out=gathered[done : done + len(where)], mode="clip")  # clip: straight into `out`
+    place = done = 0  # the first element that no byte speaks of yet; values gathered
+    for start, where in _runs(mask):
+        parts.append(_bytes_of(where, start - place))
+        place = start + int(where[-1]) + 1
+        if values is not None and kept is not None:
+            _take(values[start:], where, kept[done : done + len(where)])
             done += len(where)
-        gaps = np.empty(len(where), np.int64)
-        gaps[0] = where[0] + start - place
-        np.subtract(where[1:], where[:-1], out=gaps[1:])
-        gaps[1:] -= 1
-        place = int(where[-1]) + start + 1
-        parts.append(_bytes_of(gaps))
-    return b"".join(parts), gathered
+    return b"".join(parts), kept
 
 
-def _bytes_of(gaps: NDArray[np.int64]) -> bytes:
+def gather(mask: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[Any]:
+    """Give the kept values, as ``values[mask]`` does, in a third to a half of its time."""
+    kept = np.empty(np.count_nonzero(mask), values.dtype)
+    done = 0
+    for start, where in _runs(mask):
+        _take(values[start:], where, kept[done : done + len(where)])
+        done += len(where)
+    return kept
+
+
+def _take(values: NDArray[Any], where: NDArray[np.int64], out: NDArray[Any]) -> None:
+    np.take(values, where, out=out, mode="clip")  # nothing is out of range; any other mode makes a copy first
+
+
+def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Give the positions of the kept elements, some hundred thousand elements at a time, behind each other run's start.
+
+    numpy has two ways to find them. Up to a density of 0.1 it searches for the next one, which a processor cannot foresee;
+    above, it writes every index and goes on past those of ones, in the same time at every density. The second is faster
+    from 0.04 on; a few ones more at the end make numpy take it.
+    """
+    longer = np.ones(_AT_ONCE + _AT_ONCE // 8, np.bool_)
+    for start in range(0, len(mask), _AT_ONCE):
+        part = mask[start : start + _AT_ONCE]
+        kept = int(np.count_nonzero(part))
+        if 0.04 * len(part) < kept <= 0.1 * len(part):
+            longer[-len(part) - _AT_ONCE // 8 : -_AT_ONCE // 8] = part
+            yield start, np.flatnonzero(longer[-len(part) - _AT_ONCE // 8 :])[:kept]
+        elif kept:
+            yield start, np.flatnonzero(part)
+
+
+def _bytes_of(where: NDArray[np.int64], before: int) -> bytes:
+    """Code one run of positions, of which the first has `before` passed elements more in front of it."""
+    gaps = np.empty(len(where), np.int64)
+    gaps[0] = where[0] + before
+    np.subtract(where[1:], where[:-1], out=gaps[1:])
+    gaps[1:] -= 1
     if int(gaps.max()) < _SKIP:
         return gaps.astype(np.uint8).tobytes()
     skips = gaps // _SKIP
