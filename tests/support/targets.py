@@ -25,6 +25,7 @@ from tests.support.messages import an_order
 from wire import chunks, codec, errors, forms, job, spec, tensor, topics
 from wire.masks import mask_digest
 from wire.messages import BlobRef, Usage
+from wire.outline import outline_of
 from wire.spec import Structure
 
 ELEMENTS_MAX = 1 << 20
@@ -92,8 +93,10 @@ def targets(folder: Path, rng: Any) -> dict[str, Target]:
     found = [_message(kind, cls, vectors, bad["message"]) for kind, cls in codec.KINDS.items()]
     good = [data for name, data in vectors.items() if name.startswith("model:")]
     found.append(Target("model", tuple(good), mutate.document, spec.decode, attacks=tuple(bad["model"])))
-    found += [_blobs(folder, [d for name, d in vectors.items() if name.startswith("blob:")], bad["blob"], rng)]
-    found += [_frames(), _topics(), _sidecar(folder), _bitmaps()]
+    found += [
+        _blobs(folder, [d for name, d in vectors.items() if name.startswith(("blob:", "packed:"))], bad["blob"], rng)
+    ]
+    found += [_outlined(folder, rng), _frames(), _topics(), _sidecar(folder), _bitmaps()]
     found += [_settings("device-toml", TOML, folder, edge_config.load), _settings("run-toml", RUN_TOML, folder, _run)]
     found += _data(folder)
     return {target.name: target for target in found}
@@ -144,6 +147,28 @@ def random_blob(path: Path, rng: Any) -> dict[str, Any]:
     coding = tensor.Coding(known=known, bases=bases, form=form, pack=rng.random() < 0.8)
     tensor.write_blob(path, "update", arrays, masks=masks, coding=coding, meta={"round": 1})
     return held
+
+
+def _outlined(folder: Path, rng: Any) -> Target:
+    """Blobs that are values alone, in every form, read by one who holds their outline."""
+    numbers = np.random.default_rng(rng.randrange(2**32))
+    arrays = {"w": numbers.standard_normal((20, 30)).astype(np.float32), "b": np.ones(7, np.float32)}
+    masks = {"w": numbers.random((20, 30)) < 0.1}
+    outline = outline_of(arrays, masks)
+    seeds = []
+    for form in forms.FORMS:
+        path = folder / "seed"
+        coding = tensor.Coding(outline=outline, form=form)
+        tensor.write_blob(path, "update", arrays, masks=masks, coding=coding)
+        seeds.append(path.read_bytes())
+
+    def read(data: bytes) -> None:
+        with tensor.open_blob(_fresh(folder, data, "blob"), outline=outline) as blob:
+            for name in blob.names:
+                blob.tensor(name, masks.get(name))
+            blob.require_finite()
+
+    return Target("outline", tuple(seeds), mutate.blob, read, (*WIRE, errors.StoreError))
 
 
 def _blobs(folder: Path, seeds: list[bytes], bad: list[bytes], rng: Any) -> Target:

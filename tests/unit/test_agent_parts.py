@@ -340,7 +340,12 @@ class TestLife:
         found = life.address(config)
         assert (found.user, found.password) == ("pi", "hush")
         assert life.address(Config("pi", BrokerConfig("mqtt://h"))).user == ""
-        assert life.client_id(config) == "home-pi"
+        assert life.client_id(config) == "home:pi"
+        longest = Config("d" * 64, BrokerConfig("mqtt://h"), federation="f" * 64)
+        assert len(life.client_id(longest)) == 64
+        assert life.client_id(longest) != life.client_id(
+            Config("e" * 64, BrokerConfig("mqtt://h"), federation="f" * 64)
+        )
 
     def test_systemd_hears_what_it_wants(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
