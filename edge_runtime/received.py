@@ -34,7 +34,7 @@ class Received:
         """
         self._spec = spec
         self._structure = structure
-        self._elements = parameter_count(spec, structure)
+        self._elements = parameter_count(spec, Structure())  # a shell may be of a wider one
         self._shells: dict[int, Path] = {}
         for place, path in enumerate(shells):
             with open_blob(Path(path), elements_max=self._elements) as blob:
