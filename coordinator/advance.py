@@ -28,7 +28,7 @@ from wire.errors import Malformed, NestlingError
 from wire.job import read_frame, write_frame
 from wire.messages import BlobRef, Reply
 from wire.schema import Name, Natural
-from wire.spec import ModelSpec, Structure, decode, tensor_shapes
+from wire.spec import ModelSpec, Structure, decode, parameter_count, tensor_shapes
 from wire.spool import Spool
 
 _KEPT_OPEN_BYTES = 1 << 20
@@ -136,9 +136,11 @@ class Answers:
     def _update(self, ref: BlobRef) -> Mapping[str, np.ndarray[Any, Any]]:
         known = self._open.get(ref.digest)
         if known is None:
-            blob = tensor.open_blob(self.spool.path(ref.digest))
+            most = parameter_count(self.spec, Structure())
+            blob = tensor.open_blob(self.spool.path(ref.digest), elements_max=most)
             known = {name: blob.tensor(name) for name in blob.names}  # the views keep the file mapped
-            if ref.size <= _KEPT_OPEN_BYTES:
+            views = all(blob.entry(name).encoding == "dense" and not blob.entry(name).form for name in blob.names)
+            if views and ref.size <= _KEPT_OPEN_BYTES:
                 self._open[ref.digest] = known
         return known
 

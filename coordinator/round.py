@@ -215,6 +215,13 @@ def open_round(
     )
 
 
+def counted(round_: Round | None, done: int) -> set[str]:
+    """Name the updates that an open round counts on; those of a closed one (up to number `done`) nobody needs any more."""
+    if round_ is None or done >= round_.number:
+        return set()
+    return {reply.update.digest for reply in round_.replies if reply.update is not None}
+
+
 def word(current: Round, device: str, order: str) -> Literal["more", "committed", "unwanted"]:
     """Say what a device is to be told about an order that it offers; ``more`` means that its reply is still wanted."""
     seat = current.seats.get(device)

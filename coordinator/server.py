@@ -1,8 +1,7 @@
 """The coordinator's shell: one owner thread that takes events, folds them, makes the result durable, then speaks.
 
-One turn of the loop takes what has come, steps the round for each event, and ends in `_flush`: files first, one
-journal transaction second, messages last. So whatever anybody was told is on disk, a crash at any line is repeated from
-the journal, and a turn costs two waits for the disk however many devices spoke in it.
+One turn of the loop takes what has come, steps the round for each event, and ends in `_flush`: files, then one journal
+transaction, then messages. So what anybody was told is on disk, and a crash at any line is repeated from the journal.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from coordinator.events import Arrived, Born, Lost, Refused
 from coordinator.fleet import Fleet
 from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Planned, Published
 from coordinator.mail import Mail
-from coordinator.round import Round, open_round, step, word
+from coordinator.round import Round, counted, open_round, step, word
 from coordinator.standing import Standing, absorb
 from coordinator.steps import Step, Steps, Store, order_id, orders_of
 from coordinator.turn import Pace, Turn
@@ -72,7 +71,7 @@ class Server:
         self._mail.start()
         self._resume()
         while not stop():
-            event = self._mail.link.next(min(_TICK, self._turn.wait(time.monotonic()) or _TICK))
+            event = self._mail.link.next(self._turn.look(time.monotonic(), _TICK))
             taken = 0
             while event is not None:
                 self._take(event)
@@ -83,6 +82,7 @@ class Server:
             if self._finished():
                 self._end()
                 return True
+        self._flush(at_once=True)
         self._stop()
         return False
 
@@ -184,7 +184,8 @@ class Server:
         except PeerError as error:
             reason: Reason = "nonfinite" if isinstance(error, NonFinite) else "unsupported"
             self._happen(Refused(reply.device, reply.order, _refusal(reply, reason, str(error))))
-            self._store.spool.drop(reply.update.digest)
+            if reply.update.digest not in counted(self._round, self._standing.done):
+                self._store.spool.drop(reply.update.digest)
             return
         self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
@@ -304,12 +305,12 @@ class Server:
 
     # --- out: files, rows, messages ------------------------------------------------------------------------------
 
-    def _flush(self) -> None:
+    def _flush(self, *, at_once: bool = False) -> None:
         for reply in self._mail.uploads.complete():
             self._arrived(reply)
         for reply, have in self._mail.uploads.due(time.monotonic()):
             self._turn.sends.append((reply.device, Ack(reply.order, "more", have)))
-        if self._turn.wait(time.monotonic()):
+        if self._turn.wait(time.monotonic()) and not at_once:
             return
         turn, self._turn = self._turn, Turn()
         if turn.rows:
@@ -358,7 +359,7 @@ class Server:
 
     def _resume(self) -> None:
         standing = self._standing
-        arrived = {r.update.digest for r in self._round.replies if r.update} if self._round is not None else set()
+        arrived = counted(self._round, standing.done)
         self._store.spool.sweep({standing.state, self._store.spec_ref.digest, *standing.live, *arrived})
         if self._evaluator is not None:
             self._evaluator.start()

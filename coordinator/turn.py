@@ -45,6 +45,10 @@ class Turn:
         self.since = min(self.since, now)
         return max(0.0, self.since + SECONDS_GATHER - now)
 
+    def look(self, now: float, tick: float) -> float:
+        """Give the seconds that the loop may wait for an event: `tick`, or less when rows wait for theirs."""
+        return min(tick, self.wait(now)) if self.rows else tick
+
     def make_durable(self, spool: Spool) -> int:
         """Flush the files that the rows speak of; gives their bytes.
 

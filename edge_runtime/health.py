@@ -125,7 +125,7 @@ def _compression(_: Config) -> Finding:
                 return Finding("compression", fine=True, found=name)
         except ModuleNotFoundError:
             continue
-    return Finding("compression", fine=True, found="no zstandard", advice="pip install zstandard, or use Python 3.14")
+    return Finding("compression", fine=False, found="no zstandard", advice="pip install zstandard, or use Python 3.14")
 
 
 def _broker(config: Config) -> Finding:
@@ -134,7 +134,7 @@ def _broker(config: Config) -> Finding:
     from wire.link.mqtt import MqttLink
 
     where = address(config)
-    link = MqttLink(where, f"{client_id(config)}-check", session_seconds=0, keepalive=10)
+    link = MqttLink(where, f"{client_id(config)}:check", session_seconds=0, keepalive=10)
     link.start()
     until = time.monotonic() + _SECONDS_BROKER
     why = f"no answer in {_SECONDS_BROKER:g} s"

@@ -159,7 +159,7 @@ def client_id(config: Config) -> str:
     are what the strictest of the hosted brokers takes; of a longer one its digest does as well.
     """
     name = f"{config.federation}:{config.device}"
-    return name if len(name) <= _CLIENT_ID_MAX - len("-check") else hashlib.sha256(name.encode()).hexdigest()
+    return name if len(name) <= _CLIENT_ID_MAX - len(":check") else hashlib.sha256(name.encode()).hexdigest()
 
 
 def notify(word: str) -> None:

@@ -171,6 +171,7 @@ def _write(job: Job, model: personal.Personal, received: Received, update: Path,
     if not form:
         keep_ref = personal.write(keep, model)
         received.subtract_from(model.arrays)
+        personal.add_carried(job.keep, model.structure, model.arrays)  # of a round before, which had a form
         return write_blob(update, "update", model.arrays), keep_ref
     moves = {name: array.copy() for name, array in model.arrays.items()}
     received.subtract_from(moves)

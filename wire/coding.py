@@ -98,7 +98,8 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
         if cost(changes) < cost(best):
             best = changes
     if dense <= cost(best) + sized:
-        return code_dense(np.where(where, flat, flat.dtype.type(0)), form)  # what is not kept is lost here too
+        kept_alone = np.where(where, flat, flat.dtype.type(0)).astype(flat.dtype, copy=False)
+        return code_dense(kept_alone, form)  # what is not kept is lost here too
     values = gathered if gathered is not None else gather(where, flat)
     digest = mask_digest(base) if best.encoding == "delta" and base is not None else ""
     return replace(best, parts=[*best.parts, forms.written(values, form)], mask=digest, form=form)

@@ -82,7 +82,7 @@ def check_entries(entries: tuple[Entry, ...], lengths: list[int], elements_max: 
             raise Malformed(f"{entry.kept} values of {whole} elements", path)
         if lengths[entry.parts[-1]] != forms.size(entry.form, entry.kept, DTYPES[entry.dtype].itemsize):
             raise Malformed(f"{lengths[entry.parts[-1]]} bytes for {entry.kept} values of {entry.dtype}", path)
-        if (len(entry.mask) == 64) != (entry.encoding in ("values", "delta")):
+        if len(entry.mask) != (64 if entry.encoding in ("values", "delta") else 0):
             raise Malformed(f"encoding {entry.encoding!r} with mask {entry.mask!r}", path)
         _check_packed(entry, lengths[entry.parts[0]], whole, path)
     if count != len(lengths):
@@ -95,8 +95,8 @@ def _check_packed(entry: Entry, length: int, whole: int, path: str) -> None:
     """Bound what the first part unpacks to by what the shape allows."""
     if entry.encoding == "rice":
         most = rice.longest(whole, entry.kept, entry.low)
-        if entry.packed or length > most:
-            raise Malformed(f"a code of {length} bytes; {whole} elements need at most {most}", path)
+        if entry.packed or length > most or entry.kept > rice.KEPT_MAX:
+            raise Malformed(f"a code of {length} bytes for {entry.kept} of {whole} elements", path)
     elif entry.encoding in ("gaps", "delta"):
         most = longest(whole, entry.kept if entry.encoding == "gaps" else whole)
         if (entry.packed or length) > most:

@@ -47,7 +47,10 @@ def written(values: Floats, form: str) -> NDArray[Any]:
     if form == "bfloat16":
         return _upper_half(values)
     if form == "float16":
-        return np.clip(values, -_HALF_MAX, _HALF_MAX).astype("<f2")
+        result = np.empty(len(values), "<f2")
+        for start in range(0, len(values), _AT_ONCE):
+            result[start : start + _AT_ONCE] = np.clip(values[start : start + _AT_ONCE], -_HALF_MAX, _HALF_MAX)
+        return result
     if form == "int8":
         return _blocks(values)
     raise Unsupported(f"values cannot be written as {form!r}; known: {', '.join(FORMS[1:])}")
@@ -72,10 +75,15 @@ def read(data: NDArray[np.uint8], form: str, kept: int) -> Floats:
 
 
 def lost(values: Floats, form: str) -> Floats:
-    """Give what a form does not carry of some values: what error feedback adds to the next ones."""
+    """Give what a form does not carry of some values: what error feedback adds to the next ones. Memory: its own output."""
     flat = np.ravel(values)
-    said = written(flat, form).view(np.uint8)
-    return (flat - read(said, form, len(flat))).reshape(values.shape) if form else np.zeros_like(values)
+    result = np.zeros_like(flat)
+    for start in range(0, len(flat) if form else 0, _AT_ONCE):
+        part = flat[start : start + _AT_ONCE]
+        np.subtract(
+            part, read(written(part, form).view(np.uint8), form, len(part)), out=result[start : start + _AT_ONCE]
+        )
+    return result.reshape(values.shape)
 
 
 def check(form: str, dtype: str, path: str) -> None:
@@ -95,7 +103,7 @@ def _upper_half(values: Floats) -> NDArray[np.uint16]:
     result = np.empty(len(values), "<u2")
     for start in range(0, len(values), _AT_ONCE):
         part = values[start : start + _AT_ONCE]
-        bits = part.view(np.uint32)
+        bits = part.astype(np.float32, copy=False).view(np.uint32)
         rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
         # a NaN must stay one: rounding could carry it over into infinity, or beyond
         result[start : start + _AT_ONCE] = np.where(np.isnan(part), (bits >> 16) | np.uint32(0x40), rounded)

@@ -107,10 +107,11 @@ def predict(
     batch = micro_batch or recipe.batch
     weights, largest = _weights(spec, structure)
     if recipe.rule == "still":
-        return _bounded(bytes_held + weights, scale)
+        return _bounded(bytes_held + weights + (weights // 2 if recipe.form else 0), scale)
     gradients = weights if holds_gradients(recipe, batch) else 0
     step = weights + gradients + copies(recipe) * weights + _peak(_Walk(spec, structure, batch, backward=True))
-    writing = 3 * weights if recipe.form else weights + largest  # trained, update, and the update in its form
+    # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
+    writing = 3 * weights if recipe.form else weights + largest
     return _bounded(bytes_held + HEAP + max(step, writing), scale)
 
 

@@ -14,13 +14,13 @@ from wire.errors import Malformed
 
 LOW_MAX = 24
 KEPT_MAX = 1 << 16
-"""Above so many kept elements packed gaps are as short, and faster."""
+"""Above so many kept elements packed gaps are as short, and faster; a code of more is refused."""
 
 
 def to_rice(mask: NDArray[np.bool_]) -> tuple[bytes, int]:
-    """Code a flat mask that keeps something; gives the bytes and the number of low bits. Cost: 30 bytes per kept element."""
+    """Code a flat mask that keeps something; gives the bytes and the number of low bits. Cost: 100 bytes per element."""
     gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
-    guess = int(np.log2(1 + gaps.mean()))
+    guess = min(LOW_MAX, int(np.log2(1 + gaps.mean())))
     low = min(range(max(0, guess - 1), min(LOW_MAX, guess + 1) + 1), key=lambda bits: _size(gaps, bits))
     ones = np.cumsum((gaps >> low) + 1) - 1
     unary = np.zeros(int(ones[-1]) + 1, np.bool_)
@@ -51,7 +51,9 @@ def from_rice(data: NDArray[np.uint8], count: int, kept: int, low: int, path: st
     bits = np.unpackbits(data[split:], bitorder="little")
     if bits[low * kept :].any():
         raise Malformed("padding bits of a code are not 0", path)
-    rest = bits[: low * kept].reshape(kept, low).astype(np.int64) @ (1 << np.arange(low, dtype=np.int64))
+    rest = np.zeros(kept, np.int64)
+    for bit in range(low):
+        rest |= bits[bit : low * kept : low].astype(np.int64) << bit
     places = np.cumsum(((np.diff(ones, prepend=-1) - 1) << low) + rest + 1) - 1
     if kept and int(places[-1]) >= count:
         raise Malformed(f"a code reaches element {int(places[-1])} of {count}", path)

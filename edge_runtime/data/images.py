@@ -78,7 +78,7 @@ def picture(path: Path, shape: tuple[int, ...] = ()) -> NDArray[np.uint8]:
                 if shape and turned.size != (shape[2], shape[1]):
                     turned = turned.resize((shape[2], shape[1]), image_module.Resampling.BILINEAR)
                 pixels = np.asarray(turned, np.uint8)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # what a damaged picture makes Pillow raise is not a closed list
         raise DataError(f"{path}: not a readable picture ({error}): replace it or take it away") from error

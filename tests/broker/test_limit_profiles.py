@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from edge_runtime import life
+from edge_runtime.config import BrokerConfig, Config
 from tests.support.mosquitto import Mosquitto
 from tests.support.profiles import PROFILES, Account, Violation, strict
 from tests.support.transfer import Head, Tail, drive, order_for, random_file
@@ -19,7 +21,7 @@ from wire.link.mqtt import MqttLink
 from wire.messages import PIECE_BYTES, BlobRef
 
 FEDERATION = "f" * 64
-DEVICE = "d" * 63
+DEVICE = "d" * 64
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ def up(link: MqttLink) -> None:
 def test_a_round_with_the_longest_names_fits(broker: Mosquitto, account: Account, tmp_path: Path) -> None:
     """Order, shells, update and acknowledgements by the product's own code, then the pieces are cleared."""
     head = Head(held(broker, account, f"{FEDERATION}-coordinator"), tmp_path, FEDERATION)
-    tail = Tail(held(broker, account, f"{FEDERATION}-{DEVICE}"), tmp_path, DEVICE, FEDERATION)
+    name = life.client_id(Config(DEVICE, BrokerConfig("mqtt://h"), federation=FEDERATION))
+    tail = Tail(held(broker, account, name), tmp_path, DEVICE, FEDERATION)
     sizes = (700, 10 * PIECE_BYTES + 5, 2 * PIECE_BYTES, 33)
     blobs = [random_file(tmp_path / f"blob{i}", size, seed=i) for i, size in enumerate(sizes)]
     for index, ref in enumerate(blobs):

@@ -139,7 +139,7 @@ def _values(entry, parts, masks):
     if kept > count or len(parts[-1]) != _length(kept, entry["dtype"], entry["form"]):
         wrong("Malformed", "length of the values")
     values = _numbers(parts[-1], kept, form, entry["form"])
-    if (len(entry["mask"]) == 64) != (entry["encoding"] in ("values", "delta")):
+    if len(entry["mask"]) != (64 if entry["encoding"] in ("values", "delta") else 0):
         wrong("Malformed", "mask")
     parts = [_first(parts[0], entry, count), *parts[1:]]
     if entry["encoding"] == "dense":
@@ -191,8 +191,10 @@ def _first(part, entry, count):
     """Unpack the first part, where it is packed, and hold its length against what the shape allows."""
     packed, kind = entry["packed"], entry["encoding"]
     if kind == "rice":
-        if packed or len(part) > -(-(count // 2 ** entry["low"] + entry["kept"]) // 8) - (
-            -entry["low"] * entry["kept"] // 8
+        if (
+            packed
+            or entry["kept"] > 65_536
+            or len(part) > -(-(count // 2 ** entry["low"] + entry["kept"]) // 8) - (-entry["low"] * entry["kept"] // 8)
         ):
             wrong("Malformed", "too long a code")
     elif kind in ("gaps", "delta"):

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -62,10 +63,11 @@ def test_gaps_are_those_of_the_text_and_come_back(mask):
     np.testing.assert_array_equal(gaps.from_gaps(data, len(mask), int(mask.sum()), "$"), np.flatnonzero(mask))
 
 
-@pytest.mark.parametrize("density", [0.0005, 0.02, 0.4])
+@pytest.mark.parametrize("density", [0.00005, 0.02, 0.07, 0.4])
 def test_gaps_cross_the_borders_of_what_is_looked_at_together(density):
-    mask = random_mask(density, 300_001)
-    mask[[131_071, 131_072, 262_143]] = True
+    step = gaps._AT_ONCE
+    mask = random_mask(density, 2 * step + 3)
+    mask[[step - 1, step, 2 * step - 1]] = True
     values = np.random.default_rng(0).standard_normal(len(mask)).astype(np.float32)
     data, kept = gaps.to_gaps(mask, values)
     assert data == naive_gaps(mask)
@@ -283,6 +285,30 @@ def test_forms_come_back_as_close_as_they_can(values, form):
     again = forms.written(back, form).view(np.uint8)
     if form != "int8":
         assert again.tobytes() == said.tobytes(), "what was said once is said the same way again"
+
+
+@pytest.mark.parametrize("form", forms.FORMS[1:])
+def test_forms_cross_the_borders_of_what_is_looked_at_together(form):
+    values = np.random.default_rng(8).standard_normal(2 * forms._AT_ONCE + 300).astype(np.float32)
+    said = forms.written(values, form).view(np.uint8)
+    back = forms.read(said, form, len(values))
+    assert np.abs(back - values).max() < 0.03
+    np.testing.assert_array_equal(forms.lost(values, form), values - back)
+    for start in (forms._AT_ONCE - 256, forms._AT_ONCE, 2 * forms._AT_ONCE):
+        part = values[start : start + 256]
+        alone = forms.read(forms.written(part, form).view(np.uint8), form, 256)
+        np.testing.assert_array_equal(back[start : start + 256], alone)
+
+
+def test_a_rice_code_is_for_small_masks_and_cheap_to_read():
+    assert rice.to_rice(np.arange((1 << 25) + 5) == (1 << 25) + 4)[1] in (rice.LOW_MAX - 1, rice.LOW_MAX)
+    code = np.ones(rice.KEPT_MAX * 21 // 8, np.uint8)
+    tracemalloc.start()
+    with pytest.raises(Malformed):
+        rice.from_rice(code, 1 << 40, rice.KEPT_MAX, 20, "$")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_bfloat16_rounds_to_even_and_keeps_what_is_no_number():

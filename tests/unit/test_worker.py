@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from edge_runtime.engines import open_engine
 from edge_runtime.worker import perform
 from tests.support.models import random_arrays, small_cnn, widths
 from tests.support.orders import dataset, job
-from wire import memory
+from wire import memory, zoo
 from wire import structure as cutting
 from wire.errors import Malformed
 from wire.job import Done, Failed
@@ -74,6 +75,24 @@ def test_what_a_form_loses_comes_with_the_next_update(tmp_path, form):
         for name, array in meant.items():
             off = np.abs(said[name] - (turn + 1) * array).max()
             assert off <= 1.6 * step * np.abs(array).max() + 1e-6, "the error of one update, however many there were"
+
+
+@pytest.mark.parametrize("form", ["", "bfloat16", "float16", "int8"])
+def test_writing_an_answer_takes_what_is_predicted(tmp_path, form):
+    spec, recipe = zoo.by_name("lenet-300-100"), Recipe(form=form)
+    keep = ""
+    for turn in range(2):  # the second time there is something to carry over, mapped from its file
+        arrays = random_arrays(spec, WHOLE)
+        work = dataclasses.replace(job(tmp_path / str(turn), spec, arrays, [WHOLE], recipe), keep=keep)
+        held = received.Received(spec, WHOLE, work.shells)
+        weights = sum(array.nbytes for array in arrays.values())
+        keep = str(tmp_path / f"{turn}.keep")
+        tracemalloc.start()
+        worker._write(work, personal.Personal(spec, WHOLE, arrays), held, tmp_path / "update", Path(keep))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert weights + peak <= memory.predict(spec, WHOLE, recipe, 1).peak
+        assert peak <= (2.1 if form else 0.1) * weights + (1 << 20)
 
 
 def test_what_was_lost_of_another_width_is_not_added(tmp_path):

@@ -251,13 +251,15 @@ class MqttLink:
             self._inbox.post(_Dialled(problem, refused))
 
     def _close(self) -> None:
-        """Send DISCONNECT, which takes the last will back, and hang up; nothing is waited for longer than 0.2 s.
+        """Send DISCONNECT, which takes the last will back, and hang up; each step is waited for 0.2 s at most.
 
         A connection that is closed with something unread is reset, and a broker that is reset before it has read the
         DISCONNECT speaks the will. So a second handle outlives paho's, and reads to the end.
         """
         wire = self._client.socket()
-        rest = socket.fromfd(wire.fileno(), wire.family, wire.type) if wire is not None and wire.fileno() >= 0 else None
+        rest = None
+        with contextlib.suppress(OSError):
+            rest = socket.fromfd(wire.fileno(), wire.family, wire.type) if wire is not None else None
         self._client.disconnect()
         wire = self._client.socket()
         if wire is not None:
