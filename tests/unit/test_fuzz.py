@@ -55,7 +55,7 @@ def test_an_input_that_takes_too_long_is_stopped_and_found(monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS_MAX", 0.05)
     began = time.monotonic()
     assert "TooSlow" in next(iter(tried(spin).finds))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
 
 
 def test_memory_that_grows_is_found(monkeypatch):
