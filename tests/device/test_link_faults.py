@@ -67,8 +67,10 @@ class Field:
 
 
 @contextmanager
-def field(root: Path, *, rate: float | None = RATE, keepalive: float = 10.0) -> Iterator[Field]:
-    with Mosquitto(root / "broker") as broker, Relay(broker.port, rate=rate) as relay:
+def field(
+    root: Path, *, rate: float | None = RATE, keepalive: float = 10.0, delay: float = 0.0, loss: float = 0.0
+) -> Iterator[Field]:
+    with Mosquitto(root / "broker") as broker, Relay(broker.port, rate=rate, delay=delay, loss=loss) as relay:
         made = Field(broker, relay, root, keepalive)
         try:
             yield made
@@ -123,6 +125,16 @@ def test_a_connection_that_is_half_open_is_given_up_and_taken_over(tmp_path: Pat
         (at.finish_upload if way == "up" else at.finish_download)(ref)
         assert at.tail.ups == 2
         assert pieces.total() <= PIECES + WINDOW_UP
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_late_and_lossy_link_is_slow_but_nothing_is_sent_twice(tmp_path: Path, way: str) -> None:
+    with field(tmp_path, delay=0.02, loss=0.02) as at:
+        ref = at.begin_upload() if way == "up" else at.begin_download()
+        (at.finish_upload if way == "up" else at.finish_download)(ref)
+        assert at.relay.lost > 0
+        assert at.tail.ups == 1
+        assert (at.head.pieces if way == "up" else at.tail.pieces).total() == PIECES
 
 
 def test_what_a_killed_broker_had_acknowledged_and_lost_is_sent_again(tmp_path: Path) -> None:
@@ -218,7 +230,7 @@ def test_the_relay_keeps_to_its_rate_and_counts(tmp_path: Path) -> None:
                     seconds = time.monotonic() - began
                     pushing.join()
             assert first >= 0.05
-            assert 0.28 <= seconds
+            assert seconds >= 0.28
             assert (relay.bytes_up, relay.bytes_down) == (size, 0)
             relay.cut(0.3)
             assert relay.is_cut

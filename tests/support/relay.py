@@ -1,4 +1,4 @@
-"""A bad network between a client and a server: a TCP relay that is slow, late, cut, reset or silent at will.
+"""A bad network between a client and a server: a TCP relay that is slow, late, lossy, cut, reset or silent at will.
 
 The rate is a token bucket for each direction, which all connections share as they would share a cable. Bytes are counted
 once they are on that cable, so what a cut throws away was counted. The relay lives in one thread of its own; every
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import struct
 import threading
@@ -22,6 +23,7 @@ _BURST = 32_768
 _AHEAD = 512  # chunks that may be late at once: 4 MiB, more than any rate and delay in use here
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close becomes a reset
 _SECONDS_CALL = 10.0
+_SECONDS_AGAIN = 0.2
 
 
 class Bucket:
@@ -65,8 +67,14 @@ class Pair:
 class Relay:
     """Forwards 127.0.0.1:`port` to another port here. Clients are the near side: up is from them, down is to them."""
 
-    def __init__(self, port_far: int, *, rate: float | None = None, delay: float = 0.0) -> None:
-        """Prepare; `rate` is in bytes per second for each direction, `delay` in seconds one way."""
+    def __init__(
+        self, port_far: int, *, rate: float | None = None, delay: float = 0.0, loss: float = 0.0, seed: int = 0
+    ) -> None:
+        """Prepare; `rate` is in bytes per second for each direction, `delay` in seconds one way, `loss` of 8 KiB chunks.
+
+        What is lost goes over the cable once more after TCP's shortest time-out, and all behind it waits: that is what a
+        lost segment looks like to those who use TCP.
+        """
         self.port = 0
         self.port_far = port_far
         self.bytes_up = 0
@@ -74,6 +82,8 @@ class Relay:
         self.connections = 0
         self.seconds_cut = 0.0
         self.delay = delay
+        self.lost = 0
+        self._loss, self._dice = loss, random.Random(seed)
         self._up, self._down = Bucket(rate), Bucket(rate)
         self._pairs: set[Pair] = set()
         self._cut: asyncio.TimerHandle | None = None
@@ -198,12 +208,12 @@ class Relay:
         try:
             while data := await self._loop.sock_recv(source, _CHUNK):
                 await pair.moving.wait()
-                await bucket.take(len(data))
+                await self._pass(bucket, len(data), up=up)
+                while self._dice.random() < self._loss:
+                    self.lost += 1
+                    await asyncio.sleep(_SECONDS_AGAIN)
+                    await self._pass(bucket, len(data), up=up)
                 await pair.moving.wait()
-                if up:
-                    self.bytes_up += len(data)
-                else:
-                    self.bytes_down += len(data)
                 if writer is None:
                     await self._loop.sock_sendall(sink, data)
                 else:
@@ -215,6 +225,13 @@ class Relay:
         finally:
             self._pairs.discard(pair)
             pair.end(reset=False)
+
+    async def _pass(self, bucket: Bucket, count: int, *, up: bool) -> None:
+        await bucket.take(count)
+        if up:
+            self.bytes_up += count
+        else:
+            self.bytes_down += count
 
     async def _deliver(self, pair: Pair, sink: socket.socket, late: asyncio.Queue[tuple[float, bytes]]) -> None:
         with contextlib.suppress(OSError):
