@@ -64,13 +64,14 @@ def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     above, it writes every index and goes on past those of ones, in the same time at every density. The second is faster
     from 0.04 on; a few ones more at the end make numpy take it.
     """
-    longer = np.ones(_AT_ONCE + _AT_ONCE // 8, np.bool_)
+    more = 1 + min(len(mask), _AT_ONCE) // 8
+    longer = np.ones(min(len(mask), _AT_ONCE) + more, np.bool_)
     for start in range(0, len(mask), _AT_ONCE):
         part = mask[start : start + _AT_ONCE]
         kept = int(np.count_nonzero(part))
         if 0.04 * len(part) < kept <= 0.1 * len(part):
-            longer[-len(part) - _AT_ONCE // 8 : -_AT_ONCE // 8] = part
-            yield start, np.flatnonzero(longer[-len(part) - _AT_ONCE // 8 :])[:kept]
+            longer[-len(part) - more : -more] = part
+            yield start, np.flatnonzero(longer[-len(part) - more :])[:kept]
         elif kept:
             yield start, np.flatnonzero(part)
 
