@@ -57,6 +57,7 @@ def examine(path: Path) -> list[Finding]:
         _broker,
         _data,
         _engine,
+        _kernels,
     ]
     findings = [Finding("configuration", fine=True, found=str(path))]
     for question in questions:
@@ -183,3 +184,17 @@ def _engine(_: Config) -> Finding:
     last = (done.stderr.strip().splitlines() or ["no word"])[-1]
     advice = "install the build for this machine: pip install -c constraints.txt 'nestling[torch]'"
     return Finding("engine", fine=False, found=f"torch ended with {done.returncode}: {last}", advice=advice)
+
+
+def _kernels(_: Config) -> Finding:
+    from edge_runtime.kernels import library
+
+    found = library.open_library()
+    if found is not None:
+        return Finding("kernels", fine=True, found=f"compiled for {found.isa}")
+    return Finding(
+        "kernels",
+        fine=True,
+        found=f"none compiled, torch does sparse layers more slowly: {library.why_not()}",
+        advice=f"install clang or g++ (Termux: pkg install clang) and run: {library.AGAIN}",
+    )

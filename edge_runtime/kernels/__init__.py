@@ -1,0 +1,80 @@
+"""Sparse training: linear layers and convolutions whose weights are mostly not there, forward and both gradients.
+
+A masked weight is held as its kept values and a `Layout` that says where they stand; nothing here is ever as large as the
+dense weight. A `Stretch` runs a chain of a model's nodes, by the compiled core (`stretch`) or by torch (`twin`); both do the
+same arithmetic behind the same door. `choose` times which layers of a model are better left dense on this device.
+
+This module itself loads no numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_runtime.engines import Update
+    from edge_runtime.engines.arrays import Floats
+
+STRETCHABLE = frozenset({"linear", "conv2d", "relu", "max_pool2d", "flatten"})
+"""Ops that a `Stretch` can run; the first two only where their weight has a layout."""
+
+
+class Layout(Protocol):
+    """Where the kept values of one weight tensor stand, in a kernel's own order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense tensor."""
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+
+    @property
+    def bytes_index(self) -> int:
+        """Size of everything but the values."""
+
+    def order(self) -> NDArray[np.int64]:
+        """Give each value's position in C order of the dense tensor, ``(kept,)``. Cost: O(kept), made anew each time."""
+
+
+class Stretch(Protocol):
+    """A chain of nodes, each of which reads the one before, that runs as one.
+
+    Arrays that go in and out are C-contiguous float32 with the batch first; in between they are the stretch's own business.
+    """
+
+    @property
+    def params(self) -> Mapping[str, Floats]:
+        """Trainable arrays by tensor name: masked weights as ``(kept,)`` in their layout's order, biases as they are."""
+
+    def forward(self, x: Floats, *, train: bool) -> Floats:
+        """Give ``(n, *out_shape)`` of ``(n, *in_shape)``; with `train` keep what one `backward` needs."""
+
+    def backward(
+        self, dy: Floats, *, grads: Mapping[str, Floats] | None, update: Update | None, input_gradient: bool
+    ) -> Floats | None:
+        """Take the gradient of the latest training forward pass's output.
+
+        Args:
+            dy: ``(n, *out_shape)``.
+            grads: By tensor name, of the shapes of `params`; gradients are added. Or None, and
+            update: moves `params` at once. Exactly one of the two is given.
+            input_gradient: Whether ``(n, *in_shape)`` is wanted back.
+        """
+
+
+def to_c_order(layout: Layout, values: Floats) -> Floats:
+    """Bring values from the layout's order into C order of the mask. Cost: O(kept log kept), 16 bytes of scratch each."""
+    return values[layout.order().argsort(kind="stable")]
+
+
+def from_c_order(layout: Layout, values: Floats) -> Floats:
+    """Bring values from C order of the mask into the layout's order; undoes `to_c_order`."""
+    result = values.copy()
+    result[layout.order().argsort(kind="stable")] = values
+    return result

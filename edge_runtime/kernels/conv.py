@@ -1,0 +1,200 @@
+"""Convolutions for the compiled core: where the kept weights of one stand, and its calls.
+
+A kept weight is a 16-bit code within its block of channels: (channel in the block) * kernel^2 + ky * kernel + kx. The list
+is held twice: by (block of input channels, output channel) for the forward pass and the weights' gradient, and by (block of
+output channels, input channel) for the gradient of the input, which finds the values through `places`. Together six bytes
+for each kept weight, and four for each row of each block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.kernels.library import Conv, Library, must
+from wire.errors import SpecError
+from wire.masks import Mask
+
+_CODES = 1 << 16
+_LINE = 64
+_FIRST_CACHE = 24 << 10
+"""Bytes of it that the input of a tile may take."""
+_ROW = 12
+"""Kept weights that a row should have in a block."""
+_WIDE = 64
+_SPARSE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class ConvLayout:
+    """Where the kept weights of one masked convolution stand.
+
+    Attributes:
+        shape: ``(out channels, in channels, kernel, kernel)``.
+        geometry: ``(stride, padding, dilation)``.
+        blocks: ``(input, output)`` channels per block.
+        starts: ``(in_blocks, out channels + 1)`` int32.
+        codes: ``(kept,)`` uint16.
+        starts_t: ``(out_blocks, in channels + 1)`` int32.
+        codes_t: ``(kept,)`` uint16.
+        places: ``(kept,)`` uint16: the value of a weight of the transposed list, counted from the first one of its pair
+            of blocks.
+        call: The same for the core's functions; points into the arrays above.
+    """
+
+    shape: tuple[int, int, int, int]
+    geometry: tuple[int, int, int]
+    blocks: tuple[int, int]
+    starts: NDArray[np.int32]
+    codes: NDArray[np.uint16]
+    starts_t: NDArray[np.int32]
+    codes_t: NDArray[np.uint16]
+    places: NDArray[np.uint16]
+    call: Conv = field(repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, mask: Mask, stride: int, padding: int, in_block: int, out_block: int, *, dilation: int = 1
+    ) -> ConvLayout:
+        """Build the layout of a mask.
+
+        Args:
+            mask: ``(out channels, in channels, kernel, kernel)``, True where a weight is kept.
+            stride: Of both sides, as are
+            padding: and
+            dilation: the distance of two taps.
+            in_block: Input channels per block, for the forward pass and the weights' gradient.
+            out_block: Output channels per block, for the gradient of the input.
+
+        Returns:
+            The layout. Cost: O(dense) to read the mask once and O(kept log kept); scratch of about 60 bytes for each kept
+            weight, nothing that is as large as the mask.
+
+        Raises:
+            SpecError: The kernel is not square, or the blocks are too large for 16-bit codes and places.
+        """
+        shape, taps = _checked(mask, stride, padding, dilation)
+        outs, ins = shape[:2]
+        in_block, out_block = min(in_block, ins), min(out_block, outs)
+        if min(in_block, out_block) < 1 or max(in_block, out_block) * taps > _CODES:
+            raise SpecError(f"blocks of {in_block} and {out_block} channels do not suit a kernel of {taps} weights")
+        arrays = _lists(np.flatnonzero(mask), shape, in_block, out_block)
+        for array in arrays:
+            array.flags.writeable = False  # they are checked once, and relied upon
+        sizes = (in_block, len(arrays[0]), out_block, len(arrays[2]), len(arrays[1]))
+        geometry = (stride, padding, dilation)
+        call = Conv(outs, ins, shape[2], *geometry, *sizes, *(array.ctypes.data for array in arrays))
+        return cls(shape, geometry, (in_block, out_block), *arrays, call)
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return len(self.codes)
+
+    @property
+    def bytes_index(self) -> int:
+        """Size of everything but the values."""
+        return sum(a.nbytes for a in (self.starts, self.codes, self.starts_t, self.codes_t, self.places))
+
+    def check(self, library: Library) -> None:
+        """Have the core look at every index once.
+
+        Raises:
+            DeviceError: This layout is not sound.
+        """
+        must(library.calls.nk_conv_check(ctypes.byref(self.call)), f"the layout of a convolution {self.shape}")
+
+    def order(self) -> NDArray[np.int64]:
+        """Give each value's position in C order of the dense tensor, ``(kept,)``. Cost: O(kept), made anew each time."""
+        outs, ins, side, _ = self.shape
+        rows = np.diff(self.starts, axis=1)
+        out = np.repeat(np.tile(np.arange(outs), len(rows)), rows.ravel())
+        block = np.repeat(np.arange(len(rows)), rows.sum(axis=1))
+        return (out * ins + block * self.blocks[0]) * side * side + self.codes
+
+
+def _checked(mask: Mask, stride: int, padding: int, dilation: int) -> tuple[tuple[int, int, int, int], int]:
+    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3] or 0 in mask.shape:
+        raise SpecError(f"not the mask of a convolution with a square kernel: {mask.dtype} {mask.shape}")
+    if stride < 1 or padding < 0 or dilation < 1:
+        raise SpecError(f"no convolution has stride {stride}, padding {padding}, dilation {dilation}")
+    outs, ins, side, _ = mask.shape
+    return (outs, ins, side, side), side * side
+
+
+def _lists(
+    flat: NDArray[np.int64], shape: tuple[int, int, int, int], in_block: int, out_block: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Give starts, codes, starts_t, codes_t and places of the kept positions `flat`, ascending in C order."""
+    outs, ins, side, _ = shape
+    taps = side * side
+    out, rest = np.divmod(flat, ins * taps)
+    channel, tap = np.divmod(rest, taps)
+    del rest
+    straight = np.argsort(channel // in_block, kind="stable")
+    starts = _starts(channel // in_block * outs + out, -(-ins // in_block), outs)
+    line = out // out_block * ins + channel
+    transposed = np.argsort(line, kind="stable")
+    starts_t = _starts(line, -(-outs // out_block), ins)
+    del line
+    places = np.empty(len(flat), np.int64)
+    places[straight] = np.arange(len(flat))  # of each weight in C order: where its value stands
+    places -= starts[channel // in_block, out // out_block * out_block]
+    if places.size and places.max() >= _CODES:
+        raise SpecError(f"blocks of {in_block} and {out_block} channels share more than {_CODES} kept weights")
+    codes = (channel % in_block * taps + tap).astype(np.uint16)[straight]
+    codes_t = (out % out_block * taps + tap).astype(np.uint16)[transposed]
+    return starts, codes, starts_t, codes_t, places.astype(np.uint16)[transposed]
+
+
+def _starts(rows: NDArray[np.int64], blocks: int, count: int) -> NDArray[np.int32]:
+    """Where each row of each block starts: ``(blocks, count + 1)``, the last of a block being the first of the next."""
+    ends = np.cumsum(np.bincount(rows, minlength=blocks * count))
+    starts = np.zeros((blocks, count + 1), np.int32)
+    starts[:, 1:] = ends.reshape(blocks, count)
+    starts[1:, 0] = starts[:-1, -1]
+    return starts
+
+
+def blocks(shape: tuple[int, int, int, int], side: int, density: float) -> list[tuple[int, int]]:
+    """Name pairs of block sizes worth timing, the likeliest first.
+
+    A block should be small enough for the input of a tile to stay in the first cache, and large enough for a row to have a
+    dozen kept weights in it, or more time goes into partial sums than into products.
+
+    Args:
+        shape: Of the mask.
+        side: Height and width of the input image.
+        density: Share of the weights that is kept.
+
+    Returns:
+        At most four pairs ``(in_block, out_block)``. Any mask of this density fits them (and of half as much again).
+    """
+    outs, ins, kernel, _ = shape
+    taps = kernel * kernel
+    pixels = (min(side, 4) + kernel - 1) * (min(side, 7) + kernel - 1)
+    near = max(1, _FIRST_CACHE // (pixels * _LINE))
+    base = min(max(near, round(_ROW / max(density * taps, 1e-9))), max(near, _WIDE))
+    sizes = (
+        [base, max(ins, outs), base // 2, 2 * base]
+        if density < _SPARSE
+        else [base, 2 * base, max(near, base // 2), near]
+    )
+    few = 1.5 * density * outs * ins * taps + 64 < _CODES  # the whole mask fits one pair of blocks
+    found: list[tuple[int, int]] = []
+    for size in sizes:
+        pair = _fitted((min(max(1, size), ins), min(max(1, size), outs)), taps, few)
+        if pair not in found:
+            found.append(pair)
+    return found
+
+
+def _fitted(pair: tuple[int, int], taps: int, few: bool) -> tuple[int, int]:
+    """Make a pair of blocks small enough for codes, and for places unless there are few weights in all."""
+    ins, outs = (min(size, max(1, _CODES // taps)) for size in pair)
+    while not few and ins * outs * taps > _CODES:
+        ins, outs = (ins, (outs + 1) // 2) if outs >= ins else ((ins + 1) // 2, outs)
+    return ins, outs

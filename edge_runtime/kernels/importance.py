@@ -1,0 +1,180 @@
+"""How much every weight of a layer would matter, kept or not: its squared gradient, in blocks of rows.
+
+A sparse layer never computes the gradient of the weights that it lacks, but what is pruned and grown is decided by it now
+and then (PruneFL's importance; RigL's growth). It follows from what went into the layer and what came back out of it, a few
+rows at a time, so that no dense gradient is ever held: `row_blocks` gives the blocks, `whole` adds them up where somebody
+wants all of it, and `top` gives the exact a largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.engines.arrays import Floats
+from wire.errors import DataError, SpecError
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What passed through a linear layer or a convolution in one step.
+
+    Attributes:
+        shape: Of the weight: ``(out, in)`` or ``(out, in, kernel, kernel)``.
+        batches: Of every micro-batch the layer's input and the gradient of its output, batch first: ``(n, in)`` and
+            ``(n, out)``, or ``(n, in, height, width)`` and ``(n, out, height, width)``.
+        stride: Of a convolution.
+        padding: Of a convolution, with zeros.
+        dilation: Of a convolution.
+    """
+
+    shape: tuple[int, ...]
+    batches: tuple[tuple[Floats, Floats], ...]
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+def row_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Floats]]:
+    """Give the squared gradient of all weights; micro-batches are summed before squaring.
+
+    Cost: the multiplications of the dense gradient, times stride^2 for a convolution; memory for one block, one product of
+    at most the same size, and for a convolution `block_bytes` of rearranged samples (or one sample).
+
+    Args:
+        passed: What passed through the layer.
+        block_bytes: Bound on a block; but a block is one row at least.
+
+    Yields:
+        The first row, and the squares of the rows from there, ``(rows, *shape[1:])``, to be used before the next.
+
+    Raises:
+        SpecError: Shapes do not meet.
+        DataError: The gradient is not finite, or its square is not.
+    """
+    _check(passed)
+    width = prod(passed.shape[1:])
+    rows = min(passed.shape[0], max(1, block_bytes // (4 * width)))
+    memory = np.empty((rows, *passed.shape[1:]), np.float32)
+    for first in range(0, passed.shape[0], rows):
+        block = memory[: passed.shape[0] - first]
+        if len(passed.shape) == 2:
+            _linear_rows(passed, first, block)
+        else:
+            _conv_rows(passed, first, block, block_bytes)
+        with np.errstate(over="ignore"):
+            np.square(block, out=block)
+        if not np.isfinite(block).all():
+            raise DataError(f"the squared gradient of rows {first} to {first + len(block) - 1} is not finite")
+        yield first, block
+
+
+def whole(passed: Passed, into: Floats, block_bytes: int = BLOCK_BYTES) -> None:
+    """Add the squared gradient to `into`, which has the weight's shape; see `row_blocks`."""
+    for first, block in row_blocks(passed, block_bytes):
+        into[first : first + len(block)] += block
+
+
+def top(passed: Passed, count: int, block_bytes: int = BLOCK_BYTES) -> tuple[NDArray[np.int64], Floats]:
+    """Give the `count` largest squared gradients; see `row_blocks`.
+
+    Cost: beside the blocks, 24 bytes per wanted weight at most, and a few passes over the squares.
+
+    Returns:
+        Positions in C order and values; the largest first, of equal values the lowest position first, exactly as a stable
+        sort of the whole would give them. All, if there are fewer than `count`.
+    """
+    places, values = np.empty(0, np.int64), np.empty(0, np.float32)
+    pending: list[tuple[NDArray[np.int64], Floats]] = []
+    waiting, least = 0, -1.0
+    for first, block in row_blocks(passed, block_bytes):
+        flat = block.reshape(-1)
+        # Once there are enough, equal values that stand later lose.
+        new = np.flatnonzero(flat > least) if least >= 0 else _largest(flat, count)
+        pending.append((new + first * (block.size // len(block)), flat[new]))
+        waiting += len(new)
+        if waiting > max(count, flat.size) and count > 0:
+            places, values = _merged(places, values, pending, count)
+            waiting, least = 0, float(values.min()) if len(values) == count else -1.0
+    places, values = _merged(places, values, pending, count)
+    order = np.argsort(-values, kind="stable")
+    return places[order], values[order]
+
+
+def _merged(
+    places: NDArray[np.int64], values: Floats, pending: list[tuple[NDArray[np.int64], Floats]], count: int
+) -> tuple[NDArray[np.int64], Floats]:
+    """Give the `count` largest of what was there and of what is pending, in ascending position; empty `pending`."""
+    places = np.concatenate([places, *(place for place, _ in pending)])
+    values = np.concatenate([values, *(value for _, value in pending)])
+    pending.clear()
+    chosen = _largest(values, count)
+    return places[chosen], values[chosen]
+
+
+def _largest(values: Floats, count: int) -> NDArray[np.int64]:
+    """Give the places of the `count` largest, ascending; of equal values the first are taken."""
+    if count >= len(values):
+        return np.arange(len(values))
+    if count <= 0:
+        return np.empty(0, np.int64)
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = values > least
+    equal = np.flatnonzero(values == least)
+    chosen[equal[: count - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
+
+
+def _check(passed: Passed) -> None:
+    if not passed.batches or len(passed.shape) not in (2, 4):
+        raise SpecError(f"{len(passed.batches)} batches through weights of shape {passed.shape}")
+    for x, dy in passed.batches:
+        wanted = (len(x), passed.shape[0], *(_slid(passed, length, axis) for axis, length in enumerate(x.shape[2:], 2)))
+        if x.ndim != len(passed.shape) or x.shape[1] != passed.shape[1] or dy.shape != wanted:
+            raise SpecError(f"weights of {passed.shape} do not meet an input of {x.shape} and a gradient of {dy.shape}")
+
+
+def _slid(passed: Passed, length: int, axis: int) -> int:
+    reach = passed.dilation * (passed.shape[axis] - 1) + 1 if axis < len(passed.shape) else 0
+    return (length + 2 * passed.padding - reach) // passed.stride + 1
+
+
+def _linear_rows(passed: Passed, first: int, block: Floats) -> None:
+    """Write the gradient of the rows from `first` on."""
+    last = first + len(block)
+    for place, (x, dy) in enumerate(passed.batches):
+        if place:
+            block += dy[:, first:last].T @ x
+        else:
+            np.matmul(dy[:, first:last].T, x, out=block)
+
+
+def _conv_rows(passed: Passed, first: int, block: Floats, chunk_bytes: int) -> None:
+    """Write the gradient of the output channels from `first` on: a product per place in the kernel.
+
+    Samples stand padded in lines, and the outputs' gradients in lines as long, each where its window starts, among zeros.
+    Then a place in the kernel is a shift of one against the other, and nothing is copied for it.
+    """
+    block.fill(0)
+    last, stride, pad = first + len(block), passed.stride, passed.padding
+    for x, dy in passed.batches:
+        height, width = (side + 2 * pad for side in x.shape[2:])
+        step = min(len(x), max(1, chunk_bytes // (4 * (x.shape[1] + len(block)) * height * width)))
+        seen = np.zeros((x.shape[1], step, height, width), np.float32)
+        came = np.zeros((len(block), step, height, width), np.float32)
+        windows = came[:, :, : dy.shape[2] * stride : stride, : dy.shape[3] * stride : stride]
+        for n in range(0, len(x), step):
+            some = min(step, len(x) - n)
+            seen[:, :some, pad : height - pad, pad : width - pad] = x[n : n + some].swapaxes(0, 1)
+            windows[:, :some] = dy[n : n + some, first:last].swapaxes(0, 1)
+            windows[:, some:] = 0
+            flat_seen, flat_came = seen.reshape(x.shape[1], -1), came.reshape(len(block), -1)
+            for ky, kx in np.ndindex(*passed.shape[2:]):
+                shift = passed.dilation * (ky * width + kx)
+                block[:, :, ky, kx] += flat_came[:, : flat_came.shape[1] - shift] @ flat_seen[:, shift:].T
