@@ -7,6 +7,10 @@ step.
 The walk gives every array of one training step an interval on a clock. With N nodes, node i runs forward at instant i,
 the loss is taken at N, and node i runs backward at 2 N - i. An array lives from the instant that makes it to the last
 that reads it; the peak is the instant with the largest sum. Weights, gradients and what the rule holds live throughout.
+
+Masked weights that are held sparse take their kept values and an index, and a chain of such layers runs as one node, whose
+buffers live throughout (see `wire.masked`). What a device finds out by timing, which layers are rather held dense, is said
+by whoever asks.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, prod
 
+from wire.errors import SpecError
+from wire.masked import FLOAT, Masked, aligned, contracted, index_bytes
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
 
-FLOAT = 4
 INDEX = 8
-ALIGN = 64
 BLOCK = 16
 MARGIN = 1.10
 HEAP = 2 << 20
@@ -30,11 +34,17 @@ HEAP = 2 << 20
 SLACK = 8 << 20
 """The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
 
-_SAVES_INPUT = ("linear", "conv2d", "max_pool2d", "avg_pool2d")
+_SAVES_INPUT = ("linear", "conv2d", "max_pool2d", "avg_pool2d", "group_norm")
 _SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
 
 Interval = tuple[int, int, int]
 """Bytes, the first instant and the last."""
+
+_SCRATCH = 64
+"""Bytes per kept weight of one layer, while its index is made or its values are brought into C order."""
+
+_DENSE_BLOCK = 1 << 19
+"""Bytes of a dense masked weight's gradient at a time; its mask takes as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,7 @@ def predict(
     *,
     bytes_held: int = 0,
     scale: float = 1.0,
+    masked: Masked | None = None,
 ) -> Prediction:
     """Predict the peak of a training order.
 
@@ -98,6 +109,7 @@ def predict(
         micro_batch: Samples that go through the model at once; 0 for the recipe's batch.
         bytes_held: What else is held throughout.
         scale: Measured over predicted peak of earlier orders on that device.
+        masked: What is kept of which weights; None for all of all.
 
     Raises:
         SpecError: The model cannot be run.
@@ -105,20 +117,25 @@ def predict(
     Cost: O(nodes + tensors); well under a millisecond for the zoo's models.
     """
     batch = micro_batch or recipe.batch
-    weights, largest = _weights(spec, structure)
+    sizes = _weights(spec, structure, masked)
+    weights = sizes.held
     if recipe.rule == "still":
         return _bounded(bytes_held + weights + (weights // 2 if recipe.form else 0), scale)
-    gradients = weights if holds_gradients(recipe, batch) else 0
-    step = weights + gradients + copies(recipe) * weights + _peak(_Walk(spec, structure, batch, backward=True))
+    gradients = sizes.trained if holds_gradients(recipe, batch) else 0
+    peak = _peak(_Walk(spec, structure, batch, backward=True, masked=masked))
+    step = weights + gradients + copies(recipe) * sizes.trained + peak
     # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
-    writing = 3 * weights if recipe.form else weights + largest
-    return _bounded(bytes_held + HEAP + max(step, writing), scale)
+    writing = weights + (2 * sizes.trained if recipe.form else sizes.largest) + sizes.scratch
+    return _bounded(bytes_held + HEAP + max(step, writing, weights + sizes.masks + sizes.scratch), scale)
 
 
-def predict_evaluation(spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0) -> Prediction:
+def predict_evaluation(
+    spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0, masked: Masked | None = None
+) -> Prediction:
     """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time."""
-    weights, largest = _weights(spec, structure)
-    return _bounded(HEAP + weights + max(largest, _peak(_Walk(spec, structure, batch, backward=False))), scale)
+    sizes = _weights(spec, structure, masked)
+    peak = _peak(_Walk(spec, structure, batch, backward=False, masked=masked))
+    return _bounded(HEAP + sizes.held + max(sizes.largest, peak, sizes.masks + sizes.scratch), scale)
 
 
 def fit(
@@ -161,32 +178,69 @@ def _bounded(peak: int, scale: float) -> Prediction:
     return Prediction(peak, int(MARGIN * scale * peak) + SLACK)
 
 
-def _weights(spec: ModelSpec, structure: Structure) -> tuple[int, int]:
-    sizes = [_bytes(shape) for shape in tensor_shapes(spec, structure).values()]
-    return sum(sizes), max(sizes)
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Bytes of all weights.
+
+    Attributes:
+        held: With what says where they stand.
+        trained: The values alone; a gradient or a copy takes as many.
+        largest: The largest tensor's values.
+        masks: All masks as they come, a byte per weight.
+        scratch: What making one index takes, at most.
+    """
+
+    held: int
+    trained: int
+    largest: int
+    masks: int
+    scratch: int
+
+
+def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _Sizes:
+    kept = masked.kept if masked is not None else {}
+    shapes = tensor_shapes(spec, structure)
+    unknown = sorted(set(kept) - set(shapes))
+    if unknown:
+        raise SpecError(f"model {spec.name!r} has no tensor {unknown[0]!r} that could be masked")
+    sparse = set(kept).difference(masked.dense if masked is not None else ())
+    values = {name: aligned((kept[name],) if name in sparse else shape) for name, shape in shapes.items()}
+    masks = {name: prod(shapes[name]) for name in kept}
+    index = sum(index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept)
+    scratch = _SCRATCH * max((kept[name] for name in sparse), default=0)
+    trained = sum(values.values())
+    return _Sizes(trained + index, trained, max(values.values()), sum(masks.values()), scratch)
 
 
 class _Walk:
     """The sizes and homes of all arrays of one pass.
 
     Attributes:
-        nodes: The model's steps.
+        nodes: The model's steps; a stretch is one, of op ``stretch``.
         end: The last instant.
         size: Value name to bytes for the whole batch.
         blocked: The same in a convolution's own layout.
         tensors: Tensor name to bytes.
         home: Value name to the value whose memory it shares.
+        panels: Stretch name to bytes of its values and of their gradients.
+        dense: Weights that are masked and dense.
     """
 
-    def __init__(self, spec: ModelSpec, structure: Structure, batch: int, *, backward: bool) -> None:
-        self.nodes = spec.nodes
-        self.backward = backward
-        self.end = 2 * len(spec.nodes) if backward else len(spec.nodes)
+    def __init__(
+        self, spec: ModelSpec, structure: Structure, batch: int, *, backward: bool, masked: Masked | None = None
+    ) -> None:
         shapes = node_shapes(spec, structure)
-        self.size = {name: _bytes((batch, *shape)) for name, shape in shapes.items()}
-        self.blocked = {name: _bytes((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
-        self.tensors = {name: _bytes(shape) for name, shape in tensor_shapes(spec, structure).items()}
-        self.home = _homes(spec.nodes)
+        self.panels: dict[str, tuple[int, int]] = {}
+        self.dense = frozenset(masked.dense) if masked is not None else frozenset()
+        self.nodes: Sequence[Node] = spec.nodes
+        if masked is not None:
+            self.nodes = contracted(spec.nodes, set(masked.kept) - self.dense, self.panels, (shapes, batch))
+        self.backward = backward
+        self.end = 2 * len(self.nodes) if backward else len(self.nodes)
+        self.size = {name: aligned((batch, *shape)) for name, shape in shapes.items()}
+        self.blocked = {name: aligned((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
+        self.tensors = {name: aligned(shape) for name, shape in tensor_shapes(spec, structure).items()}
+        self.home = _homes(self.nodes)
 
     def back(self, i: int) -> int:
         """Give the instant at which node i runs backward, or forward if nothing does."""
@@ -227,6 +281,9 @@ def _activations(walk: _Walk) -> Iterator[Interval]:
         last[walk.home[node.name]] = max(last.get(walk.home[node.name], 0), output)
         if node.op == "max_pool2d":
             yield walk.size[node.name] * INDEX // FLOAT, i, walk.back(i)
+        if node.op == "stretch":
+            values, gradients = walk.panels[node.name]
+            yield values + gradients * walk.backward, 0, walk.end
     for i, node in enumerate(walk.nodes):
         if walk.home[node.name] == node.name:
             yield walk.size[node.name], i, last[node.name]
@@ -239,6 +296,8 @@ def _temporaries(walk: _Walk) -> Iterator[Interval]:
             weights = sum(walk.tensors[name] for name in node.params.values())
             blocked = walk.blocked[node.inputs[0]] + walk.blocked[node.name]
             workspace = weights + blocked if node.op == "conv2d" else 0
+            if node.params["weight"] in walk.dense:
+                weights = 2 * weights if node.op == "conv2d" else min(2 * weights, 2 * _DENSE_BLOCK)
             yield workspace, i, i
             if walk.backward:
                 yield workspace + weights, walk.back(i), walk.back(i)
@@ -251,7 +310,7 @@ def _gradients(walk: _Walk) -> Iterator[Interval]:
     trained = {"input": False}
     born = {walk.nodes[-1].name: len(walk.nodes)}
     for i, node in enumerate(walk.nodes):
-        trained[node.name] = bool(node.params) or any(trained[name] for name in node.inputs)
+        trained[node.name] = bool(node.params) or node.op == "stretch" or any(trained[name] for name in node.inputs)
         for name in node.inputs:
             born[name] = min(born.get(name, walk.end), walk.back(i))
     for i, node in enumerate(walk.nodes):
@@ -264,8 +323,3 @@ def _gradients(walk: _Walk) -> Iterator[Interval]:
 def _blocked(name: str, channels: int) -> int:
     """Round up: convolutions take channels in blocks of 16, except the one or three of a picture."""
     return channels if name == "input" and channels <= 3 else -(-channels // BLOCK) * BLOCK
-
-
-def _bytes(shape: Sequence[int]) -> int:
-    size = prod(shape) * FLOAT
-    return -(-size // ALIGN) * ALIGN

@@ -34,9 +34,12 @@ WEIGHTS_MAX = 1 << 31
 _SIDE_MAX = 1 << 16
 _STEP = 1_000_003
 
-OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add")
-"""The closed list. `linear` and `conv2d` have the params ``weight`` and ``bias``; `conv2d` and the pools have the attrs
-``kernel``, ``stride`` and (conv2d only) ``padding``; the rest have neither."""
+OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add", "group_norm")
+"""The closed list. `linear`, `conv2d` and `group_norm` have the params ``weight`` and ``bias``; `conv2d` and the pools have
+the attrs ``kernel``, ``stride`` and (conv2d only) ``padding``, `group_norm` has ``groups``; the rest have neither."""
+
+NORM_EPSILON = 1e-5
+"""What `group_norm` adds to a variance before it takes the root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,14 @@ class TensorSpec:
     Attributes:
         name: Unique within the spec, for example ``fc1.weight``.
         axes: One per dimension; the full shape follows from them.
-        init: ``kaiming`` (uniform, bound ``sqrt(6 / fan_in)``), ``fan`` (uniform, bound ``1 / sqrt(fan_in)``) or ``zeros``.
+        init: ``kaiming`` (uniform, bound ``sqrt(6 / fan_in)``), ``fan`` (uniform, bound ``1 / sqrt(fan_in)``), ``zeros``
+            or ``ones``.
         fan_in: Inputs that feed one output, for `init`.
     """
 
     name: Name
     axes: Annotated[tuple[Axis, ...], Limit(1, 6)]
-    init: Literal["kaiming", "fan", "zeros"] = "zeros"
+    init: Literal["kaiming", "fan", "zeros", "ones"] = "zeros"
     fan_in: Positive = 1
 
 
@@ -215,16 +219,15 @@ def _check_form(node: Node) -> None:
     """Hold a node against what `OPS` says of its op: inputs, params, attrs."""
     if node.op not in OPS:
         raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
-    roles = {"weight", "bias"} if node.op in ("linear", "conv2d") else set()
+    roles = {"weight", "bias"} if node.op in ("linear", "conv2d", "group_norm") else set()
     attrs = {"kernel", "stride"} if node.op in ("conv2d", "max_pool2d", "avg_pool2d") else set()
-    if node.op == "conv2d":
-        attrs = attrs | {"padding"}
+    attrs = attrs | {"conv2d": {"padding"}, "group_norm": {"groups"}}.get(node.op, set())
     for what, wanted, found in (("params", roles, node.params), ("attrs", attrs, node.attrs)):
         if wanted != set(found):
             raise SpecError(f"node {node.name!r} ({node.op}): {what} {sorted(found)}, expected {sorted(wanted)}")
     if (len(node.inputs) > 1) != (node.op == "add"):
         raise SpecError(f"node {node.name!r} ({node.op}): {len(node.inputs)} inputs")
-    for name in ("kernel", "stride"):
+    for name in ("kernel", "stride", "groups"):
         if name in attrs and not 1 <= node.attrs[name] <= _SIDE_MAX:
             raise SpecError(f"node {node.name!r} ({node.op}): {name} {node.attrs[name]}, expected 1 to {_SIDE_MAX}")
     if "padding" in attrs and node.attrs["padding"] >= node.attrs["kernel"]:
@@ -251,6 +254,11 @@ def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str
         return (channels, _slide(height, node, 0), _slide(width, node, 0))
     if node.op == "flatten":
         return (prod(first),)
+    if node.op == "group_norm":
+        for role, shape in params.items():
+            _meet(shape, first[:1], role)
+        if first[0] % node.attrs["groups"]:
+            raise ValueError(f"{first[0]} channels do not fall into {node.attrs['groups']} groups")
     if node.op == "add":
         for other in inputs[1:]:
             _meet(other, first, "summands")
@@ -273,7 +281,8 @@ def check(spec: ModelSpec) -> ModelSpec:
     """Refuse a spec that cannot be run, or that falls apart when it is cut. Cost: two walks over the graph.
 
     Names must be unique, groups and inputs must be there, shapes must meet, every tensor must be used. And cutting any
-    prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share.
+    prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share. Where channels stand
+    must not matter if they can be cut, so that a `group_norm` over these has one group.
 
     Raises:
         SpecError: Naming the place.
@@ -287,6 +296,7 @@ def check(spec: ModelSpec) -> ModelSpec:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
     node_shapes(spec, Structure())
+    _check_norms(spec)
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))
     if unused:
         raise SpecError(f"tensor {min(unused)!r} is not used by any node")
@@ -298,6 +308,14 @@ def check(spec: ModelSpec) -> ModelSpec:
     except SpecError as error:
         raise SpecError(f"model {spec.name!r} falls apart when an axis group is cut: {error}") from None
     return spec
+
+
+def _check_norms(spec: ModelSpec) -> None:
+    prunable = {g.name for g in spec.groups if g.prunable}
+    cut = {t.name for t in spec.tensors if any(axis.group in prunable for axis in t.axes)}
+    for node in spec.nodes:
+        if node.op == "group_norm" and node.attrs["groups"] > 1 and node.params["weight"] in cut:
+            raise SpecError(f"node {node.name!r} (group_norm): channels that can be cut form one group")
 
 
 def digest(spec: ModelSpec) -> str:

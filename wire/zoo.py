@@ -55,16 +55,47 @@ class _Draft:
         self.last, self.shape = name, shape
 
     def weigh(self, name: str, op: str, out: AxisGroup, window: Shape, **attrs: int) -> None:
-        """Append the tensors and the node of a linear layer or a convolution."""
+        """Append the tensors and the node of a linear layer or a convolution; `out` may be a group of an earlier one."""
         fan_in = self.shape[0] * prod(window)
         init: Literal["kaiming", "fan"] = "kaiming" if out.prunable else "fan"
         axes = (Axis(out.name), self.axis, *(Axis("", side) for side in window))
-        self.groups.append(out)
+        if out not in self.groups:
+            self.groups.append(out)
         self.tensors.append(TensorSpec(f"{name}.weight", axes, init, fan_in))
         self.tensors.append(TensorSpec(f"{name}.bias", (Axis(out.name),)))
         params = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
         self.nodes.append(Node(name, op, (self.last,), params, attrs))
         self.last, self.axis = name, Axis(out.name)
+
+    def convolve(self, name: str, out: AxisGroup, kernel: int, padding: int, stride: int = 1) -> None:
+        """Append a convolution and follow its shape."""
+        (_, *sides) = self.shape
+        self.weigh(name, "conv2d", out, (kernel, kernel), kernel=kernel, stride=stride, padding=padding)
+        self.shape = (out.size, *((side + 2 * padding - kernel) // stride + 1 for side in sides))
+
+    def norm(self, name: str) -> None:
+        """Append a group norm of one group: it is the same wherever channels stand, and whichever of them are cut."""
+        self.tensors += [TensorSpec(f"{name}.weight", (self.axis,), "ones"), TensorSpec(f"{name}.bias", (self.axis,))]
+        params = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
+        self.nodes.append(Node(name, "group_norm", (self.last,), params, {"groups": 1}))
+        self.last = name
+
+    def residual(self, name: str, out: AxisGroup, stride: int) -> None:
+        """Append a basic block of He et al. (CVPR 2016): two 3x3 convolutions, and around them nothing or a 1x1."""
+        before = (self.last, self.axis, self.shape)
+        self.convolve(f"{name}.conv1", AxisGroup(name, out.size), 3, 1, stride)
+        self.norm(f"{name}.norm1")
+        self.node(f"{name}.relu1", "relu", self.shape)
+        self.convolve(f"{name}.conv2", out, 3, 1)
+        self.norm(f"{name}.norm2")
+        (inner, axis, shape) = (self.last, self.axis, self.shape)
+        self.last, self.axis, self.shape = before
+        if self.axis != axis:
+            self.convolve(f"{name}.short", out, 1, 0, stride)
+            self.norm(f"{name}.norm3")
+        self.nodes.append(Node(f"{name}.add", "add", (inner, self.last)))
+        self.last, self.axis, self.shape = f"{name}.add", axis, shape
+        self.node(f"{name}.relu2", "relu", shape)
 
     def flatten(self) -> None:
         """Append a flatten, unless the output is one line already."""
@@ -113,22 +144,54 @@ def cnn(name: str, input_shape: Shape, classes: int, convs: Sequence[Conv], hidd
     Raises:
         SpecError: It cannot be run, for example because a pool no longer fits.
     """
-    if len(input_shape) != 3:
-        raise SpecError(f"model {name!r} wants samples of (channels, height, width), got {input_shape}")
-    draft = _Draft(input_shape, Axis("", input_shape[0]))
+    draft = _picture(name, input_shape)
     for place, conv in enumerate(convs, 1):
-        (_, height, width) = draft.shape
-        grown = 2 * conv.padding - conv.kernel + 1
-        side = (conv.kernel, conv.kernel)
-        attrs = {"kernel": conv.kernel, "stride": 1, "padding": conv.padding}
-        draft.weigh(f"conv{place}", "conv2d", AxisGroup(f"conv{place}", conv.channels), side, **attrs)
-        draft.shape = (conv.channels, height + grown, width + grown)
+        draft.convolve(f"conv{place}", AxisGroup(f"conv{place}", conv.channels), conv.kernel, conv.padding)
         draft.node(f"relu{place}", "relu", draft.shape)
         if conv.pool:
             pooled = (conv.channels, draft.shape[1] // conv.pool, draft.shape[2] // conv.pool)
             draft.node(f"pool{place}", "max_pool2d", pooled, kernel=conv.pool, stride=conv.pool)
     draft.dense(hidden, classes, len(convs) + 1)
     return draft.spec(name, input_shape, classes)
+
+
+def resnet(name: str, input_shape: Shape, classes: int, stages: Sequence[tuple[int, int]]) -> ModelSpec:
+    """Build a residual network for small pictures: a 3x3 stem, stages of basic blocks, the mean of each channel, one layer.
+
+    Where the paper has batch norm this has group norm of one group, whose statistics are of one sample: nothing runs along
+    that a federation would have to average, batches of one train, and cut channels leave no trace. Convolutions have biases.
+
+    Args:
+        name: For people.
+        input_shape: (channels, side, side) of one sample.
+        classes: Length of the output.
+        stages: (channels, blocks) of each; from the second on, its first block halves the sides. Channels of a stage are
+            cut together, the stem's with the first stage's.
+
+    Raises:
+        SpecError: It cannot be run, for example because pictures are not square.
+    """
+    draft = _picture(name, input_shape)
+    for place, (channels, blocks) in enumerate(stages, 1):
+        out = AxisGroup(f"stage{place}", channels)
+        if place == 1:
+            draft.convolve("stem", out, 3, 1)
+            draft.norm("norm")
+            draft.node("relu", "relu", draft.shape)
+        for block in range(1, blocks + 1):
+            draft.residual(f"block{place}.{block}", out, 2 if place > 1 and block == 1 else 1)
+    (channels, height, width) = draft.shape
+    if height != width:
+        raise SpecError(f"model {name!r} wants square pictures, got {input_shape}")
+    draft.node("pool", "avg_pool2d", (channels, 1, 1), kernel=height, stride=height)
+    draft.dense((), classes, 1)
+    return draft.spec(name, input_shape, classes)
+
+
+def _picture(name: str, input_shape: Shape) -> _Draft:
+    if len(input_shape) != 3:
+        raise SpecError(f"model {name!r} wants samples of (channels, height, width), got {input_shape}")
+    return _Draft(input_shape, Axis("", input_shape[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +219,12 @@ def _cnn(convs: Sequence[Conv], *hidden: int) -> Builder:
     return lambda name, input_shape, classes: cnn(name, input_shape, classes, convs, hidden)
 
 
+def _resnet(*stages: tuple[int, int]) -> Builder:
+    return lambda name, input_shape, classes: resnet(name, input_shape, classes, stages)
+
+
 _FIVE = (Conv(32, 5, 2, 2), Conv(64, 5, 2, 2))
+_ELEVEN = (Conv(64, pool=2), Conv(128, pool=2), Conv(256), Conv(256, pool=2), *2 * (Conv(512), Conv(512, pool=2)))
 
 MODELS: Mapping[str, Entry] = {
     "linear": Entry("logistic regression on 8x8 digits", (64,), 10, _mlp()),
@@ -175,6 +243,18 @@ MODELS: Mapping[str, Entry] = {
         _cnn((Conv(6, 5, 2, 2), Conv(16, 5, 0, 2)), 120, 84),
     ),
     "conv-2": Entry("PruneFL's Conv-2 for FEMNIST: 6.6 million weights", (1, 28, 28), 62, _cnn(_FIVE, 2048)),
+    "vgg-11": Entry(
+        "PruneFL's VGG-11 for 32x32 pictures, without norms, layers of 512 behind: 9.8 million weights",
+        (3, 32, 32),
+        10,
+        _cnn(_ELEVEN, 512, 512),
+    ),
+    "resnet-18": Entry(
+        "ResNet-18 for 32x32 pictures, with group norm: 11.2 million weights",
+        (3, 32, 32),
+        10,
+        _resnet((64, 2), (128, 2), (256, 2), (512, 2)),
+    ),
 }
 """Name to model; `coordinator` and devices share it."""
 

@@ -33,6 +33,8 @@ def initial_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]
         rng = np.random.default_rng([seed, place])
         bound = _bound(tensor.init, tensor.fan_in)
         weights[tensor.name] = (bound * rng.uniform(-1.0, 1.0, shapes[tensor.name])).astype(np.float32)
+        if tensor.init == "ones":
+            weights[tensor.name].fill(1.0)
     return weights
 
 
@@ -41,6 +43,6 @@ def _bound(init: str, fan_in: int) -> float:
         return math.sqrt(6.0 / fan_in)
     if init == "fan":
         return 1.0 / math.sqrt(fan_in)
-    if init == "zeros":
+    if init in ("zeros", "ones"):
         return 0.0
-    raise SpecError(f"init {init!r}: there are kaiming, fan and zeros")
+    raise SpecError(f"init {init!r}: there are kaiming, fan, zeros and ones")

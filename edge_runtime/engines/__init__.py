@@ -1,7 +1,7 @@
 """Engines: what runs a model forward and backward. A rule sees numpy arrays and never learns which engine made them.
 
-An engine is one module in this folder with a function ``create(threads)`` that gives a maker of `Engine`, and one line
-in `ENGINES`. This module itself loads neither numpy nor an engine, so that the agent may ask what there is.
+An engine is one module in this folder with a function ``create(threads, timings)`` that gives a maker of `Engine`, and
+one line in `ENGINES`. This module itself loads neither numpy nor an engine, so that the agent may ask what there is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from wire.errors import DeviceError, Unsupported
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edge_runtime.engines.arrays import Arrays, Floats, Labels
+    from edge_runtime.kernels.choose import Timing
     from wire.spec import ModelSpec, Structure
+
+    Mask = NDArray[np.bool_]
 
 ENGINES: dict[str, tuple[str, str]] = {"torch": ("edge_runtime.engines.torch", "torch")}
 """Name to the module that holds it and the package that it needs."""
@@ -48,6 +55,26 @@ class Update:
     anchor: Mapping[str, Floats] | None = None
 
 
+def _always(_: frozenset[str]) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How masked weights are to be held; what this does not say is found out by timing on this device.
+
+    Attributes:
+        batch: Samples per training step that is timed.
+        ways: Tensor name to ``dense``, ``sparse`` (the kit's first layout) or the name of a layout. The empty name
+            stands for all that are not named. Nothing that is named is timed, so that the same order gives the same bits.
+        allows: Whether memory allows that these tensors are all dense.
+    """
+
+    batch: int = 20
+    ways: Mapping[str, str] = field(default_factory=dict)
+    allows: Callable[[frozenset[str]], bool] = _always
+
+
 class Engine(Protocol):
     """One loaded model."""
 
@@ -61,7 +88,11 @@ class Engine(Protocol):
 
     @property
     def params(self) -> Arrays:
-        """Weights by tensor name, float32; writing to them changes the model."""
+        """Weights by tensor name, float32; writing to them changes the model.
+
+        A masked weight that is held sparse is one line of its kept values, in an order that only the engine knows (see
+        `read`); one that is held dense has its shape, and zeros where the mask has none.
+        """
 
     @property
     def grads(self) -> Arrays:
@@ -71,12 +102,50 @@ class Engine(Protocol):
     def logits(self) -> Floats:
         """Output of the latest `forward_backward`, ``(n, classes)``."""
 
-    def load(self, spec: ModelSpec, structure: Structure, arrays: Mapping[str, Floats] | None = None) -> None:
+    @property
+    def ways(self) -> Mapping[str, str]:
+        """How each masked tensor is held: ``dense``, or the name of its layout."""
+
+    def timings(self) -> tuple[Timing, ...]:
+        """Give what masked layers were found to take per step on this device, by layer, density, batch and way."""
+
+    def load(
+        self,
+        spec: ModelSpec,
+        structure: Structure,
+        arrays: Mapping[str, Floats] | None = None,
+        masks: Mapping[str, Mask] | None = None,
+        choice: Choice | None = None,
+    ) -> None:
         """Take a model and a copy of its weights; without any, the caller writes them into `params`.
 
+        Args:
+            spec: The model.
+            structure: The part of it.
+            arrays: By tensor name. A masked weight is given in its shape (what is not kept is not read), or as its kept
+                values in C order.
+            masks: By name of weights of linear layers and convolutions: what is kept. The others stay as they are, and
+                only what is kept is trained.
+            choice: How masked weights are held.
+
         Raises:
-            SpecError: The model cannot be run, or a weight has another shape than the structure says.
+            SpecError: The model cannot be run, or a weight or mask has another shape than the structure says.
+
+        Cost: with masks whose speed is not known yet, about 0.2 s per layer and twice that for the model.
         """
+
+    def read(self, name: str) -> Floats:
+        """Give a copy of a tensor's values in C order: ``(kept,)`` of a masked one, else all. It is what travels."""
+
+    def write(self, name: str, values: Floats) -> None:
+        """Set a tensor's values; undoes `read`.
+
+        Raises:
+            SpecError: There are not as many.
+        """
+
+    def bytes_of_weights(self, update: Update | None = None) -> int:
+        """Count what weights take: values, where they stand, gradients if there are any, and what `update` holds."""
 
     def forward(self, x: Floats) -> Floats:
         """Give the logits ``(n, classes)`` of inputs ``(n, *input_shape)``."""
@@ -100,7 +169,7 @@ class Engine(Protocol):
         """Give a narrower width of this model: its weights are views of these, its gradients add into these.
 
         Raises:
-            SpecError: It is no prefix of what is loaded.
+            SpecError: It is no prefix of what is loaded, or masks are.
         """
 
     def evaluate(self, x: Floats, y: Labels, batch: int = 64) -> tuple[float, int]:
@@ -115,12 +184,13 @@ def available() -> tuple[str, ...]:
     return tuple(name for name, (_, package) in ENGINES.items() if importlib.util.find_spec(package) is not None)
 
 
-def open_engine(name: str, threads: int = 1) -> Make:
+def open_engine(name: str, threads: int = 1, timings: Path | None = None) -> Make:
     """Load an engine's package and give a function that makes empty engines.
 
     Args:
         name: One of `ENGINES`; empty for the best that is available.
         threads: Cores that it may use; with 1, the same inputs give the same bits again.
+        timings: File for what was found out about this device's speed; None to keep it in this process only.
 
     Raises:
         Unsupported: There is no such engine.
@@ -137,7 +207,7 @@ def open_engine(name: str, threads: int = 1) -> Make:
         module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
         raise DeviceError(f"engine {name!r} does not load: {error}; install it with: pip install {package}") from None
-    return cast("Make", module.create(threads))
+    return cast("Make", module.create(threads, timings))
 
 
 def _spare_dynamo() -> None:

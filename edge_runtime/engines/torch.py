@@ -5,6 +5,9 @@ leaves, so that autograd adds into them in place; a narrower width is a set of l
 with views of the wide gradients, so that nothing is ever padded. All memory comes from torch's allocator because it is
 aligned to 64 bytes: matrix products may round differently at another alignment, and the same order must give the same
 bits.
+
+Masked layers are stretches (see `edge_runtime.engines.stretches`), whose weights are no leaves. Where nothing else is in a
+model, autograd is left out: its bookkeeping would cost small models more than their arithmetic.
 """
 
 from __future__ import annotations
@@ -12,16 +15,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from edge_runtime.engines import Engine, Make, Update
+from edge_runtime.engines import Choice, Engine, Make, Update
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
+from edge_runtime.engines.stretches import Held, Wires, chains, check_masks, straight, through
 from edge_runtime.engines.update import apply
+from edge_runtime.engines.ways import Masked, Tools, decide, step_key
+from edge_runtime.kernels import Stretch, from_c_order, to_c_order
+from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
-from wire.spec import ModelSpec, Node, Structure, group_sizes, node_shapes, tensor_shapes
+from wire.masks import Mask
+from wire.spec import NORM_EPSILON, ModelSpec, Node, Structure, group_sizes, node_shapes, tensor_shapes
 
 Tensor = torch.Tensor
 Inputs = list[Tensor]
@@ -38,24 +48,30 @@ _KERNELS: dict[str, Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]] = {
     "avg_pool2d": lambda node, x, _: F.avg_pool2d(x[0], node.attrs["kernel"], node.attrs["stride"]),
     "flatten": lambda _, x, __: x[0].flatten(1),
     "add": lambda _, x, __: sum(x[1:], x[0]),
+    "group_norm": lambda node, x, p: F.group_norm(x[0], node.attrs["groups"], p["weight"], p["bias"], NORM_EPSILON),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One node, ready to run: `params` are leaves by role, `frees` the values that nobody reads after it."""
+    """One node, ready to run: `params` are leaves by role, `frees` the values that nobody reads after it.
+
+    A stretch stands as a node that has the inputs of its first node and the name of its last.
+    """
 
     node: Node
     run: Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]
     params: Mapping[str, Tensor]
     frees: tuple[str, ...]
+    stretch: Stretch | None = None
 
 
-def create(threads: int) -> Make:
+def create(threads: int, timings: Path | None = None) -> Make:
     """Set torch's one thread count and give a function that makes empty engines."""
     torch.set_num_threads(threads)
     _hear_warning_out()
-    return lambda: TorchEngine()  # noqa: PLW0108 - `Make` takes no parent
+    tools = Tools(threads, timings)
+    return lambda: TorchEngine(tools=tools)
 
 
 class TorchEngine:
@@ -63,8 +79,10 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, parent: TorchEngine | None = None) -> None:
+    def __init__(self, parent: TorchEngine | None = None, tools: Tools | None = None) -> None:
         self._parent = parent  # whose gradients a narrower width adds into
+        self._tools = tools or Tools()
+        self._held = Held()
         self._spec: ModelSpec | None = None
         self._structure = Structure()
         self._leaves: dict[str, Tensor] = {}
@@ -96,8 +114,11 @@ class TorchEngine:
     def grads(self) -> Arrays:
         """Gradients by tensor name; made of zeros when first asked for."""
         if not self._grads:
-            for name, leaf in self._leaves.items():
-                if self._parent is None:
+            for name, param in self._params.items():
+                leaf = self._leaves.get(name)
+                if leaf is None:
+                    self._grads[name] = torch.zeros(param.shape).numpy()
+                elif self._parent is None:
                     leaf.grad = torch.zeros_like(leaf)
                     self._grads[name] = leaf.grad.numpy()
                 else:
@@ -105,9 +126,30 @@ class TorchEngine:
                     leaf.grad = torch.from_numpy(self._grads[name])
         return self._grads
 
-    def load(self, spec: ModelSpec, structure: Structure, arrays: Mapping[str, Floats] | None = None) -> None:
+    @property
+    def ways(self) -> Mapping[str, str]:
+        """How each masked tensor is held."""
+        return self._held.ways
+
+    def timings(self) -> tuple[Timing, ...]:
+        """See `Engine.timings`."""
+        return self._tools.chooser.timings()
+
+    def load(
+        self,
+        spec: ModelSpec,
+        structure: Structure,
+        arrays: Mapping[str, Floats] | None = None,
+        masks: Mapping[str, Mask] | None = None,
+        choice: Choice | None = None,
+    ) -> None:
         """See `Engine.load`."""
         self._leaves, self._params, self._grads, self._hooked = {}, {}, {}, False
+        self._held = Held()
+        if masks:
+            self._load_masked(spec, structure, masks, choice or Choice())
+            self._fill(arrays or {}, tensor_shapes(spec, structure), masks)
+            return
         for name, shape in tensor_shapes(spec, structure).items():
             memory = torch.empty(shape)
             self._params[name] = memory.numpy()
@@ -118,6 +160,36 @@ class TorchEngine:
             # A tensor of its own, so that whoever keeps the array does not keep the leaf and its gradient.
             self._leaves[name] = memory.detach().requires_grad_()
         self._build(spec, structure)
+
+    def read(self, name: str) -> Floats:
+        """See `Engine.read`."""
+        param = self._params[name]
+        if name in self._held.layouts:
+            return to_c_order(self._held.layouts[name], param)
+        mask = self._held.masks.get(name)
+        return param.flatten() if mask is None else param[mask]
+
+    def write(self, name: str, values: Floats) -> None:
+        """See `Engine.write`."""
+        param, mask = self._params[name], self._held.masks.get(name)
+        size = param.size if mask is None else int(np.count_nonzero(mask))
+        if values.shape != (size,):
+            raise SpecError(f"values of shape {values.shape} for {name!r}, which takes {size}")
+        if name in self._held.layouts:
+            param[...] = from_c_order(self._held.layouts[name], values)
+        elif mask is None:
+            param[...] = values.reshape(param.shape)
+        else:
+            param[mask] = values
+
+    def bytes_of_weights(self, update: Update | None = None) -> int:
+        """See `Engine.bytes_of_weights`."""
+        held = [self._params, self._grads]
+        if update is not None:
+            held += [dict(state) for state in (update.velocity, update.anchor) if state is not None]
+        index = sum(layout.bytes_index for layout in self._held.layouts.values())
+        masks = sum(mask.nbytes for mask in self._held.masks.values())
+        return index + masks + sum(array.nbytes for arrays in held for array in arrays.values())
 
     def forward(self, x: Floats) -> Floats:
         """See `Engine.forward`."""
@@ -136,6 +208,11 @@ class TorchEngine:
             raise SpecError("an update was given to an engine whose gradients are in use; do one or the other")
         elif not self._hooked:
             self._hook()
+        if self._held.ways and (line := self._line()):
+            self._update[:] = [update] if update is not None else []
+            self._logits, loss_now = straight(line, Wires(self._update, self._grads), x, _tensor(y), scale)
+            self._update.clear()
+            return loss_now
         output = self._run(_tensor(x))
         loss = F.cross_entropy(output, _tensor(y))
         self._update[:] = [update] if update is not None else []
@@ -147,6 +224,8 @@ class TorchEngine:
     def narrow(self, structure: Structure) -> Engine:
         """See `Engine.narrow`."""
         spec = self._loaded()
+        if self._held.ways:
+            raise SpecError("a model with masks has no narrower widths here")
         shapes, wide = tensor_shapes(spec, structure), tensor_shapes(spec, self._structure)
         sizes, wide_sizes = group_sizes(spec, structure), group_sizes(spec, self._structure)
         narrow = TorchEngine(self)
@@ -178,21 +257,102 @@ class TorchEngine:
             raise SpecError("this engine holds no model yet")
         return self._spec
 
+    def _load_masked(self, spec: ModelSpec, structure: Structure, masks: Mapping[str, Mask], choice: Choice) -> None:
+        """Decide how weights are held and make them, all zero."""
+        shapes = node_shapes(spec, structure)
+        nodes = check_masks(spec, tensor_shapes(spec, structure), masks)
+        layers = {
+            name: Masked(node, masks[name], shapes[node.inputs[0]], first=node.inputs[0] == "input")
+            for name, node in nodes.items()
+        }
+        candidates = decide(layers, choice, self._tools)
+        ways = candidates[0]
+        if len(candidates) > 1:
+            key = step_key(spec, layers, candidates, choice.batch)
+
+            def step(ways: Mapping[str, str]) -> Trial:
+                engine = TorchEngine(tools=self._tools)
+                engine._install(spec, structure, layers, ways)
+                return engine._probe(choice.batch)
+
+            makers = {str(place): partial(step, one) for place, one in enumerate(candidates)}
+            ways = candidates[int(self._tools.chooser.fastest(key, makers))]
+        self._install(spec, structure, layers, ways)
+
+    def _install(
+        self, spec: ModelSpec, structure: Structure, layers: Mapping[str, Masked], ways: Mapping[str, str]
+    ) -> None:
+        self._leaves, self._params, self._grads, self._hooked = {}, {}, {}, False
+        sparse = {name: way for name, way in ways.items() if way != DENSE}
+        self._held = Held(
+            ways,
+            {name: self._tools.kit.layout(way, layers[name].node, layers[name].mask) for name, way in sparse.items()},
+            {name: np.array(layers[name].mask) for name in ways if name not in sparse},
+        )
+        for name, shape in tensor_shapes(spec, structure).items():
+            memory = torch.zeros((self._held.layouts[name].kept,) if name in sparse else shape)
+            self._params[name] = memory.numpy()
+            if name not in ways:
+                self._leaves[name] = memory.detach().requires_grad_()
+        self._build(spec, structure)
+
+    def _fill(
+        self, arrays: Mapping[str, Floats], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]
+    ) -> None:
+        for name, array in arrays.items():
+            if name in masks and array.shape == shapes[name]:
+                self.write(name, array[masks[name]])
+            elif name in masks:
+                self.write(name, array)
+            elif array.shape != shapes[name]:
+                raise SpecError(f"weights of {name!r} have shape {array.shape}, the structure says {shapes[name]}")
+            else:
+                self._params[name][...] = array
+
+    def _probe(self, batch: int) -> Trial:
+        """Give a training step that moves nothing, to be timed while all weights are zero."""
+        spec = self._loaded()
+        x, y = np.ones((batch, *spec.input_shape), np.float32), np.zeros(batch, np.int64)
+        return lambda: self.forward_backward(x, y, update=Update(0.0))
+
     def _build(self, spec: ModelSpec, structure: Structure) -> None:
-        node_shapes(spec, structure)
+        shapes = node_shapes(spec, structure)
         last = {name: i for i, node in enumerate(spec.nodes) for name in node.inputs}
         readers = [name for node in spec.nodes for name in node.inputs]
         made_by = {node.name: node.op for node in spec.nodes}
-        steps = []
+        found = {}
+        if self._held.ways:
+            found = {chain.first: chain for chain in chains(spec, shapes, self._tools.kit, self._held, self._params)}
+        steps, end = [], -1
         for i, node in enumerate(spec.nodes):
+            frees = tuple({n for n in node.inputs if last[n] == i})
+            if i in found:
+                stretch, end = found[i].stretch, found[i].last
+                for name in stretch.params:
+                    self._leaves.pop(name, None)
+                stands = Node(spec.nodes[end].name, "stretch", node.inputs)
+                made_by[stands.name] = "stretch"  # it may read its output again
+                steps.append(_Step(stands, through(stretch, Wires(self._update, self._grads)), {}, frees, stretch))
+            if i <= end:
+                continue
             run = _KERNELS[node.op]
             # The backward of linear and conv2d does not read their output, so an only reader may overwrite it.
             source = node.inputs[0]
             if node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1:
                 run = _relu_in_place
             params = {role: self._leaves[name] for role, name in node.params.items()}
-            steps.append(_Step(node, run, params, tuple({n for n in node.inputs if last[n] == i})))
+            steps.append(_Step(node, run, params, frees))
         self._spec, self._structure, self._steps = spec, structure, tuple(steps)
+
+    def _line(self) -> list[Stretch]:
+        """Give the model's stretches if it is nothing but stretches, one behind the other."""
+        line, before = [], "input"
+        for step in self._steps:
+            if step.stretch is None or step.node.inputs != (before,):
+                return []
+            line.append(step.stretch)
+            before = step.node.name
+        return line
 
     def _run(self, x: Tensor) -> Tensor:
         values = {"input": x}

@@ -26,6 +26,8 @@ _BASES = {
     "Flag",
     "IntFlag",
     "Module",
+    "Function",  # torch.autograd's
+    "Structure",  # ctypes'
     "RawIOBase",
 }
 _EXCEPTIONS = {

@@ -6,14 +6,17 @@ import resource
 import subprocess
 import sys
 import time
+from math import prod
 
 import pytest
 
 from edge_runtime.memory import guard, plan, probe
 from tests.support.models import linear, small_cnn, widths
 from wire import memory
+from wire.errors import SpecError
 from wire.messages import BlobRef, Order, Recipe
-from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec
+from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, tensor_shapes
+from wire.zoo import by_name
 
 WHOLE = Structure()
 PLAIN = Recipe(batch=16)
@@ -83,6 +86,74 @@ def test_narrower_and_smaller_takes_less():
     peaks = [memory.predict(spec, structure.narrowed(k), CLIPPED, m).peak for k in range(3) for m in (1, 4, 16)]
     assert peaks[:3] == sorted(peaks[:3])
     assert peaks[::3] == sorted(peaks[::3])
+
+
+def test_masked_walk_by_hand():
+    spec, recipe = mlp(), Recipe(batch=18, clip=1.0, momentum=0.9)
+    masked = memory.Masked({"a.weight": 16_000})
+    values = 4 * (16_000 + 1024 + 1024 * 16 + 16)
+    index = 16_000 + 4 * 4 * 1025 + 128  # one byte each, four blocks of 64 columns
+    x, h, out = 4 * 18 * 256, 4 * 18 * 1024, 4 * 18 * 16
+    # What a reads and makes, and twice the larger of its gradients; the ReLU is done on the way.
+    panels = 4 * 20 * (256 + 1024 + 2 * 1024) + 4 * 64
+    b = 4 * (1024 * 16 + 16)
+    weights = values + index
+    held = memory.HEAP + weights + 2 * values
+    # Nodes: a and r as one, b. Instant 3, backward of b: its new gradient and those of both outputs, and what r made.
+    by_b = 2 * x + panels + h + b + h + out
+    by_a = 2 * x + panels + h
+    step, load = held + max(by_a, by_b), memory.HEAP + weights + 256 * 1024 + 64 * 16_000
+    assert memory.predict(spec, WHOLE, recipe, masked=masked).peak == max(step, load)
+    assert by_b > by_a
+
+
+def test_what_is_held_dense_counts_as_dense():
+    spec = mlp()
+    names = {"a.weight": 10, "b.weight": 10}
+    prices = [
+        memory.predict(spec, WHOLE, Recipe(batch=16, momentum=0.9), masked=memory.Masked(names, dense)).peak
+        for dense in ((), ("b.weight",), ("a.weight",), ("a.weight", "b.weight"))
+    ]
+    assert prices[0] < prices[1] < min(prices[2:])
+    assert prices[2] - prices[0] > 8 * 256 * 1024  # weight and momentum
+    whole = memory.predict(spec, WHOLE, Recipe(batch=16, momentum=0.9)).peak
+    assert prices[3] == pytest.approx(whole, rel=0.15)  # a mask more, a gradient less
+    evaluated = [
+        memory.predict_evaluation(spec, WHOLE, 16, 1.0, m).peak - memory.HEAP for m in (memory.Masked(names), None)
+    ]
+    assert evaluated[0] < evaluated[1] / 4
+
+
+def test_a_chain_of_convolutions_by_hand():
+    spec = small_cnn(channels=6, hidden=12, side=6)
+    masked = memory.Masked({"c.weight": 20, "f.weight": 30, "o.weight": 10})
+    batch = 4096
+    x, bordered, c, pooled, f = (4 * batch * rows for rows in (36, 64, 6 * 36, 6 * 9, 12))
+    # c, r, p, flat and f run as one up to the tanh. The largest gradient is that of c's output, with a border of one.
+    buffers = bordered + c + pooled + f + 2 * (4 * batch * 6 * 64)
+    found = memory.predict(spec, WHOLE, Recipe(batch=batch), masked=masked).peak - memory.HEAP
+    buffers += f + f // 3 + 2 * f  # of o, behind the tanh
+    # Two of: the outputs of f and the tanh, and their gradients. What was rounded up, and three indices.
+    assert 0 <= found - (2 * x + buffers + 3 * f) < 4096
+
+
+def test_masks_of_nothing_and_of_a_ghost():
+    spec = small_cnn()
+    plain = memory.predict(spec, WHOLE, PLAIN)
+    assert memory.predict(spec, WHOLE, PLAIN, masked=memory.Masked({})) == plain
+    with pytest.raises(SpecError, match="ghost"):
+        memory.predict(spec, WHOLE, PLAIN, masked=memory.Masked({"ghost": 1}))
+
+
+def test_masked_prediction_is_quick_and_falls_with_density():
+    spec = by_name("conv-2")
+    sizes = {n: prod(s) for n, s in tensor_shapes(spec, WHOLE).items() if n.endswith("weight")}
+    start, peaks = time.process_time(), []
+    for percent in range(1, 101):
+        masked = memory.Masked({n: size * percent // 100 for n, size in sizes.items()})
+        peaks.append(memory.predict(spec, WHOLE, CLIPPED, masked=masked).peak)
+    assert (time.process_time() - start) / 100 < 0.02
+    assert peaks == sorted(peaks)
 
 
 def test_fit_takes_the_widest_then_the_largest_micro_batch():

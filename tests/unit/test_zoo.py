@@ -15,6 +15,17 @@ COUNTS = {
     "lenet-300-100": 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10,
     "lenet-5": 25 * 6 + 6 + 25 * 6 * 16 + 16 + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10,
     "conv-2": 25 * 32 + 32 + 25 * 32 * 64 + 64 + 3136 * 2048 + 2048 + 2048 * 62 + 62,
+    "vgg-11": 9 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 3 * 512 * 512)
+    + (64 + 128 + 2 * 256 + 4 * 512)
+    + 2 * (512 * 512 + 512)
+    + 512 * 10
+    + 10,
+    "resnet-18": 9 * (3 * 64 + 4 * 64**2 + 64 * 128 + 3 * 128**2 + 128 * 256 + 3 * 256**2 + 256 * 512 + 3 * 512**2)
+    + (64 * 128 + 128 * 256 + 256 * 512)
+    # a bias, and a norm's weight and bias, behind each of 5 convolutions, then of 5 in every stage
+    + 3 * 5 * (64 + 128 + 256 + 512)
+    + 512 * 10
+    + 10,
 }
 
 
@@ -35,9 +46,9 @@ def test_every_hidden_group_can_be_cut_to_one_channel(name):
 
 def test_names_are_unknown_by_listing_the_known():
     with pytest.raises(ConfigError, match="digits-cnn, digits-mlp"):
-        zoo.by_name("resnet")
+        zoo.by_name("resnet-9000")
     with pytest.raises(ConfigError, match=r"neither a file nor a model's name.*lenet-5"):
-        zoo.load("resnet")
+        zoo.load("resnet-9000")
 
 
 def test_other_inputs_and_classes():
@@ -50,6 +61,19 @@ def test_other_inputs_and_classes():
         zoo.by_name("conv-2", (64,))
     with pytest.raises(SpecError):
         zoo.by_name("lenet-5", (1, 4, 4))
+
+
+def test_a_resnet_halves_its_sides_and_shares_stages():
+    spec = zoo.by_name("resnet-18")
+    shapes = node_shapes(spec, Structure())
+    assert [shapes[f"block{k}.2.add"] for k in (1, 2, 3, 4)] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert shapes["pool"] == (512, 1, 1)
+    assert [n.name for n in spec.nodes if n.name.endswith("short")] == [f"block{k}.1.short" for k in (2, 3, 4)]
+    assert sum(n.op == "conv2d" for n in spec.nodes) + sum(n.op == "linear" for n in spec.nodes) == 18 + 3
+    assert {g.name: g.size for g in spec.groups}["stage3"] == 256
+    assert node_shapes(zoo.by_name("resnet-18", (1, 28, 28), 5), Structure())["pool"] == (512, 1, 1)
+    with pytest.raises(SpecError, match="square"):
+        zoo.by_name("resnet-18", (3, 32, 16))
 
 
 def test_load_reads_names_and_files(tmp_path):

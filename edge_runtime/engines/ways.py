@@ -1,0 +1,138 @@
+"""How the masked weights of a model are held: what an order says, what memory allows, and what was timed here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_runtime.engines import Choice
+from edge_runtime.engines.dense import DenseStretch
+from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, Trial, machine, pick, trial
+from edge_runtime.kernels.kits import Kit, open_kit
+from wire.errors import SpecError
+from wire.masks import Mask
+from wire.spec import ModelSpec, Node, digest
+
+_CLOSE = 1.5
+_OVERHEAD = 5e-4
+"""A whole step is tried where its layers together take at most so many times the best's, and so many seconds each more."""
+
+
+class Tools:
+    """What the engines of a process share; opened when a mask first comes."""
+
+    def __init__(self, threads: int = 1, timings: Path | None = None) -> None:
+        self._threads, self._timings = threads, timings
+
+    @functools.cached_property
+    def kit(self) -> Kit:
+        """What runs stretches."""
+        return open_kit(self._threads)
+
+    @functools.cached_property
+    def chooser(self) -> Chooser:
+        """What times them."""
+        return Chooser(machine(self.kit.name, f"torch {torch.__version__}"), self._timings, self._threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """One masked layer.
+
+    Attributes:
+        node: Its node.
+        mask: What is kept of its weight.
+        input_shape: Of one sample.
+        first: Whether it reads the model's input, to which no gradient is wanted.
+    """
+
+    node: Node
+    mask: Mask
+    input_shape: tuple[int, ...]
+    first: bool
+
+    def ways(self, kit: Kit) -> tuple[str, ...]:
+        """Name the layouts that are worth a trial."""
+        density = float(np.count_nonzero(self.mask) / max(1, self.mask.size))
+        return kit.ways(self.node, self.mask.shape, self.input_shape, density)
+
+    def layer(self, batch: int) -> Layer:
+        """Describe it to the chooser."""
+        details = tuple(value for _, value in sorted(self.node.attrs.items()))
+        kept = int(np.count_nonzero(self.mask))
+        return Layer(self.node.op, self.mask.shape, self.input_shape, details, kept, batch, not self.first)
+
+
+def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[dict[str, str]]:
+    """Give the ways to hold a model's masked tensors that a whole step may have to decide between, the likeliest first.
+
+    They are each layer's fastest, all sparse and all dense, without those that are hopeless by their layers' times. It is
+    one where nothing is left to time.
+
+    Raises:
+        SpecError: The choice names a way that is not there.
+    """
+    ways, timings = {}, {}
+    for name, masked in layers.items():
+        known = masked.ways(tools.kit)
+        asked = choice.ways.get(name, choice.ways.get("", ""))
+        if asked == "sparse":
+            asked = known[0] if known else DENSE
+        if asked and asked != DENSE and asked not in known:
+            raise SpecError(f"weights {name!r} cannot be held as {asked!r}; known are {', '.join((DENSE, *known))}")
+        if asked:
+            ways[name] = asked
+        else:
+            timings[name] = _timing(name, masked, choice, tools)
+    given = frozenset(name for name, way in ways.items() if way == DENSE)
+    found = [
+        pick(timings, lambda names: choice.allows(names | given)),
+        {name: timing.sparse or DENSE for name, timing in timings.items()},
+    ]
+    if choice.allows(given | timings.keys()):
+        found.append(dict.fromkeys(timings, DENSE))
+    took = [sum(timings[name].seconds.get(way, 0.0) for name, way in one.items()) for one in found]
+    limit = _CLOSE * min(took) + _OVERHEAD * len(timings)
+    return [{**ways, **one} for place, one in enumerate(found) if one not in found[:place] and took[place] <= limit]
+
+
+def step_key(spec: ModelSpec, layers: Mapping[str, Masked], candidates: Sequence[Mapping[str, str]], batch: int) -> str:
+    """Name a choice between whole steps for the chooser."""
+    parts = [masked.layer(batch).key for _, masked in sorted(layers.items())]
+    parts += [repr(sorted(ways.items())) for ways in candidates]
+    return "step " + hashlib.sha256("\n".join([digest(spec), *parts]).encode()).hexdigest()[:32]
+
+
+def _timing(name: str, masked: Masked, choice: Choice, tools: Tools) -> Timing:
+    kit = tools.kit
+    makers: dict[str, Callable[[], Trial]] = {}
+    ways = () if masked.mask.all() else masked.ways(kit)  # with nothing pruned, an index has nothing to gain
+    if not ways or choice.allows(frozenset({name})):
+        makers[DENSE] = functools.partial(_dense, masked, choice.batch)
+    for way in ways:
+        makers[way] = functools.partial(_sparse, way, masked, kit, choice.batch)
+    return tools.chooser.timing(masked.layer(choice.batch), makers)
+
+
+def _sparse(way: str, masked: Masked, kit: Kit, batch: int) -> Trial:
+    node, layout = masked.node, kit.layout(way, masked.node, masked.mask)
+    weight, bias = node.params["weight"], node.params["bias"]
+    params = {weight: torch.randn(layout.kept).numpy(), bias: torch.zeros(layout.shape[0]).numpy()}
+    stretch = kit.stretch([node], masked.input_shape, params, {weight: layout})
+    return trial(stretch, masked.input_shape, batch, input_gradient=not masked.first)
+
+
+def _dense(masked: Masked, batch: int) -> Trial:
+    node = masked.node
+    params = {
+        node.params["weight"]: torch.full(masked.mask.shape, 0.5).numpy(),
+        node.params["bias"]: torch.zeros(masked.mask.shape[0]).numpy(),
+    }
+    stretch = DenseStretch([node], params, masked.mask)
+    return trial(stretch, masked.input_shape, batch, input_gradient=not masked.first)

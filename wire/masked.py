@@ -1,0 +1,109 @@
+"""What masked weights take, and the stretches that run over them: the sparse part of `wire.memory`, in plain Python.
+
+It is counted as the compiled core holds them. A device without a build of the core has a twin that takes more; like all that
+a device does otherwise than predicted, it is learnt there as the scale of the predictions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from wire.spec import Node
+
+Shape = tuple[int, ...]
+
+FLOAT = 4
+ALIGN = 64
+
+_PANEL = 4
+_COLUMNS = 64
+_CHANNELS = 2
+"""Columns of a matrix and channels of a convolution in the smallest blocks that an index is cut into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """What is kept of masked weights.
+
+    Attributes:
+        kept: Name of a linear layer's or a convolution's weight to how many are kept.
+        dense: Those of them that are held dense all the same: weight, gradient and the rule's copies.
+    """
+
+    kept: Mapping[str, int]
+    dense: Collection[str] = ()
+
+
+def index_bytes(shape: Sequence[int], kept: int) -> int:
+    """Bound what a sparse weight's index takes: one or two bytes for a matrix, six for a convolution, and the starts."""
+    rows, columns = shape[:2]
+    if len(shape) == 2:
+        starts, each = -(-columns // _COLUMNS) * (rows + 1), 1 if columns <= 256 else 2
+    else:
+        channels = _CHANNELS if max(shape[2:]) <= 7 else 1
+        starts, each = -(-columns // channels) * (rows + 1) + -(-rows // channels) * (columns + 1), 6
+    return FLOAT * starts + each * kept + 2 * ALIGN
+
+
+def contracted(
+    nodes: Sequence[Node],
+    sparse: set[str],
+    panels: dict[str, tuple[int, int]],
+    values: tuple[Mapping[str, Shape], int],
+) -> list[Node]:
+    """Make one node of each longest chain that begins with a sparse layer, and note what it takes, by name (`_stretch`)."""
+    readers = Counter(name for node in nodes for name in node.inputs)
+    found: list[Node] = []
+    chain: list[Node] = []
+    for node in nodes:
+        layer = node.op in ("linear", "conv2d") and node.params["weight"] in sparse
+        pools = node.op == "max_pool2d" and node.attrs["kernel"] == node.attrs["stride"]
+        follows = bool(chain) and node.inputs == (chain[-1].name,) and readers[node.inputs[0]] == 1
+        if follows and (layer or pools or node.op in ("relu", "flatten")):
+            chain.append(node)
+            found.pop()
+        elif layer:
+            chain = [node]
+        else:
+            chain = []
+            found.append(node)
+            continue
+        found.append(Node(node.name, "stretch", chain[0].inputs))
+        panels[node.name] = _stretch(chain, *values)
+    return found
+
+
+def _stretch(chain: Sequence[Node], shapes: Mapping[str, Shape], batch: int) -> tuple[int, int]:
+    """Count the buffers of a stretch: those of its values, and two that hold any gradient of a value.
+
+    They are made at the first pass and stay. A layer has its output, and what it reads stands in an image with a border as
+    wide as its padding. What it reads is the output before as it is where no pool and no border comes between.
+    """
+    samples = -(-batch // _PANEL) * _PANEL
+    values = _panel(shapes[chain[0].inputs[0]], samples, chain[0].attrs.get("padding", 0))
+    gradients = [_panel(shapes[chain[-1].name], samples)]
+    for place, node in enumerate(chain):
+        before, after = shapes[node.inputs[0]], shapes[node.name]
+        following = chain[place + 1] if place + 1 < len(chain) else None
+        border = following.attrs.get("padding", 0) if following is not None else 0
+        if node.op in ("linear", "conv2d"):
+            values += _panel(after, samples)
+            padding, kernel = node.attrs.get("padding", 0), node.attrs.get("kernel", 1)
+            gradients += [_panel(after, samples, max(0, kernel - 1 - padding)), _panel(before, samples)]
+        if node.op == "max_pool2d" or border:
+            values += _panel(after, samples, border)
+    return values, 2 * max(gradients)
+
+
+def _panel(shape: Sequence[int], samples: int, halo: int = 0) -> int:
+    sides = [length + 2 * halo for length in shape[1:]]
+    return aligned((samples, shape[0], *sides)) + ALIGN
+
+
+def aligned(shape: Sequence[int]) -> int:
+    """Give the bytes of a float32 array, rounded up to where the next one may begin."""
+    size = prod(shape) * FLOAT
+    return -(-size // ALIGN) * ALIGN
