@@ -46,12 +46,12 @@ static void *serve(void *number) {
     while (crew.call == seen) pthread_cond_wait(&crew.called, &crew.lock);
     seen = crew.call;
     int join = crew.open && self < crew.wanted;
-    crew.active += join;
+    __atomic_fetch_add(&crew.active, join, __ATOMIC_RELAXED); /* also read without the lock */
     pthread_mutex_unlock(&crew.lock);
     if (!join) continue;
     take_tasks();
     pthread_mutex_lock(&crew.lock);
-    if (--crew.active == 0) pthread_cond_signal(&crew.idle);
+    if (__atomic_sub_fetch(&crew.active, 1, __ATOMIC_RELAXED) == 0) pthread_cond_signal(&crew.idle);
     pthread_mutex_unlock(&crew.lock);
   }
   return 0;
