@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -331,25 +332,28 @@ def against_dense(library: Library) -> Iterator[dict[str, Any]]:
 
 
 def two_threads(library: Library) -> Iterator[dict[str, Any]]:
-    """Time every layer at a few densities with one thread and with two, by the wall.
+    """Time every layer at a few densities with one thread and with two, by the wall, each in the layout that suits it.
 
     Yields:
         ``layer``, ``density``, ``one`` and ``two``: the least seconds of many turns, since others use the machine.
     """
+    kit = NativeKit(library)
     for layer in LAYERS:
         for density in (0.3, 0.1, 0.05):
-            _, ours = fastest(library, Task.of(layer, density))
+            task, least = Task.of(layer, density), {"1": math.inf, "2": math.inf}
+            for way in kit.ways(layer.node, layer.shape, layer.input_shape, density):
+                ours = Sparse(library, task, way)
 
-            def threaded(count: int, ours: Sparse = ours) -> Callable[[], None]:
-                def run() -> None:
-                    library.calls.nk_threads(count)
-                    ours.chain()
+                def threaded(count: int, ours: Sparse = ours) -> Callable[[], None]:
+                    def run() -> None:
+                        library.calls.nk_threads(count)
+                        ours.chain()
 
-                return run
+                    return run
 
-            calls = {str(count): threaded(count) for count in (1, 2)}
-            times = take_turns(calls, 4 * _ROUNDS, _LEAST, time.perf_counter)
-            yield {"layer": layer.name, "density": density, "one": min(times["1"]), "two": min(times["2"])}
+                times = take_turns({count: threaded(int(count)) for count in least}, _ROUNDS, _LEAST, time.perf_counter)
+                least = {count: min(seconds, *times[count]) for count, seconds in least.items()}
+            yield {"layer": layer.name, "density": density, "one": least["1"], "two": least["2"]}
     library.threads(1)
 
 

@@ -123,10 +123,9 @@ def _compare(spec: ModelSpec, arrays: Mapping[str, Any], masks: Mapping[str, Any
 def peak(model: str, kind: str, density: float, ways: Mapping[str, str]) -> int:
     """Give the bytes by which ten steps of a model raise the high-water mark of this process, after one of LeNet."""
     lenet, spec = zoo.by_name("lenet-300-100"), zoo.by_name(model)
-    train = _trainer(kind, density, ways)
-    train(lenet, 1)
+    _trainer(kind, density, {})(lenet, 1)
     before = _high_water()
-    train(spec, 10)
+    _trainer(kind, density, ways)(spec, 10)
     return _high_water() - before
 
 
