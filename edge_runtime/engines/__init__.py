@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime.engines.arrays import Arrays, Floats, Labels
+    from edge_runtime.kernels import Watch
     from edge_runtime.kernels.choose import Timing
     from wire.spec import ModelSpec, Structure
 
@@ -151,7 +152,13 @@ class Engine(Protocol):
         """Give the logits ``(n, classes)`` of inputs ``(n, *input_shape)``."""
 
     def forward_backward(
-        self, x: Floats, y: Labels | Floats, *, scale: float = 1.0, update: Update | None = None
+        self,
+        x: Floats,
+        y: Labels | Floats,
+        *,
+        scale: float = 1.0,
+        update: Update | None = None,
+        watch: Watch | None = None,
     ) -> float:
         """Add ``scale`` times the gradient of the mean cross-entropy to `grads`, or apply `update` and keep none.
 
@@ -160,6 +167,8 @@ class Engine(Protocol):
             y: Labels, int64 ``(n,)``; or distributions over the classes, float32 ``(n, classes)``.
             scale: Weight of this call; micro-batches of n out of N samples with scale n / N add up to the full batch.
             update: Move the weights at once. `grads` is left as it was found.
+            watch: Shown what passes through every masked layer, the last first, for the gradient of weights that are not
+                there (`edge_runtime.kernels.importance`).
 
         Returns:
             The mean cross-entropy, not scaled.

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from edge_runtime.engines import Update
-from edge_runtime.engines.arrays import Floats
+from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import apply
+from edge_runtime.kernels import Watch
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.spec import Node
@@ -113,7 +114,13 @@ class DenseStretch:
         return plain(y)
 
     def backward(
-        self, dy: Floats, *, grads: Mapping[str, Floats] | None, update: Update | None, input_gradient: bool
+        self,
+        dy: Floats,
+        *,
+        grads: Mapping[str, Floats] | None,
+        update: Update | None,
+        input_gradient: bool,
+        watch: Watch | None = None,
     ) -> Floats | None:
         """See `Stretch.backward`."""
         if not self._kept or (grads is None) == (update is None):
@@ -124,7 +131,10 @@ class DenseStretch:
             value = aligned(dy)
             for follower in reversed(self._followers):
                 value = follower.backward(value, kept.pop())
-            dx = move(kept.pop(), value, grads, update, input_gradient)
+            x = kept.pop()
+            if watch is not None:
+                watch(self._weight_name, plain(x), plain(value))
+            dx = move(x, value, grads, update, input_gradient)
         return None if dx is None else plain(dx)
 
     def _linear_backward(
@@ -201,6 +211,13 @@ def plain(tensor: Tensor) -> Floats:
     """See a tensor as a C-contiguous array; copied only if it is laid out in another way."""
     array: Floats = tensor.detach().contiguous().numpy()
     return array
+
+
+def copied(array: Labels | Floats) -> Tensor:
+    """Copy a batch into torch's own, aligned memory."""
+    tensor = torch.empty(array.shape, dtype=torch.float32 if array.dtype == np.float32 else torch.int64)
+    tensor.numpy()[...] = array
+    return tensor
 
 
 def aligned(array: Floats) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Arrays, Floats
 from edge_runtime.engines.dense import FOLLOW, DenseStretch, aligned, plain
-from edge_runtime.kernels import STRETCHABLE, Layout, Stretch
+from edge_runtime.kernels import STRETCHABLE, Layout, Stretch, Watch
 from edge_runtime.kernels.kits import Kit
 from wire.errors import SpecError
 from wire.masks import Mask
@@ -49,10 +49,12 @@ class Wires:
     Attributes:
         update: None or one: what to apply in this backward pass.
         grads: Where gradients are added otherwise.
+        watch: None or one: who is shown what passes through masked layers.
     """
 
     update: list[Update]
     grads: Arrays
+    watch: list[Watch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def settle(stretch: Stretch, wires: Wires, dy: Tensor, *, input_gradient: bool) 
     """Run a stretch backward, into the update if there is one and into the gradients if not."""
     update = wires.update[0] if wires.update else None
     grads = wires.grads if update is None else None
-    return stretch.backward(plain(dy), grads=grads, update=update, input_gradient=input_gradient)
+    watch = wires.watch[0] if wires.watch else None
+    return stretch.backward(plain(dy), grads=grads, update=update, input_gradient=input_gradient, watch=watch)
 
 
 def through(stretch: Stretch, wires: Wires) -> Callable[[Any, list[Tensor], Any], Tensor]:

@@ -24,10 +24,11 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from edge_runtime.engines import Choice, Engine, Make, Update
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
+from edge_runtime.engines.dense import copied
 from edge_runtime.engines.stretches import Held, Wires, chains, check_masks, straight, through
 from edge_runtime.engines.update import apply
 from edge_runtime.engines.ways import Masked, Tools, decide, step_key
-from edge_runtime.kernels import Stretch, from_c_order, to_c_order
+from edge_runtime.kernels import Stretch, Watch, from_c_order, to_c_order
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
 from wire.masks import Mask
@@ -90,9 +91,8 @@ class TorchEngine:
         self._grads: Arrays = {}
         self._steps: tuple[_Step, ...] = ()
         self._logits: Floats = np.zeros((0, 0), np.float32)
-        self._update: list[
-            Update
-        ] = []  # none or one; the hooks hold this list and not the engine, which they would keep alive
+        self._update: list[Update] = []  # none or one; hooks hold the list, lest they keep the engine alive
+        self._watch: list[Watch] = []  # likewise
         self._hooked = False
 
     @property
@@ -194,32 +194,41 @@ class TorchEngine:
     def forward(self, x: Floats) -> Floats:
         """See `Engine.forward`."""
         with torch.inference_mode():
-            logits: Floats = self._run(_tensor(x)).numpy()
+            logits: Floats = self._run(copied(x)).numpy()
         return logits
 
     def forward_backward(
-        self, x: Floats, y: Labels | Floats, *, scale: float = 1.0, update: Update | None = None
+        self,
+        x: Floats,
+        y: Labels | Floats,
+        *,
+        scale: float = 1.0,
+        update: Update | None = None,
+        watch: Watch | None = None,
     ) -> float:
         """See `Engine.forward_backward`."""
-        fused = update is not None and not self._grads
         if update is None:
             self.grads  # noqa: B018 - makes them, so that autograd adds in place
-        elif not fused:
+        elif self._grads:
             raise SpecError("an update was given to an engine whose gradients are in use; do one or the other")
         elif not self._hooked:
             self._hook()
-        if self._held.ways and (line := self._line()):
-            self._update[:] = [update] if update is not None else []
-            self._logits, loss_now = straight(line, Wires(self._update, self._grads), x, _tensor(y), scale)
+        self._update[:], self._watch[:] = [update] if update is not None else [], [watch] if watch is not None else []
+        try:
+            if self._held.ways and (line := self._line()):
+                self._logits, seen = straight(line, self._wires(), x, copied(y), scale)
+                return seen
+            output = self._run(copied(x))
+            loss = F.cross_entropy(output, copied(y))
+            torch.autograd.backward(loss * scale if scale != 1.0 else loss)
+        finally:
             self._update.clear()
-            return loss_now
-        output = self._run(_tensor(x))
-        loss = F.cross_entropy(output, _tensor(y))
-        self._update[:] = [update] if update is not None else []
-        torch.autograd.backward(loss * scale if scale != 1.0 else loss)
-        self._update.clear()
+            self._watch.clear()
         self._logits = output.detach().numpy()
         return loss.item()
+
+    def _wires(self) -> Wires:
+        return Wires(self._update, self._grads, self._watch)
 
     def narrow(self, structure: Structure) -> Engine:
         """See `Engine.narrow`."""
@@ -246,8 +255,8 @@ class TorchEngine:
         loss, correct = 0.0, 0
         with torch.inference_mode():
             for start in range(0, len(x), batch):
-                labels = _tensor(y[start : start + batch])
-                output = self._run(_tensor(x[start : start + batch]))
+                labels = copied(y[start : start + batch])
+                output = self._run(copied(x[start : start + batch]))
                 loss += float(F.cross_entropy(output, labels, reduction="sum"))
                 correct += int((output.argmax(1) == labels).sum())
         return loss, correct
@@ -332,7 +341,7 @@ class TorchEngine:
                     self._leaves.pop(name, None)
                 stands = Node(spec.nodes[end].name, "stretch", node.inputs)
                 made_by[stands.name] = "stretch"  # it may read its output again
-                steps.append(_Step(stands, through(stretch, Wires(self._update, self._grads)), {}, frees, stretch))
+                steps.append(_Step(stands, through(stretch, self._wires()), {}, frees, stretch))
             if i <= end:
                 continue
             run = _KERNELS[node.op]
@@ -388,10 +397,3 @@ def _hear_warning_out() -> None:
 
 def _relu_in_place(_: Node, inputs: Inputs, __: Mapping[str, Tensor]) -> Tensor:
     return torch.relu_(inputs[0])
-
-
-def _tensor(array: Labels | Floats) -> Tensor:
-    """Copy a batch into torch's own, aligned memory."""
-    tensor = torch.empty(array.shape, dtype=torch.float32 if array.dtype == np.float32 else torch.int64)
-    tensor.numpy()[...] = array
-    return tensor

@@ -9,7 +9,7 @@ This module itself loads no numpy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 STRETCHABLE = frozenset({"linear", "conv2d", "relu", "max_pool2d", "flatten"})
 """Ops that a `Stretch` can run; the first two only where their weight has a layout."""
+
+
+Watch = Callable[[str, "Floats", "Floats"], None]
+"""Is shown what passed through a masked layer: its weight's name, the input ``(n, *in_shape)`` and the gradient of the
+output ``(n, *out_shape)``. They are only lent."""
 
 
 class Layout(Protocol):
@@ -56,15 +61,22 @@ class Stretch(Protocol):
         """Give ``(n, *out_shape)`` of ``(n, *in_shape)``; with `train` keep what one `backward` needs."""
 
     def backward(
-        self, dy: Floats, *, grads: Mapping[str, Floats] | None, update: Update | None, input_gradient: bool
+        self,
+        dy: Floats,
+        *,
+        grads: Mapping[str, Floats] | None,
+        update: Update | None,
+        input_gradient: bool,
+        watch: Watch | None = None,
     ) -> Floats | None:
-        """Take the gradient of the latest training forward pass's output.
+        """Take the gradient of the output of the training forward pass that went before; what it kept is let go.
 
         Args:
             dy: ``(n, *out_shape)``.
             grads: By tensor name, of the shapes of `params`; gradients are added. Or None, and
             update: moves `params` at once. Exactly one of the two is given.
             input_gradient: Whether ``(n, *in_shape)`` is wanted back.
+            watch: Shown every layer's share; from it follows the gradient of weights that are not there (`importance`).
         """
 
 

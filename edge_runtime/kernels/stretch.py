@@ -16,7 +16,7 @@ import numpy as np
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.update import apply
-from edge_runtime.kernels import STRETCHABLE, Layout
+from edge_runtime.kernels import STRETCHABLE, Layout, Watch
 from edge_runtime.kernels.conv import ConvLayout
 from edge_runtime.kernels.library import Image, Library, Step, must
 from edge_runtime.kernels.linear import LinearLayout
@@ -112,7 +112,13 @@ class NativeStretch:
         return result
 
     def backward(
-        self, dy: Floats, *, grads: Mapping[str, Floats] | None, update: Update | None, input_gradient: bool
+        self,
+        dy: Floats,
+        *,
+        grads: Mapping[str, Floats] | None,
+        update: Update | None,
+        input_gradient: bool,
+        watch: Watch | None = None,
     ) -> Floats | None:
         """See `edge_runtime.kernels.Stretch.backward`."""
         batch, last = self._batch, self._stages[-1]
@@ -127,7 +133,7 @@ class NativeStretch:
         must(self._calls.nk_pack(ctypes.byref(out), batch, dy.ctypes.data, given.ctypes.data), "packing")
         for place in range(len(self._stages) - 1, -1, -1):
             wanted = input_gradient or place > 0
-            given, spare = self._back(place, (given, spare), batch, wanted, (grads, update))
+            given, spare = self._back(place, (given, spare), batch, wanted, (grads, update, watch))
         if not input_gradient:
             return None
         result = buffer(batch * prod(self._shape)).reshape(batch, *self._shape)
@@ -182,7 +188,7 @@ class NativeStretch:
         pair: tuple[Floats, Floats],
         batch: int,
         wanted: bool,
-        goal: tuple[Mapping[str, Floats] | None, Update | None],
+        goal: tuple[Mapping[str, Floats] | None, Update | None, Watch | None],
     ) -> tuple[Floats, Floats]:
         """Take one stage's gradients; give the buffer that holds the gradient of its input, and the other one."""
         stage, (given, spare) = self._stages[place], pair
@@ -191,13 +197,15 @@ class NativeStretch:
             self._unpool(place, pair, batch, image(stage.made), None)
             return spare, given
         weight, bias = stage.names
-        grads, update = goal
+        grads, update, watch = goal
         dbias = np.zeros_like(self._params[bias]) if grads is None else grads[bias]
         dvalues = None if grads is None else grads[weight]
         step = _step(weight, update) if update is not None else None
         dx = spare if wanted else None
         if isinstance(stage.layout, ConvLayout):
-            self._back_conv(place, pair, batch, wanted, (before, dvalues, dbias, step))
+            made = self._back_conv(place, pair, batch, wanted, (before, dvalues, dbias, step))
+            if watch is not None:
+                self._show(watch, stage, before, made, batch)
             result = given, spare
         else:
             y = self._buffers["y", place] if stage.relu else None
@@ -207,6 +215,8 @@ class NativeStretch:
                 None if step is None else ctypes.byref(step),
             )
             must(code, weight)
+            if watch is not None:
+                self._show(watch, stage, before, (given, image(stage.made)), batch)
             result = spare, given
         if update is not None:
             apply({bias: self._params[bias]}, {bias: dbias}, update)
@@ -219,7 +229,8 @@ class NativeStretch:
         batch: int,
         wanted: bool,
         goal: tuple[Floats, Floats | None, Floats, Step | None],
-    ) -> None:
+    ) -> tuple[Floats, Image]:
+        """Take a convolution's gradients; give where that of its output is, and how."""
         stage, (given, spare) = self._stages[place], pair
         before, dvalues, dbias, step = goal
         layout = stage.layout
@@ -240,6 +251,16 @@ class NativeStretch:
             None if step is None else ctypes.byref(step),
         )
         must(code, stage.names[0])
+        return spare, into
+
+    def _show(self, watch: Watch, stage: _Stage, x: Floats, made: tuple[Floats, Image], batch: int) -> None:
+        into = np.empty((batch, *stage.shape), np.float32)
+        of = image(stage.shape, _padding(stage))
+        must(self._calls.nk_unpack(ctypes.byref(of), batch, x.ctypes.data, into.ctypes.data), "unpacking")
+        dy = np.empty((batch, *stage.made), np.float32)
+        given, of = made
+        must(self._calls.nk_unpack(ctypes.byref(of), batch, given.ctypes.data, dy.ctypes.data), "unpacking")
+        watch(stage.names[0], into, dy)
 
     def _unpool(self, place: int, pair: tuple[Floats, Floats], batch: int, into: Image, dbias: Floats | None) -> None:
         """Bring the gradient behind a stage to what its layer made, from the first of a pair of buffers into the other."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.update import apply
-from edge_runtime.kernels import STRETCHABLE
+from edge_runtime.kernels import STRETCHABLE, Watch
 from edge_runtime.kernels.twin_steps import (
     Blocks,
     Conv,
@@ -149,7 +149,13 @@ class TwinStretch:
         return _array(value, shared)
 
     def backward(
-        self, dy: Floats, *, grads: Mapping[str, Floats] | None, update: Update | None, input_gradient: bool
+        self,
+        dy: Floats,
+        *,
+        grads: Mapping[str, Floats] | None,
+        update: Update | None,
+        input_gradient: bool,
+        watch: Watch | None = None,
     ) -> Floats | None:
         """See `Stretch.backward`; what was kept is let go.
 
@@ -167,6 +173,9 @@ class TwinStretch:
             else:
                 into = {name: np.zeros(self.params[name].shape, np.float32) for name in op.names}
             tensors = {name: torch.from_numpy(array) for name, array in into.items()}
+            if watch is not None and op.names and needed is not None:
+                lent = (needed, value) if isinstance(op, Conv) else (needed.t(), value.t())
+                watch(op.names[0], *(tensor.contiguous().numpy() for tensor in lent))
             earlier = op.backward(value, needed, tensors, input_gradient or place > self._first)
             if update is not None and into:
                 apply({name: self.params[name] for name in into}, into, update)
