@@ -18,8 +18,8 @@ from setuptools.command.build_py import build_py
 KERNELS = Path("edge_runtime/kernels")
 
 
-def compile_kernels(out: Path) -> None:
-    """Compile into a folder, or say why that is not possible: an install goes on without."""
+def compile_kernels(out: Path, *, ours: bool) -> None:
+    """Compile into a folder, or say why that is not possible: an install goes on without. `ours`: nothing old may stay."""
     spec = importlib.util.spec_from_file_location("kernels_compile", Path(__file__).parent / KERNELS / "compile.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
@@ -28,7 +28,7 @@ def compile_kernels(out: Path) -> None:
         for path in module.build(out):
             print(f"compiled {path}")
     except (module.CompileError, OSError) as error:
-        for old in out.glob("*.so"):  # of an earlier build in the same folder
+        for old in out.glob("*.so") if ours else ():
             old.unlink()
         print(f"warning: no compiled kernels, the torch twin will do their work: {error}", file=sys.stderr)
 
@@ -40,7 +40,7 @@ class BuildWithKernels(build_py):
         """Compile last: what was copied may hold libraries of other sources."""
         super().run()
         here = Path(__file__).parent if self.editable_mode else Path(self.build_lib)
-        compile_kernels(here / KERNELS / "native")
+        compile_kernels(here / KERNELS / "native", ours=not self.editable_mode)
 
 
 class WheelOfOnePlatform(bdist_wheel):
