@@ -44,7 +44,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Wires:
-    """What a stretch in the graph reads of its engine, without keeping the engine alive.
+    """What hooks and stretches read of their engine, without keeping the engine alive.
 
     Attributes:
         update: None or one: what to apply in this backward pass.
@@ -52,9 +52,9 @@ class Wires:
         watch: None or one: who is shown what passes through masked layers.
     """
 
-    update: list[Update]
-    grads: Arrays
-    watch: list[Watch]
+    update: list[Update] = field(default_factory=list)
+    grads: Arrays = field(default_factory=dict)
+    watch: list[Watch] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

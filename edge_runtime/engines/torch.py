@@ -88,11 +88,9 @@ class TorchEngine:
         self._structure = Structure()
         self._leaves: dict[str, Tensor] = {}
         self._params: Arrays = {}
-        self._grads: Arrays = {}
         self._steps: tuple[_Step, ...] = ()
         self._logits: Floats = np.zeros((0, 0), np.float32)
-        self._update: list[Update] = []  # none or one; hooks hold the list, lest they keep the engine alive
-        self._watch: list[Watch] = []  # likewise
+        self._wires = Wires()  # hooks and stretches hold it, lest they keep the engine alive
         self._hooked = False
 
     @property
@@ -113,18 +111,18 @@ class TorchEngine:
     @property
     def grads(self) -> Arrays:
         """Gradients by tensor name; made of zeros when first asked for."""
-        if not self._grads:
+        if not self._wires.grads:
             for name, param in self._params.items():
                 leaf = self._leaves.get(name)
                 if leaf is None:
-                    self._grads[name] = torch.zeros(param.shape).numpy()
+                    self._wires.grads[name] = torch.zeros(param.shape).numpy()
                 elif self._parent is None:
                     leaf.grad = torch.zeros_like(leaf)
-                    self._grads[name] = leaf.grad.numpy()
+                    self._wires.grads[name] = leaf.grad.numpy()
                 else:
-                    self._grads[name] = self._parent.grads[name][tuple(slice(length) for length in leaf.shape)]
-                    leaf.grad = torch.from_numpy(self._grads[name])
-        return self._grads
+                    self._wires.grads[name] = self._parent.grads[name][tuple(slice(length) for length in leaf.shape)]
+                    leaf.grad = torch.from_numpy(self._wires.grads[name])
+        return self._wires.grads
 
     @property
     def ways(self) -> Mapping[str, str]:
@@ -144,7 +142,7 @@ class TorchEngine:
         choice: Choice | None = None,
     ) -> None:
         """See `Engine.load`."""
-        self._leaves, self._params, self._grads, self._hooked = {}, {}, {}, False
+        self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
         self._held = Held()
         if masks:
             self._load_masked(spec, structure, masks, choice or Choice())
@@ -184,7 +182,7 @@ class TorchEngine:
 
     def bytes_of_weights(self, update: Update | None = None) -> int:
         """See `Engine.bytes_of_weights`."""
-        held = [self._params, self._grads]
+        held = [self._params, self._wires.grads]
         if update is not None:
             held += [dict(state) for state in (update.velocity, update.anchor) if state is not None]
         index = sum(layout.bytes_index for layout in self._held.layouts.values())
@@ -209,26 +207,26 @@ class TorchEngine:
         """See `Engine.forward_backward`."""
         if update is None:
             self.grads  # noqa: B018 - makes them, so that autograd adds in place
-        elif self._grads:
+        elif self._wires.grads:
             raise SpecError("an update was given to an engine whose gradients are in use; do one or the other")
         elif not self._hooked:
             self._hook()
-        self._update[:], self._watch[:] = [update] if update is not None else [], [watch] if watch is not None else []
+        self._wires.update[:], self._wires.watch[:] = (
+            [update] if update is not None else [],
+            [watch] if watch is not None else [],
+        )
         try:
             if self._held.ways and (line := self._line()):
-                self._logits, seen = straight(line, self._wires(), x, copied(y), scale)
+                self._logits, seen = straight(line, self._wires, x, copied(y), scale)
                 return seen
             output = self._run(copied(x))
             loss = F.cross_entropy(output, copied(y))
             torch.autograd.backward(loss * scale if scale != 1.0 else loss)
         finally:
-            self._update.clear()
-            self._watch.clear()
+            self._wires.update.clear()
+            self._wires.watch.clear()
         self._logits = output.detach().numpy()
         return loss.item()
-
-    def _wires(self) -> Wires:
-        return Wires(self._update, self._grads, self._watch)
 
     def narrow(self, structure: Structure) -> Engine:
         """See `Engine.narrow`."""
@@ -291,7 +289,7 @@ class TorchEngine:
     def _install(
         self, spec: ModelSpec, structure: Structure, layers: Mapping[str, Masked], ways: Mapping[str, str]
     ) -> None:
-        self._leaves, self._params, self._grads, self._hooked = {}, {}, {}, False
+        self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
         sparse = {name: way for name, way in ways.items() if way != DENSE}
         self._held = Held(
             ways,
@@ -341,7 +339,7 @@ class TorchEngine:
                     self._leaves.pop(name, None)
                 stands = Node(spec.nodes[end].name, "stretch", node.inputs)
                 made_by[stands.name] = "stretch"  # it may read its output again
-                steps.append(_Step(stands, through(stretch, self._wires()), {}, frees, stretch))
+                steps.append(_Step(stands, through(stretch, self._wires), {}, frees, stretch))
             if i <= end:
                 continue
             run = _KERNELS[node.op]
@@ -374,7 +372,7 @@ class TorchEngine:
 
     def _hook(self) -> None:
         """Move each weight as soon as its gradient is whole, and drop that gradient before the next one is made."""
-        current = self._update
+        current = self._wires.update
         for name, leaf in self._leaves.items():
 
             def fuse(leaf: Tensor, name: str = name) -> None:

@@ -166,7 +166,7 @@ def test_evaluating_a_narrow_width_makes_no_gradients():
     wide = loaded(spec, structure)
     x, y = batch(spec, 5)
     wide.narrow(structure.narrowed(0)).evaluate(x, y, batch=2)
-    assert not wide._grads
+    assert not wide._wires.grads
 
 
 def test_evaluate_does_not_depend_on_its_batch():
