@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import apply
-from edge_runtime.kernels import Watch
+from edge_runtime.kernels import Watch, check_goal
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.spec import Node
@@ -123,8 +123,9 @@ class DenseStretch:
         watch: Watch | None = None,
     ) -> Floats | None:
         """See `Stretch.backward`."""
-        if not self._kept or (grads is None) == (update is None):
-            raise SpecError("a backward pass wants one training forward pass before it, and gradients or an update")
+        if not self._kept:
+            raise SpecError("a backward pass wants one training forward pass before it")
+        check_goal(self.params, grads, update)
         kept, self._kept = self._kept, []
         move = self._linear_backward if self._node.op == "linear" else self._conv_backward
         with torch.no_grad():
@@ -176,7 +177,7 @@ class DenseStretch:
         name, array = self._weight_name, gradient.numpy()
         self._prune(array, rows)
         apply({name: self.params[name][rows]}, {name: array}, _part(update, name, rows))
-        if update.pull:
+        if update.pull or update.momentum:  # anchor and velocity may be of another mask
             self._prune(self.params[name][rows], rows)
 
     def _prune(self, array: Floats, rows: slice = slice(None)) -> None:

@@ -43,13 +43,15 @@ _KERNELS: dict[str, Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]] = {
         x[0], p["weight"], p["bias"], stride=node.attrs["stride"], padding=node.attrs["padding"]
     ),
     "relu": lambda _, x, __: torch.relu(x[0]),
+    "relu in place": lambda _, x, __: torch.relu_(x[0]),
     "tanh": lambda _, x, __: torch.tanh(x[0]),
     "sigmoid": lambda _, x, __: torch.sigmoid(x[0]),
     "max_pool2d": lambda node, x, _: F.max_pool2d(x[0], node.attrs["kernel"], node.attrs["stride"]),
     "avg_pool2d": lambda node, x, _: F.avg_pool2d(x[0], node.attrs["kernel"], node.attrs["stride"]),
     "flatten": lambda _, x, __: x[0].flatten(1),
     "add": lambda _, x, __: sum(x[1:], x[0]),
-    "group_norm": lambda node, x, p: F.group_norm(x[0], node.attrs["groups"], p["weight"], p["bias"], NORM_EPSILON),
+    # Not by F: that refuses one value per channel, which a single sample may have.
+    "group_norm": lambda node, x, p: torch.group_norm(x[0], node.attrs["groups"], p["weight"], p["bias"], NORM_EPSILON),
 }
 
 
@@ -143,10 +145,11 @@ class TorchEngine:
     ) -> None:
         """See `Engine.load`."""
         self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
-        self._held = Held()
+        self._held, self._spec, self._steps = Held(), None, ()  # the model before is gone, whatever comes
         if masks:
             self._load_masked(spec, structure, masks, choice or Choice())
-            self._fill(arrays or {}, tensor_shapes(spec, structure), masks)
+            if arrays is not None:
+                self._fill(arrays, tensor_shapes(spec, structure), masks)
             return
         for name, shape in tensor_shapes(spec, structure).items():
             memory = torch.empty(shape)
@@ -235,7 +238,7 @@ class TorchEngine:
             raise SpecError("a model with masks has no narrower widths here")
         shapes, wide = tensor_shapes(spec, structure), tensor_shapes(spec, self._structure)
         sizes, wide_sizes = group_sizes(spec, structure), group_sizes(spec, self._structure)
-        narrow = TorchEngine(self)
+        narrow = TorchEngine(self, self._tools)
         for tensor in spec.tensors:
             name, shape = tensor.name, shapes[tensor.name]
             for axis, length, limit in zip(tensor.axes, shape, wide[name], strict=True):
@@ -306,6 +309,8 @@ class TorchEngine:
     def _fill(
         self, arrays: Mapping[str, Floats], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]
     ) -> None:
+        if arrays.keys() != shapes.keys():
+            raise SpecError(f"weights of {sorted(arrays.keys() ^ shapes.keys())[:3]} are missing, or not the model's")
         for name, array in arrays.items():
             if name in masks and array.shape == shapes[name]:
                 self.write(name, array[masks[name]])
@@ -346,7 +351,7 @@ class TorchEngine:
             # The backward of linear and conv2d does not read their output, so an only reader may overwrite it.
             source = node.inputs[0]
             if node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1:
-                run = _relu_in_place
+                run = _KERNELS["relu in place"]
             params = {role: self._leaves[name] for role, name in node.params.items()}
             steps.append(_Step(node, run, params, frees))
         self._spec, self._structure, self._steps = spec, structure, tuple(steps)
@@ -362,6 +367,7 @@ class TorchEngine:
         return line
 
     def _run(self, x: Tensor) -> Tensor:
+        self._loaded()
         values = {"input": x}
         for step in self._steps:
             inputs = [values[name] for name in step.node.inputs]
@@ -391,7 +397,3 @@ def _hear_warning_out() -> None:
         leaf = torch.ones(2, 2)[:, :1].requires_grad_()
         leaf.grad = torch.zeros(2, 2)[:, :1]
         torch.autograd.backward(leaf.sum())
-
-
-def _relu_in_place(_: Node, inputs: Inputs, __: Mapping[str, Tensor]) -> Tensor:
-    return torch.relu_(inputs[0])

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from wire.errors import SpecError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -78,6 +80,30 @@ class Stretch(Protocol):
             input_gradient: Whether ``(n, *in_shape)`` is wanted back.
             watch: Shown every layer's share; from it follows the gradient of weights that are not there (`importance`).
         """
+
+
+def check_goal(params: Mapping[str, Floats], grads: Mapping[str, Floats] | None, update: Update | None) -> None:
+    """Refuse what a backward pass could not write to; a compiled one would write all the same. Cost: no array is read.
+
+    Raises:
+        SpecError: Not one of gradients and an update, or an array of theirs is missing, or not of its parameter's shape and
+            type, or not contiguous.
+    """
+    if (grads is None) == (update is None):
+        raise SpecError("a backward pass wants gradients to add to or an update, one of the two")
+    wanted: list[tuple[str, Mapping[str, Floats] | None]] = [] if grads is None else [("gradient", grads)]
+    if update is not None:
+        wanted += [("velocity", update.velocity)] * bool(update.momentum) + [("anchor", update.anchor)] * bool(
+            update.pull
+        )
+    for what, arrays in wanted:
+        for name, param in params.items():
+            array = None if arrays is None else arrays.get(name)
+            if array is None or array.shape != param.shape:
+                found = "none" if array is None else f"one of shape {array.shape}"
+                raise SpecError(f"the {what} of {name!r} must be of shape {param.shape}; there is {found}")
+            if array.dtype != param.dtype or not (array.flags.c_contiguous and array.flags.writeable):
+                raise SpecError(f"the {what} of {name!r} is {array.dtype}, or not contiguous, or not to be written")
 
 
 def to_c_order(layout: Layout, values: Floats) -> Floats:

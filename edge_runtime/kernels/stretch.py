@@ -16,7 +16,7 @@ import numpy as np
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.update import apply
-from edge_runtime.kernels import STRETCHABLE, Layout, Watch
+from edge_runtime.kernels import STRETCHABLE, Layout, Watch, check_goal
 from edge_runtime.kernels.conv import ConvLayout
 from edge_runtime.kernels.library import Image, Library, Step, must
 from edge_runtime.kernels.linear import LinearLayout
@@ -25,6 +25,7 @@ from wire.errors import SpecError
 from wire.spec import Node
 
 Shape = tuple[int, ...]
+_SIDE_MAX = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class _Stage:
 
 
 class NativeStretch:
-    """See `edge_runtime.kernels.Stretch`. One thread at a time; the core's own threads are set by `Library.threads`."""
+    """See `edge_runtime.kernels.Stretch`. For one thread; the core's own threads are set by `Library.threads`."""
 
     def __init__(
         self,
@@ -77,8 +78,10 @@ class NativeStretch:
         self._library = library
         self._calls = library.calls
         self._shape = in_shape
-        self._params = params
         self._stages, self._out = _stages(nodes, in_shape, params, layouts)
+        self._params = {
+            name: params[name] for stage in self._stages if stage.layout is not None for name in stage.names
+        }
         for stage in self._stages:
             if isinstance(stage.layout, LinearLayout):
                 must(self._calls.nk_linear_check(ctypes.byref(stage.layout.call)), stage.names[0])
@@ -98,12 +101,15 @@ class NativeStretch:
         if x.shape[1:] != self._shape or not batch:
             raise SpecError(f"inputs of shape {x.shape}; this stretch takes one or more of {self._shape}")
         x = np.ascontiguousarray(x, np.float32)
+        self._batch = 0
+        if not train:
+            self._buffers.clear()  # an evaluation has its own, and lets each go as soon as it was read
         first = self._stages[0]
         into = image(first.shape, _padding(first))
-        held = self._buffer("x", 0, into, batch)
+        held = self._buffer("x", 0, into, batch) if train else buffer(floats(into, batch))
         must(self._calls.nk_pack(ctypes.byref(into), batch, x.ctypes.data, held.ctypes.data), "packing")
         for place, stage in enumerate(self._stages):
-            held = self._through(place, stage, held, batch)
+            held = self._through(place, stage, held, batch, train)
         last = self._stages[-1]
         result = buffer(batch * prod(self._out)).reshape(batch, *self._out)
         out = image(last.out)
@@ -124,8 +130,7 @@ class NativeStretch:
         batch, last = self._batch, self._stages[-1]
         if dy.shape != (batch, *self._out) or not batch:
             raise SpecError(f"a gradient of shape {dy.shape}; the latest training pass made {(batch, *self._out)}")
-        if (grads is None) == (update is None):
-            raise SpecError("give a stretch either gradients to add to or an update")
+        check_goal(self._params, grads, update)
         self._batch = 0
         given, spare = self._gradients(batch)
         dy = np.ascontiguousarray(dy, np.float32)
@@ -158,13 +163,13 @@ class NativeStretch:
                 self._buffers[role, 0] = buffer(length)
         return self._buffers["given", 0], self._buffers["spare", 0]
 
-    def _through(self, place: int, stage: _Stage, x: Floats, batch: int) -> Floats:
+    def _through(self, place: int, stage: _Stage, x: Floats, batch: int, train: bool) -> Floats:
         made, out = image(stage.made), image(stage.out, stage.halo)
         y = x
         if stage.layout is not None:
             weight, bias = (self._params[name].ctypes.data for name in stage.names)
             relu = int(stage.relu and not stage.pools)
-            y = self._buffer("y", place, made, batch)
+            y = self._buffer("y", place, made, batch) if train else buffer(floats(made, batch))
             call = ctypes.byref(stage.layout.call)
             if isinstance(stage.layout, LinearLayout):
                 code = self._calls.nk_linear_forward(call, weight, bias, x.ctypes.data, batch, relu, y.ctypes.data)
@@ -174,7 +179,7 @@ class NativeStretch:
             must(code, stage.names[0])
         if not stage.pools:
             return y
-        held = self._buffer("out", place, out, batch)
+        held = self._buffer("out", place, out, batch) if train else buffer(floats(out, batch))
         code = self._calls.nk_pool_forward(
             *(ctypes.byref(made), batch, stage.kernel, int(stage.relu)),
             *(y.ctypes.data, ctypes.byref(out), held.ctypes.data),
@@ -338,6 +343,10 @@ def _layer(node: Node, shape: Shape, params: Mapping[str, Floats], layouts: Mapp
     else:
         raise SpecError(f"node {node.name!r}: its weight {names[0]!r} has no layout for the compiled core")
     values, bias = params[names[0]], params[names[1]]
+    if isinstance(layout, ConvLayout) and not all(
+        _runs(one) for one in (image(shape, _span(layout)), image(out, _span(layout)))
+    ):
+        raise SpecError(f"node {node.name!r}: an image of {shape} is beyond what the compiled core can run")
     if not fits or values.shape != (layout.kept,) or bias.shape != out[:1]:
         raise SpecError(
             f"node {node.name!r}: {values.shape} values and {bias.shape} bias of {layout.shape} read {shape}"
@@ -346,6 +355,16 @@ def _layer(node: Node, shape: Shape, params: Mapping[str, Floats], layouts: Mapp
         if array.dtype != np.float32 or not array.flags.c_contiguous:
             raise SpecError(f"node {node.name!r}: weights that are not contiguous float32")
     return _Stage(layout, names, shape, out, out)
+
+
+def _span(layout: ConvLayout) -> int:
+    """Give the widest halo of an image that the layer reads."""
+    return max(layout.geometry[1], _back_halo(layout))
+
+
+def _runs(of: Image) -> bool:
+    """Tell whether offsets within a panel of an image are numbers of 32 bits; the core refuses it otherwise."""
+    return max(of.height, of.width) <= _SIDE_MAX and floats(of, 16) < 1 << 31
 
 
 def _padding(stage: _Stage) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.update import apply
-from edge_runtime.kernels import STRETCHABLE, Watch
+from edge_runtime.kernels import STRETCHABLE, Watch, check_goal
 from edge_runtime.kernels.twin_steps import (
     Blocks,
     Conv,
@@ -162,8 +162,9 @@ class TwinStretch:
         Raises:
             SpecError: No training forward pass went before, shapes do not meet, or not one of `grads` and `update`.
         """
-        if self._kept is None or (grads is None) == (update is None):
-            raise SpecError("a backward pass wants one training forward pass before it, and gradients or an update")
+        if self._kept is None:
+            raise SpecError("a backward pass wants one training forward pass before it")
+        check_goal(self.params, grads, update)
         value = given = _tensor(dy, self._out_shape)
         kept, self._kept = self._kept, None
         for place in reversed(range(0 if input_gradient else self._first, len(self._ops))):
