@@ -40,8 +40,8 @@ _SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
 Interval = tuple[int, int, int]
 """Bytes, the first instant and the last."""
 
-_SCRATCH = 64
-"""Bytes per kept weight of one layer, while its index is made or its values are brought into C order."""
+_SCRATCH = {2: 24, 4: 64}
+"""Bytes per kept weight of a matrix or a convolution, while its index is made or its values are brought into C order."""
 
 _DENSE_BLOCK = 1 << 19
 """Bytes of a dense masked weight's gradient at a time; its mask takes as many."""
@@ -207,7 +207,7 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     values = {name: aligned((kept[name],) if name in sparse else shape) for name, shape in shapes.items()}
     masks = {name: prod(shapes[name]) for name in kept}
     index = sum(index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept)
-    scratch = _SCRATCH * max((kept[name] for name in sparse), default=0)
+    scratch = max((_SCRATCH[len(shapes[name])] * kept[name] for name in sparse), default=0)
     trained = sum(values.values())
     return _Sizes(trained + index, trained, max(values.values()), sum(masks.values()), scratch)
 

@@ -77,8 +77,9 @@ class LinearLayout:
     def order(self) -> NDArray[np.int64]:
         """Give the position in C order of each value."""
         rows, columns = self.shape
-        lengths = np.diff(self.starts, axis=1).ravel()
-        line = np.repeat(np.arange(lengths.size, dtype=np.int64), lengths)  # block * rows + row
-        block, row = np.divmod(line, rows)
-        order: NDArray[np.int64] = row * columns + block * self.block + self.index
+        order = np.empty(self.kept, np.int64)
+        for place, starts in enumerate(self.starts):
+            part = slice(starts[0], starts[-1])
+            order[part] = np.repeat(np.arange(rows) * columns + place * self.block, np.diff(starts))
+            order[part] += self.index[part]
         return order

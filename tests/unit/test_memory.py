@@ -102,7 +102,7 @@ def test_masked_walk_by_hand():
     # Nodes: a and r as one, b. Instant 3, backward of b: its new gradient and those of both outputs, and what r made.
     by_b = 2 * x + panels + h + b + h + out
     by_a = 2 * x + panels + h
-    step, load = held + max(by_a, by_b), memory.HEAP + weights + 256 * 1024 + 64 * 16_000
+    step, load = held + max(by_a, by_b), memory.HEAP + weights + 256 * 1024 + 24 * 16_000
     assert memory.predict(spec, WHOLE, recipe, masked=masked).peak == max(step, load)
     assert by_b > by_a
 
