@@ -67,8 +67,9 @@ class Choice:
     Attributes:
         batch: Samples per training step that is timed.
         ways: Tensor name to ``dense``, ``sparse`` (the kit's first layout) or the name of a layout. The empty name
-            stands for all that are not named. Nothing that is named is timed, so that the same order gives the same bits.
-        allows: Whether memory allows that these tensors are all dense.
+            stands for all that are not named. What is named is not timed: timing may choose otherwise the next time, and
+            another way rounds otherwise. Who wants the same bits again names all, as `Engine.ways` says them.
+        allows: Whether memory allows that these tensors are all dense. What is named is not asked for, but counts along.
     """
 
     batch: int = 20
@@ -127,10 +128,12 @@ class Engine(Protocol):
                 values in C order.
             masks: By name of weights of linear layers and convolutions: what is kept. The others stay as they are, and
                 only what is kept is trained.
-            choice: How masked weights are held.
+            choice: How masked weights are held. With masks, the same inputs give the same bits again only if it names the
+                way of each (`Choice.ways`, as `ways` says them), with the same build of the kernels.
 
         Raises:
             SpecError: The model cannot be run, or a weight or mask has another shape than the structure says.
+            BudgetExceeded: A masked weight has no layout here, and `choice` does not allow that it is dense.
 
         Cost: with masks whose speed is not known yet, about 0.2 s per layer and twice that for the model.
         """
@@ -198,7 +201,8 @@ def open_engine(name: str, threads: int = 1, timings: Path | None = None) -> Mak
 
     Args:
         name: One of `ENGINES`; empty for the best that is available.
-        threads: Cores that it may use; with 1, the same inputs give the same bits again.
+        threads: Cores that it may use; with 1, the same inputs give the same bits again. With masks they do only if the ways
+            to hold them are pinned (`Choice.ways`, as `Engine.ways` says them): timing may choose others the next time.
         timings: File for what was found out about this device's speed; None to keep it in this process only.
 
     Raises:

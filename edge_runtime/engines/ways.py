@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from edge_runtime.engines import Choice
 from edge_runtime.engines.dense import DenseStretch
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, Trial, machine, pick, trial
 from edge_runtime.kernels.kits import Kit, open_kit
-from wire.errors import SpecError
+from wire.errors import BudgetExceeded, SpecError
 from wire.masks import Mask
 from wire.spec import ModelSpec, Node, digest
 
@@ -76,12 +77,15 @@ def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[d
     one where nothing is left to time.
 
     Raises:
-        SpecError: The choice names a way that is not there.
+        SpecError: The choice names a way that is not there, or a tensor can be held in none.
+        BudgetExceeded: A tensor has no layout here, and the choice does not allow that it is dense.
     """
-    ways, timings = {}, {}
+    ways, free = {}, {}
     for name, masked in layers.items():
         known = masked.ways(tools.kit)
         asked = choice.ways.get(name, choice.ways.get("", ""))
+        if asked == "sparse" and not known and not choice.allows(frozenset({name})):
+            raise BudgetExceeded(f"weights {name!r} have no layout here, and no memory was granted to hold them dense")
         if asked == "sparse":
             asked = known[0] if known else DENSE
         if asked and asked != DENSE and asked not in known:
@@ -89,15 +93,16 @@ def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[d
         if asked:
             ways[name] = asked
         else:
-            timings[name] = _timing(name, masked, choice, tools)
+            free[name] = masked
     given = frozenset(name for name, way in ways.items() if way == DENSE)
+    timings = _timings(free, given, choice, tools)
     found = [
         pick(timings, lambda names: choice.allows(names | given)),
         {name: timing.sparse or DENSE for name, timing in timings.items()},
     ]
     if choice.allows(given | timings.keys()):
         found.append(dict.fromkeys(timings, DENSE))
-    took = [sum(timings[name].seconds.get(way, 0.0) for name, way in one.items()) for one in found]
+    took = [sum(timings[name].seconds.get(way, math.inf) for name, way in one.items()) for one in found]
     limit = _CLOSE * min(took) + _OVERHEAD * len(timings)
     return [{**ways, **one} for place, one in enumerate(found) if one not in found[:place] and took[place] <= limit]
 
@@ -109,11 +114,20 @@ def step_key(spec: ModelSpec, layers: Mapping[str, Masked], candidates: Sequence
     return "step " + hashlib.sha256("\n".join([digest(spec), *parts]).encode()).hexdigest()[:32]
 
 
-def _timing(name: str, masked: Masked, choice: Choice, tools: Tools) -> Timing:
+def _timings(layers: Mapping[str, Masked], given: frozenset[str], choice: Choice, tools: Tools) -> dict[str, Timing]:
+    """Time layers. With nothing pruned an index has nothing to gain, but memory may forbid to do without."""
+    timings = {name: _timing(name, one, choice, tools, sparse=not one.mask.all()) for name, one in layers.items()}
+    bound = {name for name, timing in timings.items() if not timing.sparse}
+    if bound and not choice.allows(given | bound):
+        timings |= {name: _timing(name, layers[name], choice, tools, sparse=True) for name in layers if name in bound}
+    return timings
+
+
+def _timing(name: str, masked: Masked, choice: Choice, tools: Tools, *, sparse: bool) -> Timing:
     kit = tools.kit
     makers: dict[str, Callable[[], Trial]] = {}
-    ways = () if masked.mask.all() else masked.ways(kit)  # with nothing pruned, an index has nothing to gain
-    if not ways or choice.allows(frozenset({name})):
+    ways = masked.ways(kit) if sparse else ()
+    if choice.allows(frozenset({name})):
         makers[DENSE] = functools.partial(_dense, masked, choice.batch)
     for way in ways:
         makers[way] = functools.partial(_sparse, way, masked, kit, choice.batch)

@@ -9,6 +9,7 @@ Candidates meet in pairs, alternating, and never more than two at a time are in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -17,15 +18,17 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from edge_runtime.engines import Update
 from edge_runtime.kernels import Stretch
-from wire.errors import SpecError
+from edge_runtime.kernels import compile as source
+from wire.errors import BudgetExceeded, DeviceError, SpecError
 
 Trial = Callable[[], object]
 """One training step of a layer or a model."""
@@ -36,7 +39,6 @@ SECONDS = 0.2
 it is over, the ways that are left are not tried, but at least `LEAST` are."""
 
 LEAST = 3
-
 HOPELESS = 4.0
 """A way whose first run takes so many times the best's is not run again."""
 
@@ -141,8 +143,8 @@ class Chooser:
 
         Args:
             layer: What is timed.
-            makers: Way to a function that makes ready and gives the trial, or raises `SpecError` where its way does not
-                suit. Only two trials are held at a time.
+            makers: Way to a function that makes ready and gives the trial, or raises `SpecError` or `DeviceError` where its
+                way does not suit: it has no seconds then. Only two trials are held at a time.
 
         Cost: nothing if known, otherwise about `SECONDS`.
         """
@@ -150,14 +152,14 @@ class Chooser:
         return Timing(layer, {way: known[way] for way in makers if way in known}, self._threads)
 
     def fastest(self, key: str, makers: Mapping[str, Callable[[], Trial]]) -> str:
-        """Name the fastest of some ways to do a whole step, of which the layers' own times say too little.
+        """Name the fastest way to do a whole step, of which layers' own times say too little; the first if none can.
 
         Args:
             key: Names model, densities and batch.
             makers: As in `timing`.
         """
         known = self._found(key, makers, None)
-        return min((way for way in makers if way in known), key=known.__getitem__)
+        return min((way for way in makers if way in known), key=known.__getitem__, default=next(iter(makers)))
 
     def timings(self) -> tuple[Timing, ...]:
         """Give all layers' timings of this machine and thread count, oldest first."""
@@ -171,7 +173,9 @@ class Chooser:
     def _found(self, key: str, makers: Mapping[str, Callable[[], Trial]], layer: Layer | None) -> dict[str, float]:
         entry = self._entries.get(self._prefix + key, {"seconds": {}, "asked": []})
         known = dict(entry["seconds"])
-        missing = {way: make for way, make in makers.items() if way not in entry["asked"]}
+        # If none of them has seconds they are all asked again: some may only have been left out for the sake of others.
+        asked = () if known.keys().isdisjoint(makers) else entry["asked"]
+        missing = {way: make for way, make in makers.items() if way not in asked}
         if missing:
             known |= self._tournament(missing)
             known = self._remember(key, known, sorted({*makers, *entry["asked"]}), layer)
@@ -181,25 +185,23 @@ class Chooser:
         """Let the best so far meet each other way; a way's seconds are its median against the best of its time."""
         seconds: dict[str, float] = {}
         share = SECONDS / max(1, len(makers) - 1)
-        best, champion = "", None
+        best, champion = "", cast("Trial | None", None)
         begun = self._clock()
         for way, make in makers.items():
             if len(seconds) >= LEAST and self._clock() - begun > SECONDS:
                 break
-            try:
-                trial = make()
-            except SpecError as error:
-                _LOG.debug("%s: %s", way, error)
+            if (trial := _tried(way, make)) is None:
                 continue
-            if champion is None:
-                best, champion = way, trial
-                continue
-            ours, theirs = self._paired(trial, champion, share)
-            seconds[best], seconds[way] = min(seconds.get(best, math.inf), theirs), ours
-            if ours < theirs:
-                best, champion = way, trial
-        if champion is not None and not seconds:
-            seconds[best] = self._paired(champion, champion, share)[0]
+            met = _tried(way, partial(self._paired, trial, champion, share)) if champion is not None else None
+            if met is not None:
+                seconds[best], seconds[way] = min(seconds.get(best, math.inf), met[1]), met[0]
+                if met[0] < met[1]:
+                    best, champion = way, trial
+            elif not champion or not (best in seconds or _tried(best, partial(self._paired, champion, champion, 0.0))):
+                best, champion = way, trial  # the first of all may be the one that failed
+            del trial
+        if champion and best not in seconds and (met := _tried(best, partial(self._paired, champion, champion, share))):
+            seconds[best] = met[0]
         return seconds
 
     def _paired(self, one: Trial, other: Trial, limit: float) -> tuple[float, float]:
@@ -234,8 +236,17 @@ class Chooser:
         while len(self._entries) > ENTRIES:
             del self._entries[next(iter(self._entries))]
         if self._path is not None:
-            _write(self._path, self._entries)
+            self._entries = _write(self._path, self._entries, self._prefix + key)
         return dict(rounded)
+
+
+def _tried(way: str, do: Callable[[], Any]) -> Any:
+    """Give what a function gives, or None where its way does not suit model or device."""
+    try:
+        return do()
+    except (SpecError, DeviceError) as error:
+        _LOG.debug("%s: %s", way, error)
+        return None
 
 
 def pick(timings: Mapping[str, Timing], allows: Callable[[frozenset[str]], bool]) -> dict[str, str]:
@@ -244,13 +255,19 @@ def pick(timings: Mapping[str, Timing], allows: Callable[[frozenset[str]], bool]
     Args:
         timings: By tensor name.
         allows: Whether these tensors may all be dense.
+
+    Raises:
+        BudgetExceeded: A tensor has no layout here, and memory does not allow that it is dense.
+        SpecError: A tensor can be held in no way at all.
     """
     dense: frozenset[str] = frozenset()
     for name in sorted(timings, key=lambda name: (-timings[name].gain, name)):
-        wanted = timings[name].gain > 0 or not timings[name].sparse
-        if wanted and allows(dense | {name}):
+        if timings[name].gain > 0 and allows(dense | {name}):
             dense |= {name}
-    return {name: DENSE if name in dense or not timing.sparse else timing.sparse for name, timing in timings.items()}
+        elif not timings[name].sparse:
+            kind = SpecError if allows(dense | {name}) else BudgetExceeded
+            raise kind(f"weights {name!r} can be held neither sparse here nor dense in the memory that was granted")
+    return {name: DENSE if name in dense else timing.sparse for name, timing in timings.items()}
 
 
 def trial(stretch: Stretch, input_shape: tuple[int, ...], batch: int, *, input_gradient: bool) -> Trial:
@@ -268,13 +285,20 @@ def trial(stretch: Stretch, input_shape: tuple[int, ...], batch: int, *, input_g
 
 
 def machine(kit: str, engine: str) -> str:
-    """Name this machine and what computes on it, for keys.
+    """Name this machine and what computes on it, for keys. The kernels' sources are a part of it: other ones, other times.
 
     Args:
         kit: Name of the kit, with its instruction set and ABI.
         engine: Name and version of what does the dense work.
     """
-    return f"{_cpu()} | {platform.machine()} | {kit} | {engine} |"
+    return f"{_cpu()} | {platform.machine()} | {kit} {_sources()} | {engine} |"
+
+
+@cache
+def _sources() -> str:
+    with contextlib.suppress(OSError):
+        return source.digest()
+    return "unread"
 
 
 def _cpu(path: Path = _CPU) -> str:
@@ -312,10 +336,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             data = file.read(BYTES_FILE + 1)
-    except FileNotFoundError:
-        return {}
     except OSError as error:
-        _LOG.warning("timings in %s cannot be read: %s", path, error)
+        if not isinstance(error, FileNotFoundError):
+            _LOG.warning("timings in %s cannot be read: %s", path, error)
         return {}
     try:
         if len(data) > BYTES_FILE:
@@ -324,17 +347,17 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         if said["format"] != FORMAT:
             return {}
         entries = {str(key): _checked(entry) for key, entry in dict(said["entries"]).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         _LOG.warning("timings in %s are dropped, they are no timings: %s", path, error)
         return {}
-    return dict(list(entries.items())[-ENTRIES:])
+    return dict([(key, entry) for key, entry in entries.items() if entry["seconds"]][-ENTRIES:])
 
 
 def _checked(entry: Any) -> dict[str, Any]:
     """Hold one entry against its form.
 
     Raises:
-        ValueError, KeyError, TypeError: It has another.
+        ValueError, KeyError, TypeError, ArithmeticError: It has another.
     """
     seconds = {str(way): float(took) for way, took in dict(entry["seconds"]).items()}
     if not all(took >= 0 and math.isfinite(took) for took in seconds.values()) or len(seconds) > 64:
@@ -344,19 +367,33 @@ def _checked(entry: Any) -> dict[str, Any]:
         said = dict(entry["layer"])
         checked["layer"] = {
             "op": str(said["op"]),
-            **{name: [int(side) for side in said[name]] for name in ("shape", "input_shape", "details")},
-            **{name: int(said[name]) for name in ("kept", "batch")},
+            **{name: [_size(side) for side in said[name]] for name in ("shape", "input_shape", "details")},
+            **{name: _size(said[name]) for name in ("kept", "batch")},
             "input_gradient": bool(said["input_gradient"]),
         }
     return checked
 
 
-def _write(path: Path, entries: Mapping[str, Any]) -> None:
-    """Replace the file at once. A full disk costs the timings only."""
+def _size(said: Any) -> int:
+    if not 0 <= (size := int(said)) < 1 << 53:
+        raise ValueError("a size is out of bounds")
+    return size
+
+
+def _write(path: Path, ours: Mapping[str, Any], latest: str) -> dict[str, dict[str, Any]]:
+    """Replace the file at once but keep what others wrote meanwhile, and give all. A full disk costs the file only."""
+    theirs = _read(path)
+    merged = {key: entry for key, entry in ours.items() if key not in theirs} | theirs
+    old, new = merged.pop(latest), ours[latest]
+    seconds = {**old["seconds"], **new["seconds"]}
+    merged[latest] = {**new, "seconds": seconds, "asked": sorted({*old["asked"], *new["asked"]})}
+    merged = dict(list(merged.items())[-ENTRIES:])
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(json.dumps({"format": FORMAT, "entries": entries}), encoding="utf-8")
+        fresh.write_text(json.dumps({"format": FORMAT, "entries": merged}), encoding="utf-8")
         fresh.replace(path)
     except OSError as error:
         _LOG.warning("timings cannot be kept in %s: %s", path, error)
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+    return merged

@@ -182,7 +182,12 @@ def main(words: list[str] | None = None) -> int:
     try:
         for path in build(options.out, options.cxx):
             print(f"{path}  {path.stat().st_size // 1024} KiB")
-    except (CompileError, OSError) as error:
+    except OSError as error:
+        print(f"no compiled kernels: {options.out} cannot be written: {error}", file=sys.stderr)
+        print("run this as the owner of that folder, or install into an environment of your own", file=sys.stderr)
+        print(f"(--out FOLDER writes elsewhere; they are looked for in {NATIVE} only)", file=sys.stderr)
+        return 1
+    except CompileError as error:
         print(f"no compiled kernels: {error}", file=sys.stderr)
         print("install clang or g++ (Termux: pkg install clang) and run this again", file=sys.stderr)
         return 1

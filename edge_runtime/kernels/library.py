@@ -150,18 +150,19 @@ def look(folder: Path, wanted: str = "") -> tuple[Library | None, str]:
     why = []
     for isa in (wanted,) if wanted else source.ORDER:
         path = folder / source.name(isa)
-        if path.is_file():
-            found = _try(path, isa)
-            if isinstance(found, Library):
-                return found, ""
+        found = _try(path, isa)
+        if isinstance(found, Library):
+            return found, ""
+        if found:
             why.append(f"{path.name}: {found}")
     return None, "; ".join(why) or f"not compiled ({source.name(wanted or '*')} is not in {folder})"
 
 
 def _try(path: Path, isa: str) -> Library | str:
-    if source.mark(source.digest()) not in path.read_bytes():
-        return "built from other sources than are here"
+    """Open one build, or say why not; empty if it is not there."""
     try:
+        if source.mark(source.digest()) not in path.read_bytes():
+            return "built from other sources than are here"
         calls = ctypes.CDLL(str(path))
         # Checked before any other function runs: this one is compiled for the oldest processor.
         if not calls.nk_runs_here():
@@ -171,6 +172,8 @@ def _try(path: Path, isa: str) -> Library | str:
         for name, types in CALLS.items():
             function = getattr(calls, name)
             function.argtypes, function.restype = types, c_int32
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
     except (OSError, AttributeError) as error:
         return f"cannot be opened: {error}"
     return Library(path, isa, calls.nk_lanes(), calls)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edge_runtime.engines import Choice
+from edge_runtime.engines.ways import Masked, Tools, decide
 from edge_runtime.kernels import choose
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, pick
-from wire.errors import SpecError
+from edge_runtime.kernels.kits import TwinKit
+from wire.errors import BudgetExceeded, DeviceError, SpecError
+from wire.spec import Node
 
 LAYER = Layer("linear", (100, 50), (50,), (), 500, 20)
 
@@ -106,7 +111,44 @@ def test_one_way_alone_and_a_way_that_does_not_suit():
     assert timing.seconds == {"dense": pytest.approx(0.5)}
     assert timing.sparse == ""
     assert timing.gain == math.inf
-    assert pick({"w": timing}, lambda _: False) == {"w": DENSE}
+    assert pick({"w": timing}, lambda _: True) == {"w": DENSE}
+
+
+def test_what_cannot_be_sparse_is_never_dense_without_leave():
+    only, both = Timing(LAYER, {DENSE: 2.0}), Timing(LAYER, {DENSE: 1.0, "whole": 2.0})
+    with pytest.raises(BudgetExceeded, match="'w'"):
+        pick({"w": only}, lambda _: False)
+    assert pick({"a": both, "w": only}, lambda names: len(names) < 2) == {"a": "whole", "w": DENSE}
+    with pytest.raises(BudgetExceeded, match="'w'"):
+        pick({"v": only, "w": only}, lambda names: len(names) < 2)
+    for allowed, kind in ((False, BudgetExceeded), (True, SpecError)):
+        with pytest.raises(kind, match="'w'"):
+            pick({"a": both, "w": Timing(LAYER, {})}, lambda names, allowed=allowed: allowed or "w" not in names)
+
+
+def test_a_way_that_fails_on_this_device_drops_out():
+    def refuses():
+        raise DeviceError("there is no memory for its scratch")
+
+    for late in (False, True):
+        clock = Clock()
+        fails = {"block8": (lambda: refuses) if late else refuses}
+        for ways in (fails | clock.makers(whole=0.1, dense=0.2), clock.makers(whole=0.1, dense=0.2) | fails):
+            assert chooser(clock).timing(LAYER, ways).seconds == pytest.approx({"whole": 0.1, "dense": 0.2})
+        assert chooser(clock).timing(LAYER, fails | clock.makers(dense=0.2)).seconds == pytest.approx({"dense": 0.2})
+        assert chooser(clock).timing(LAYER, fails).seconds == {}
+
+
+def test_where_nothing_runs_the_first_is_named_and_all_are_asked_again(tmp_path):
+    def never():
+        clock.made.append("x")
+        raise SpecError("too many channels")
+
+    clock = Clock()
+    chosen = chooser(clock, tmp_path / "timings.json")
+    assert [chosen.fastest("step", {"x": never, "y": never}) for _ in range(2)] == ["x", "x"]
+    assert clock.made == ["x"] * 4
+    assert chooser(clock, tmp_path / "timings.json").fastest("step", clock.makers(y=1.0, x=2.0)) == "y"
 
 
 def test_dense_goes_where_it_gains_most_and_memory_allows():
@@ -169,6 +211,12 @@ def test_timings_outlive_the_process_on_the_same_machine(tmp_path):
         b'{"format": 1, "entries": {"k": {"asked": [], "seconds": {"dense": NaN}}}}',
         b'{"format": 1, "entries": {"k": {"asked": [], "seconds": {}, "layer": {"op": "linear"}}}}',
         b'{"format": 1, "entries": {"k": {"asked": [], "seconds": {}, "layer": 7}}}',
+        b'{"format": 1, "entries": {"k": {"asked": [], "seconds": {"dense": 1' + b"0" * 400 + b"}}}}",
+        *(
+            b'{"format": 1, "entries": {"k": {"asked": [], "seconds": {"dense": 1}, "layer": {"op": "linear", "shape": [9], '
+            b'"input_shape": [3], "details": [], "batch": 1, "input_gradient": true, "kept": ' + kept + b"}}}}"
+            for kept in (b"1e999", b"1" + b"0" * 400, b"-1")
+        ),
         b"[" * 100_000,
         b" " * (choose.BYTES_FILE + 1),
         b"\xff\xfe",
@@ -195,6 +243,43 @@ def test_a_file_of_a_later_format_is_left_out_and_a_folder_does_not_matter(tmp_p
     assert "cannot be read" in caplog.text
     assert "cannot be kept" in caplog.text
     assert [entry.name for entry in tmp_path.iterdir()] == ["timings.json"]
+
+
+def test_an_entry_without_seconds_is_none(tmp_path):
+    path, clock = tmp_path / "timings.json", Clock()
+    full = {"asked": ["x"], "seconds": {"x": 1.0}}
+    path.write_text(
+        json.dumps({"format": 1, "entries": {"m t1 a": {"asked": ["x", "y"], "seconds": {}}, "m t1 b": full}})
+    )
+    chosen = chooser(clock, path)
+    assert chosen.fastest("b", clock.makers(x=1.0)) == "x"
+    assert clock.made == []
+    assert chosen.fastest("a", clock.makers(x=2.0, y=1.0)) == "y"
+
+
+def test_two_processes_keep_each_others_timings(tmp_path):
+    path, clock = tmp_path / "timings.json", Clock()
+    one, other = chooser(clock, path), chooser(clock, path)
+    sides = [Layer("linear", (side, side), (side,), (), 1, 20) for side in (1, 2, 3)]
+    one.timing(sides[0], clock.makers(whole=0.1, dense=0.2))
+    other.timing(sides[1], clock.makers(whole=0.1, dense=0.2))
+    one.timing(sides[2], clock.makers(whole=0.1))
+    other.timing(sides[2], clock.makers(dense=0.2))
+    timings = chooser(clock, path).timings()
+    assert [t.layer for t in timings] == sides
+    assert timings[2].seconds == pytest.approx({"whole": 0.1, "dense": 0.2})
+    assert other.timings() == timings
+
+
+def test_a_file_that_can_neither_be_written_nor_removed_costs_only_the_file(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    chosen, clock = chooser(Clock(), tmp_path / "timings.json"), Clock()
+    assert chosen.timing(LAYER, clock.makers(whole=0.1)).sparse == "whole"
+    assert "cannot be kept" in caplog.text
 
 
 def test_entries_are_bounded_and_the_oldest_go(tmp_path, monkeypatch):
@@ -231,3 +316,74 @@ def test_this_machine_has_a_name(tmp_path):
     assert choose._cpu(path) == "Cortex-A72 BCM2835 0xd08"
     assert isinstance(choose._cpu(tmp_path / "none"), str)
     assert "kit 1" in choose.machine("kit 1", "torch 9")
+
+
+def test_timings_of_other_kernels_are_not_ours(monkeypatch):
+    names = set()
+    for say in ("aaaa", "bbbb", OSError("gone")):
+
+        def digest(say=say):
+            if isinstance(say, OSError):
+                raise say
+            return say
+
+        choose._sources.cache_clear()
+        monkeypatch.setattr(choose.source, "digest", digest)
+        names.add(choose.machine("kit 1", "torch 9"))
+    choose._sources.cache_clear()
+    assert len(names) == 3
+
+
+class Refusing:
+    """A kit whose layouts are there in name only."""
+
+    name = "refusing"
+
+    def ways(self, *_):
+        return ("rows",)
+
+    def layout(self, way, *_):
+        raise SpecError(f"{way}: too many channels")
+
+
+def tools(kit):
+    found = Tools()
+    found.__dict__["kit"] = kit
+    return found
+
+
+def linear(name, mask):
+    return Masked(
+        Node(name, "linear", ("input",), {"weight": f"{name}.w", "bias": f"{name}.b"}), mask, (3,), first=False
+    )
+
+
+FULL = np.ones((4, 3), bool)
+HALF = FULL & (np.arange(3) > 1)
+
+
+def test_a_full_mask_is_sparse_where_memory_allows_no_dense_one():
+    layers = {name: linear(name, FULL) for name in "ab"}
+    assert decide(layers, Choice(4), tools(TwinKit())) == [{"a": DENSE, "b": DENSE}]
+    assert decide(layers, Choice(4, allows=lambda names: not names), tools(TwinKit())) == [{"a": "rows", "b": "rows"}]
+    for held in decide(layers, Choice(4, allows=lambda names: len(names) < 2), tools(TwinKit())):
+        assert "rows" in held.values()
+    pinned = decide(layers, Choice(4, {"b": DENSE}, lambda names: "a" not in names), tools(TwinKit()))
+    assert pinned == [{"b": DENSE, "a": "rows"}]
+
+
+@pytest.mark.parametrize("mask", [FULL, HALF])
+def test_a_layout_that_is_refused_makes_no_tensor_dense_without_leave(mask):
+    layers = {"a": linear("a", mask)}
+    assert decide(layers, Choice(4), tools(Refusing())) == [{"a": DENSE}]
+    with pytest.raises(BudgetExceeded, match="'a'"):
+        decide(layers, Choice(4, allows=lambda names: not names), tools(Refusing()))
+
+
+def test_a_way_without_seconds_is_not_taken_for_the_fastest(monkeypatch):
+    def fails(*_):
+        raise SpecError("not this one")
+
+    monkeypatch.setattr("edge_runtime.engines.ways._dense", fails)
+    layers = {name: linear(name, HALF) for name in "ab"}
+    assert decide(layers, Choice(4), tools(TwinKit())) == [{"a": "rows", "b": "rows"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import shutil
@@ -115,6 +116,17 @@ def test_a_processor_without_kernels_is_named(tmp_path: Path, capsys: pytest.Cap
     assert "install clang or g++" in told
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    assert source.main(["--out", str(out), "--cxx", str(fake(tmp_path, "x86_64-linux-gnu"))]) == 1
+    told = capsys.readouterr().err
+    assert f"{out} cannot be written" in told
+    assert "--out" in told
+    assert "environment" in told
+    assert "install clang" not in told
+
+
 def test_the_next_compiler_is_tried_and_cxx_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, target in (("clang++", "riscv64-linux-gnu"), ("g++", "aarch64-linux-gnu"), ("mine", "x86_64-linux-gnu")):
         fake(tmp_path, target).rename(tmp_path / name)
@@ -214,22 +226,63 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     assert "cannot be opened" in why
 
 
+def test_what_cannot_be_read_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise PermissionError("not for you")
+
+    (tmp_path / "libnestling-avx2.so").mkdir()
+    found, why = library.look(tmp_path)
+    assert found is None
+    assert "libnestling-avx2.so: cannot be opened" in why
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "digest", refuse)
+        assert "not for you" in library.look(tmp_path)[1]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(source, "digest", lambda: "0" * 16)
+    assert "not for you" in library.look(tmp_path)[1]
+
+
+def compiler_here() -> source.Compiler | None:
+    """The first that kernels can be compiled with; where there is one, no build may be missing unseen."""
+    for command in source.COMPILERS:
+        with contextlib.suppress(source.CompileError):
+            return source.compiler(command)
+    return None
+
+
+def test_every_instruction_set_of_this_machine_is_built_from_these_sources() -> None:
+    compiler = compiler_here()
+    for isa in source.FLAGS[compiler.architecture] if compiler else ():
+        path = source.NATIVE / source.name(isa)
+        assert path.is_file(), f"{path} is not there: run {library.AGAIN}"
+        stamp = source.mark(f"{source.digest()} {compiler.architecture}-{isa}" if compiler else "")
+        assert stamp in path.read_bytes(), f"{path} is old: run {library.AGAIN}"
+        found, why = library.look(source.NATIVE, isa)
+        assert found or "this processor" in why, why
+
+
 def test_this_machine_has_the_compiled_core_or_says_why_not() -> None:
     """With a compiler, the tests must not go over to the twin unseen."""
     found = library.open_library()
-    if any(map(shutil.which, source.COMPILERS)):
+    if compiler_here():
         assert found is not None, f"{library.why_not()}: run {library.AGAIN}"
     assert (found is None) == bool(library.why_not())
     assert library.open_library() is found
 
 
 def test_the_core_needs_libc_alone_and_shows_nothing_but_its_interface() -> None:
-    for path in source.NATIVE.glob("*.so"):
-        if shutil.which("readelf"):
-            told = subprocess.run(["readelf", "-dW", "--dyn-syms", path], capture_output=True, text=True, check=True)
-            assert set(re.findall(r"NEEDED.*\[(.*?)\.so", told.stdout)) <= {"libc", "libpthread", "ld-linux-x86-64"}
-            shown = set(re.findall(r"GLOBAL DEFAULT +\d+ (\w+)", told.stdout))
-            assert shown == {*library.CALLS, "nk_runs_here", "nk_sources"}
+    paths, compiler = list(source.NATIVE.glob("*.so")), compiler_here()
+    reader = shutil.which("readelf") or shutil.which("llvm-readelf")  # a compiler comes with one of them
+    if compiler:
+        assert {source.name(isa) for isa in source.FLAGS[compiler.architecture]} <= {path.name for path in paths}
+        assert reader, "there is no readelf: install binutils"
+    for path in paths if reader else ():
+        told = subprocess.run([reader or "", "-dW", "--dyn-syms", path], capture_output=True, text=True, check=True)
+        needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", told.stdout))
+        assert "libc" in needed
+        assert needed <= {"libc", "libpthread", "ld-linux-x86-64"}
+        shown = set(re.findall(r"GLOBAL DEFAULT +\d+ (\w+)", told.stdout))
+        assert shown == {*library.CALLS, "nk_runs_here", "nk_sources"}
 
 
 def test_every_build_that_runs_here_packs_and_counts_its_threads() -> None:

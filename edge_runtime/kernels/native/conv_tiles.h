@@ -19,7 +19,7 @@ enum { HELD = 12 };
 #endif
 enum { ROWS_MAX = 4, COLUMNS_MAX = 7, LISTED_MAX = 256, SKIP = -1, WORTH = 4 };
 
-/* Where a weight comes from: in the order of the codes, through `places`, or through `places` if the code is no SKIP. */
+/* Where a weight comes from: in the order of the codes, through `places`, or so where the code is no SKIP. */
 enum Source { STRAIGHT, PLACED, SIFTED };
 
 /* y[row] += sum of weights times x at the offsets of their codes, for rows `from` to `to` of one block. */
@@ -38,7 +38,8 @@ struct Product {
   int64_t y_plane, y_row, y_step;
 };
 
-/* sums[k - first] += lane by lane, x at the offset of code k times dy of its row, for codes `first` to `end` of a block. */
+/* sums[k - first] += lane by lane, x at the offset of code k times dy of its row, for codes `first` to `end` of a
+   block. */
 struct Sampling {
   const int32_t *starts;
   const uint16_t *codes;
@@ -49,15 +50,15 @@ struct Sampling {
   float *sums; /* [end - first][LANES] */
 };
 
-/* The compiler takes p as it is: an address in one register, not a sum of the parts it was made of. Where products do not
-   read memory themselves it must not read the next row before this one is through: there are no registers for it. */
-INLINE const float *pinned(const float *p) {
+/* Pinned, and where products do not read memory themselves the compiler must not read the next row before this one is
+   through: there are no registers for it. */
+template <class T> INLINE T *in_turn(T *p) {
 #if defined(__x86_64__)
-  __asm__("" : "+r"(p));
+  return pinned(p);
 #else
   __asm__ volatile("" : "+r"(p) : : "memory");
-#endif
   return p;
+#endif
 }
 
 template <class V, int RT, int CT, bool STEPPED> struct Tile {
@@ -77,7 +78,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
     for (int r = 0; r < RT; r++) {
 #pragma GCC unroll 8
       for (int c = 0; c < CT; c++) at[r][c] = load<V>(p + beside(c, step));
-      if (r + 1 < RT) p = pinned(p + row);
+      if (r + 1 < RT) p = in_turn(p + row);
     }
   }
   /* Ask for the cache lines of a tile that is needed soon: of a row of weights with enough to do meanwhile. */
@@ -87,7 +88,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
 #pragma GCC unroll 8
       for (int c = 0; c < CT; c++)
         if (WIDTH == 16 || c % (16 / WIDTH) == 0) __builtin_prefetch(p + beside(c, step), 1, 3);
-      if (r + 1 < RT) p = pinned(p + row);
+      if (r + 1 < RT) p = in_turn(p + row);
     }
   }
   MEMBER void write(float *p, int64_t row, int64_t step) const {
@@ -95,7 +96,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
     for (int r = 0; r < RT; r++) {
 #pragma GCC unroll 8
       for (int c = 0; c < CT; c++) store<V>(p + beside(c, step), at[r][c]);
-      if (r + 1 < RT) p = (float *)pinned(p + row);
+      if (r + 1 < RT) p = in_turn(p + row);
     }
   }
   MEMBER void add(float weight, const float *p, int64_t row, int64_t step) {
@@ -104,7 +105,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
     for (int r = 0; r < RT; r++) {
 #pragma GCC unroll 8
       for (int c = 0; c < CT; c++) at[r][c] += w * load<V>(p + beside(c, step));
-      if (r + 1 < RT) p = pinned(p + row);
+      if (r + 1 < RT) p = in_turn(p + row);
     }
   }
   MEMBER void add(const Tile &other) {
@@ -117,7 +118,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
 #pragma GCC unroll 4
     for (int r = 0; r < RT; r++)
 #pragma GCC unroll 8
-      for (int c = 0; c < CT; c++) at[r][c] = at[r][c] > 0 ? at[r][c] : V{};
+      for (int c = 0; c < CT; c++) at[r][c] = V{} > at[r][c] ? V{} : at[r][c]; /* a NaN stays */
   }
   /* sum + products with what lies at p, lane by lane, in two chains. */
   MEMBER V times(V sum, const float *p, int64_t row, int64_t step) const {
@@ -133,7 +134,7 @@ template <class V, int RT, int CT, bool STEPPED> struct Tile {
         else
           sum += at[r][c] * x;
       }
-      if (r + 1 < RT) p = pinned(p + row);
+      if (r + 1 < RT) p = in_turn(p + row);
     }
     return RT * CT > 1 ? sum + other : sum;
   }
@@ -182,7 +183,7 @@ static void product_tile(const Product &p, const float *x, float *y) {
       Sieve sieve;
       while (k < end) {
         int32_t stop = end - k > LISTED_MAX ? k + LISTED_MAX : end, n = sieve.fill(p, values, k, stop);
-        for (int32_t j = 0; j < n; j++) a.add(sieve.weights[j], pinned(x + sieve.offsets[j]), row, step);
+        for (int32_t j = 0; j < n; j++) a.add(sieve.weights[j], in_turn(x + sieve.offsets[j]), row, step);
         k = stop;
       }
     } else {
@@ -190,12 +191,12 @@ static void product_tile(const Product &p, const float *x, float *y) {
         T b;
         b.set(0);
         for (; k + 2 <= end; k += 2) {
-          a.add(values[SOURCE == PLACED ? places[k] : k], pinned(x + table[codes[k]]), row, step);
-          b.add(values[SOURCE == PLACED ? places[k + 1] : k + 1], pinned(x + table[codes[k + 1]]), row, step);
+          a.add(values[SOURCE == PLACED ? places[k] : k], in_turn(x + table[codes[k]]), row, step);
+          b.add(values[SOURCE == PLACED ? places[k + 1] : k + 1], in_turn(x + table[codes[k + 1]]), row, step);
         }
         a.add(b);
       }
-      for (; k < end; k++) a.add(values[SOURCE == PLACED ? places[k] : k], pinned(x + table[codes[k]]), row, step);
+      for (; k < end; k++) a.add(values[SOURCE == PLACED ? places[k] : k], in_turn(x + table[codes[k]]), row, step);
     }
     if (p.rectify) a.rectify();
     a.write(to, p.y_row, p.y_step);
@@ -215,7 +216,7 @@ static void sample_tile(const Sampling &p, const float *x, const float *dy) {
     d.read(dy + i * p.dy_plane, p.dy_row, p.dy_step);
     if (!STEPPED && end - k >= WORTH) T::expect(dy + (i + 1) * p.dy_plane, p.dy_row, p.dy_step);
     float *sum = p.sums + (int64_t)(k - p.first) * LANES;
-    for (; k < end; k++, sum += LANES) store<V>(sum, d.times(load<V>(sum), pinned(x + table[codes[k]]), row, step));
+    for (; k < end; k++, sum += LANES) store<V>(sum, d.times(load<V>(sum), in_turn(x + table[codes[k]]), row, step));
   }
 }
 
@@ -235,9 +236,11 @@ template <class V, bool STEPPED, int RT, int CT> constexpr SampleTile sample_of(
   return 0;
 }
 #define NK_ROW(MAKE, ...)                                                                                              \
-  {MAKE<__VA_ARGS__, 1>(), MAKE<__VA_ARGS__, 2>(), MAKE<__VA_ARGS__, 3>(), MAKE<__VA_ARGS__, 4>(), MAKE<__VA_ARGS__, 7>()}
+  {MAKE<__VA_ARGS__, 1>(), MAKE<__VA_ARGS__, 2>(), MAKE<__VA_ARGS__, 3>(), MAKE<__VA_ARGS__, 4>(),                     \
+   MAKE<__VA_ARGS__, 7>()}
 #define NK_TILES(MAKE, ...)                                                                                            \
-  {NK_ROW(MAKE, __VA_ARGS__, 1), NK_ROW(MAKE, __VA_ARGS__, 2), NK_ROW(MAKE, __VA_ARGS__, 3), NK_ROW(MAKE, __VA_ARGS__, 4)}
+  {NK_ROW(MAKE, __VA_ARGS__, 1), NK_ROW(MAKE, __VA_ARGS__, 2), NK_ROW(MAKE, __VA_ARGS__, 3),                           \
+   NK_ROW(MAKE, __VA_ARGS__, 4)}
 INLINE int32_t column_slot(int32_t columns) { return columns == 7 ? 4 : columns - 1; }
 template <class V, bool STEPPED, Source SOURCE> static ProductTile product(int32_t rows, int32_t columns) {
   static constexpr ProductTile tiles[4][5] = NK_TILES(product_of, V, STEPPED, SOURCE);

@@ -4,9 +4,6 @@
 
 namespace nk {
 
-INLINE int64_t plane(const nk_image &image) {
-  return (int64_t)(image.height + 2 * image.halo) * (image.width + 2 * image.halo);
-}
 INLINE int32_t pitch(const nk_image &image) { return image.width + 2 * image.halo; }
 INLINE int32_t pieces(int32_t n, int32_t most) { return (n + most - 1) / most; }
 INLINE int32_t part(int32_t n, int32_t count, int32_t i) { return (int32_t)((int64_t)n * i / count); }

@@ -1,5 +1,6 @@
-/* Sparse linear layers: forward, and one pass over the kept weights for both gradients. Cost: 2 and 4 flops for each kept
-   weight and sample; memory: none beside the caller's, but one row of gradients for batches beyond 44. */
+/* Sparse linear layers: forward, and one pass over the kept weights for both gradients. Cost: 2 and 4 flops for each
+   kept weight and sample; memory: none beside the caller's, but one dense row of gradients for batches that do not fit
+   the registers (all but 4, 8, 16, 20 and 32, rounded up). */
 #ifndef NESTLING_LINEAR_H
 #define NESTLING_LINEAR_H
 
@@ -13,7 +14,8 @@ namespace nk {
 
 INLINE Place<float> place(float *p, int64_t rows, const Panels &panels, int32_t first) {
   int32_t e = panels.sixteens, f = e + panels.eight;
-  return {{p + rows * 16 * first, p + rows * 16 * (first + 1)}, p + rows * panels.before(e), p + rows * panels.before(f)};
+  float *sixteen = p + rows * 16 * first;
+  return {{sixteen, sixteen + rows * 16}, p + rows * panels.before(e), p + rows * panels.before(f)};
 }
 INLINE Place<const float> read_only(const Place<float> &p) { return {{p.sixteen[0], p.sixteen[1]}, p.eight, p.four}; }
 INLINE Place<const float> place(const float *p, int64_t rows, const Panels &panels, int32_t first) {
@@ -26,7 +28,8 @@ template <int S, int E, int F> struct Linear {
   typedef Place<float> Out;
   static constexpr bool FOUR = R::REGISTERS <= ((LANES == 16 || ARM64) ? 6 : 3);
 
-  template <class I> INLINE void forward_row(const I *index, const float *values, int32_t k, int32_t end, const In &x, R &a) {
+  template <class I>
+  INLINE void forward_row(const I *index, const float *values, int32_t k, int32_t end, const In &x, R &a) {
     R b, c, d;
     if (k + 4 <= end) {
       b.set(0);
@@ -46,7 +49,8 @@ template <int S, int E, int F> struct Linear {
   }
 
   template <class I>
-  static void forward(const nk_linear &l, const float *values, const float *bias, In x, bool relu, Out y, int32_t from, int32_t to) {
+  static void forward(const nk_linear &l, const float *values, const float *bias, In x, bool relu, Out y, int32_t from,
+                      int32_t to) {
     const I *index = (const I *)l.index;
     for (int32_t b = 0; b < l.blocks; b++) {
       const int32_t *starts = l.starts + (int64_t)b * (l.rows + 1);
@@ -110,7 +114,8 @@ template <int S, int E, int F> struct Linear {
 
   /* A block, where this chunk is the whole batch. */
   template <class I, bool DX>
-  static void block(const nk_linear &l, const int32_t *starts, const float *values, In x, In dy, Out dx, const Settle &settle) {
+  static void block(const nk_linear &l, const int32_t *starts, const float *values, In x, In dy, Out dx,
+                    const Settle &settle) {
     for (int32_t i = 0; i < l.rows; i++) {
       if (starts[i] == starts[i + 1]) continue;
       R g;
@@ -122,20 +127,19 @@ template <int S, int E, int F> struct Linear {
 
   /* One row of a block, where this chunk is the first or a later part of the batch: gradients gather in `part`. */
   template <class I, bool DX>
-  static void share(const nk_linear &l, int32_t i, const int32_t *starts, const float *values, In x, In dy, Out dx, float *part,
-                    bool first) {
+  static void share(const nk_linear &l, int32_t i, const int32_t *starts, const float *values, In x, In dy, Out dx,
+                    float *part, bool first) {
     R g;
     g.read(dy, (int64_t)i << 4);
-    float *at = part - starts[i];
-    row<I, DX>((const I *)l.index, values, starts[i], starts[i + 1], x, g, dx,
+    row<I, DX>((const I *)l.index + starts[i], values + starts[i], 0, starts[i + 1] - starts[i], x, g, dx,
                [&](int32_t k, auto dw) __attribute__((always_inline)) {
                  typedef decltype(dw) V;
-                 store<V>(at + k, first ? dw : load<V>(at + k) + dw);
+                 store<V>(part + k, first ? dw : load<V>(part + k) + dw);
                });
   }
 };
 
-/* The batch in chunks that fit registers: pairs of panels of 16, then the odd one with the panel of 4, then what is left. */
+/* The batch in chunks that fit registers: pairs of panels of 16, the odd one with the panel of 4, then the rest. */
 struct Chunks {
   Panels panels;
   int32_t pairs, odd, count;
@@ -151,17 +155,17 @@ struct Chunks {
 };
 
 /* Run the statement X for Linear<S, E, F> of a chunk's kind, as L. */
-#define NK_KIND(S, E, F, X)                                                                                                 \
-  case 4 * S + 2 * E + F: {                                                                                                 \
-    typedef nk::Linear<S, E, F> L;                                                                                          \
-    X;                                                                                                                      \
+#define NK_KIND(S, E, F, X)                                                                                            \
+  case 4 * S + 2 * E + F: {                                                                                            \
+    typedef nk::Linear<S, E, F> L;                                                                                     \
+    X;                                                                                                                 \
   } break;
-#define NK_KINDS(kind, X)                                                                                                   \
+#define NK_KINDS(kind, X)                                                                                              \
   switch (kind) { NK_KIND(2, 0, 0, X) NK_KIND(1, 0, 1, X) NK_KIND(1, 0, 0, X) NK_KIND(0, 1, 0, X) NK_KIND(0, 0, 1, X) }
 
 template <class I>
-static void linear_forward(const nk_linear &l, const float *values, const float *bias, const float *x, int32_t batch, bool relu,
-                           float *y) {
+static void linear_forward(const nk_linear &l, const float *values, const float *bias, const float *x, int32_t batch,
+                           bool relu, float *y) {
   Chunks chunks(batch);
   int32_t parts = crew.wanted > 1 && (int64_t)l.kept * batch > 1 << 16 ? 4 * crew.wanted : 1;
   auto task = [&](int32_t part) {
@@ -175,12 +179,10 @@ static void linear_forward(const nk_linear &l, const float *values, const float 
   parallel(parts, task);
 }
 
+/* `scratch`: a dense row, of which each block has its own columns; null where one chunk is the whole batch. */
 template <class I, bool DX>
-static int32_t linear_backward(const nk_linear &l, float *values, const float *x, const float *dy, int32_t batch, float *dx,
-                               float *dvalues, const nk_update *update) {
-  Chunks chunks(batch);
-  Settle settle(values, dvalues, update);
-  int32_t failed = 0;
+static void linear_backward(const nk_linear &l, const Chunks &chunks, const float *values, const float *x,
+                            const float *dy, float *dx, const Settle &settle, float *scratch) {
   auto task = [&](int32_t b) {
     const int32_t *starts = l.starts + (int64_t)b * (l.rows + 1);
     int64_t column = (int64_t)b * l.block, width = l.columns - column < l.block ? l.columns - column : l.block;
@@ -190,34 +192,32 @@ static int32_t linear_backward(const nk_linear &l, float *values, const float *x
         memset(dx + l.columns * chunks.panels.before(p) + column * w, 0, width * w * sizeof(float));
       }
     auto in = [&](int32_t c) { return place(x, l.columns, chunks.panels, chunks.first(c)).down(column); };
-    auto out = [&](int32_t c) { return place(DX ? dx : dvalues, l.columns, chunks.panels, chunks.first(c)).down(column); };
+    auto out = [&](int32_t c) {
+      if constexpr (!DX) return Place<float>{};
+      return place(dx, l.columns, chunks.panels, chunks.first(c)).down(column);
+    };
     auto give = [&](int32_t c) { return place(dy, l.rows, chunks.panels, chunks.first(c)); };
     if (chunks.count == 1) {
       NK_KINDS(chunks.kind(0), (L::template block<I, DX>(l, starts, values, in(0), give(0), out(0), settle)))
       return;
     }
-    float *part = (float *)malloc((width + LANES) * sizeof(float));
-    if (!part) {
-      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-      return;
-    }
+    float *part = scratch + column;
     for (int32_t i = 0; i < l.rows; i++) {
       if (starts[i] == starts[i + 1]) continue;
       for (int32_t c = 0; c < chunks.count; c++)
         NK_KINDS(chunks.kind(c), (L::template share<I, DX>(l, i, starts, values, in(c), give(c), out(c), part, c == 0)))
       settle.run(starts[i], starts[i + 1] - starts[i], part);
     }
-    free(part);
   };
   parallel(l.blocks, task);
-  return failed ? NK_MEMORY : NK_OK;
 }
 
 } // namespace nk
 
 extern "C" int32_t nk_linear_check(const nk_linear *layer) {
   const nk_linear &l = *layer;
-  if (l.rows < 1 || l.columns < 1 || l.block < 1 || l.kept < 0 || (l.index_bytes != 1 && l.index_bytes != 2)) return NK_SHAPE;
+  if (l.rows < 1 || l.columns < 1 || l.block < 1 || l.kept < 0) return NK_SHAPE;
+  if (l.index_bytes != 1 && l.index_bytes != 2) return NK_SHAPE;
   if (l.block > (l.index_bytes == 1 ? 1 << 8 : 1 << 16) || l.blocks != (l.columns - 1) / l.block + 1) return NK_SHAPE;
   int64_t before = 0;
   for (int32_t b = 0; b < l.blocks; b++) {
@@ -251,15 +251,19 @@ extern "C" int32_t nk_linear_backward(const nk_linear *layer, float *values, con
                                       int32_t batch, float *dx, float *dvalues, float *dbias, const nk_update *update) {
   if (batch < 1 || !nk::settles(dvalues, update)) return NK_SHAPE;
   nk::Chunks chunks(batch);
+  nk::Settle settle(values, dvalues, update);
+  float *scratch = nullptr; /* before anything changes */
+  if (chunks.count > 1 && !(scratch = (float *)malloc(layer->columns * sizeof(float)))) return NK_MEMORY;
   for (int32_t c = 0; c < chunks.count; c++) {
     auto out = nk::place(dy, layer->rows, chunks.panels, chunks.first(c));
-    auto cut = nk::place(y, layer->rows, chunks.panels, chunks.first(c));
+    nk::Place<const float> cut = {};
+    if (y) cut = nk::place(y, layer->rows, chunks.panels, chunks.first(c));
     NK_KINDS(chunks.kind(c), L::prepare(layer->rows, y ? &cut : nullptr, out, dbias))
   }
-  if (layer->index_bytes == 1)
-    return dx ? nk::linear_backward<uint8_t, true>(*layer, values, x, dy, batch, dx, dvalues, update)
-              : nk::linear_backward<uint8_t, false>(*layer, values, x, dy, batch, dx, dvalues, update);
-  return dx ? nk::linear_backward<uint16_t, true>(*layer, values, x, dy, batch, dx, dvalues, update)
-            : nk::linear_backward<uint16_t, false>(*layer, values, x, dy, batch, dx, dvalues, update);
+  auto one = dx ? nk::linear_backward<uint8_t, true> : nk::linear_backward<uint8_t, false>;
+  auto two = dx ? nk::linear_backward<uint16_t, true> : nk::linear_backward<uint16_t, false>;
+  (layer->index_bytes == 1 ? one : two)(*layer, chunks, values, x, dy, dx, settle, scratch);
+  free(scratch);
+  return NK_OK;
 }
 #endif

@@ -7,7 +7,7 @@ namespace nk {
 INLINE bool sound(const nk_image *i, int32_t batch) {
   return batch > 0 && i->channels > 0 && i->height > 0 && i->width > 0 && i->halo >= 0;
 }
-INLINE int64_t plane(const nk_image *i) { return (int64_t)(i->height + 2 * i->halo) * (i->width + 2 * i->halo); }
+INLINE int64_t plane(const nk_image &i) { return (int64_t)(i.height + 2 * i.halo) * (i.width + 2 * i.halo); }
 
 /* A block of 4 by 4, turned. */
 INLINE void turn(const float *from, int64_t pitch, float *to, int64_t step) {
@@ -20,8 +20,8 @@ INLINE void turn(const float *from, int64_t pitch, float *to, int64_t step) {
   store<v4>(to + 3 * step, __builtin_shufflevector(ba, dc, 2, 3, 6, 7));
 }
 
-/* `length` consecutive values of `samples` samples (pitch apart) to `length` rows of a panel, and back: 16 rows at a time,
-   so that each is in the cache until it is whole. */
+/* `length` consecutive values of `samples` samples (pitch apart) to `length` rows of a panel, and back: 16 rows at a
+   time, so that each is in the cache until it is whole. */
 INLINE void pack_run(const float *x, int64_t pitch, int32_t samples, int64_t length, float *panel, int32_t width) {
   for (int64_t from = 0; from < length; from += 16) {
     int64_t to = from + 16 < length ? from + 16 : length;
@@ -76,7 +76,7 @@ template <class Run> static void each_run(const nk_image *image, int32_t batch, 
   int64_t pixels = (int64_t)i.height * i.width, line = i.width + 2 * i.halo;
   for (int32_t p = 0; p < panels.count(); p++) {
     int32_t width = panels.width(p);
-    int64_t before = panels.before(p), rows = i.channels * plane(image);
+    int64_t before = panels.before(p), rows = i.channels * plane(i);
     int32_t samples = batch - before < width ? batch - before : width;
     if (!i.halo) { /* everything is one run */
       run(before, samples, 0, pixels * i.channels, before * rows, width);
@@ -85,7 +85,7 @@ template <class Run> static void each_run(const nk_image *image, int32_t batch, 
     for (int32_t c = 0; c < i.channels; c++)
       for (int32_t y = 0; y < i.height; y++)
         run(before, samples, pixels * c + y * i.width, i.width,
-            before * rows + c * plane(image) * width + inside(image, width) + y * line * width, width);
+            before * rows + c * plane(i) * width + inside(image, width) + y * line * width, width);
   }
 }
 
@@ -98,21 +98,23 @@ extern "C" int32_t nk_pack(const nk_image *image, int32_t batch, const float *x,
   if (image->halo)
     for (int32_t p = 0; p < all.count(); p++)
       for (int32_t c = 0; c < image->channels; c++) {
-        int64_t rows = nk::plane(image);
+        int64_t rows = nk::plane(*image);
         nk::clear_halo(image, panels + all.before(p) * rows * image->channels + c * rows * all.width(p), all.width(p));
       }
-  nk::each_run(image, batch, [&](int64_t first, int32_t samples, int64_t at, int64_t length, int64_t to, int32_t width) {
+  auto run = [&](int64_t first, int32_t samples, int64_t at, int64_t length, int64_t to, int32_t width) {
     nk::pack_run(x + first * pitch + at, pitch, samples, length, panels + to, width);
-  });
+  };
+  nk::each_run(image, batch, run);
   return NK_OK;
 }
 
 extern "C" int32_t nk_unpack(const nk_image *image, int32_t batch, const float *panels, float *x) {
   if (!nk::sound(image, batch)) return NK_SHAPE;
   int64_t pitch = (int64_t)image->channels * image->height * image->width;
-  nk::each_run(image, batch, [&](int64_t first, int32_t samples, int64_t at, int64_t length, int64_t to, int32_t width) {
+  auto run = [&](int64_t first, int32_t samples, int64_t at, int64_t length, int64_t to, int32_t width) {
     nk::unpack_run(panels + to, width, length, x + first * pitch + at, pitch, samples);
-  });
+  };
+  nk::each_run(image, batch, run);
   return NK_OK;
 }
 #endif

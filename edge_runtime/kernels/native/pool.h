@@ -16,15 +16,15 @@ struct PoolCall {
 template <int W> struct Grid {
   int64_t line, channel, start;
   explicit Grid(const nk_image *i)
-      : line((int64_t)(i->width + 2 * i->halo) * W), channel(plane(i) * W), start(inside(i, W)) {}
+      : line((int64_t)(i->width + 2 * i->halo) * W), channel(plane(*i) * W), start(inside(i, W)) {}
 };
 
 /* K: the kernel where it is known, else 0. */
 template <int W, int K> static void pool_channel(const PoolCall &call, int64_t before, int32_t c) {
   const int32_t k = K ? K : call.kernel;
   Grid<W> from(call.from), to(call.to);
-  const float *y = call.y + before * call.from->channels * plane(call.from) + c * from.channel;
-  float *out = call.result + before * call.to->channels * plane(call.to) + c * to.channel;
+  const float *y = call.y + before * call.from->channels * plane(*call.from) + c * from.channel;
+  float *out = call.result + before * call.to->channels * plane(*call.to) + c * to.channel;
   clear_halo(call.to, out, W);
   out += to.start;
   for (int32_t i = 0; i < call.to->height; i++)
@@ -39,14 +39,15 @@ template <int W, int K> static void pool_channel(const PoolCall &call, int64_t b
     }
 }
 
-/* The gradient of a window goes to the first value that is the maximum, zero to the others. y and dy may be the same. */
+/* The gradient of a window goes to the first value that is the maximum (the last where that is no number), zero to the
+   others. y and dy may be the same. */
 template <int W, int K> static void unpool_channel(const PoolCall &call, int64_t before, int32_t c) {
   Grid<W> from(call.from), to(call.to), into(call.into);
   int64_t pixels = (int64_t)call.to->height * call.to->width;
-  const float *y = call.y + before * call.from->channels * plane(call.from) + c * from.channel;
-  const float *out = call.out + before * call.to->channels * plane(call.to) + c * to.channel + to.start;
+  const float *y = call.y + before * call.from->channels * plane(*call.from) + c * from.channel;
+  const float *out = call.out + before * call.to->channels * plane(*call.to) + c * to.channel + to.start;
   const float *dout = call.dout + (before * call.to->channels + c * W) * pixels;
-  float *dy = call.result + before * call.into->channels * plane(call.into) + c * into.channel;
+  float *dy = call.result + before * call.into->channels * plane(*call.into) + c * into.channel;
   const int32_t k = K ? K : call.kernel, rest = call.from->width - k * call.to->width;
   clear_halo(call.into, dy, W);
   dy += into.start;
@@ -90,10 +91,11 @@ template <bool BACK> static void pool_all(const PoolCall &call) {
   auto task = [&](int32_t c) {
     for (int32_t p = 0; p < panels.count(); p++) {
       int32_t width = panels.width(p);
-      (width == 16 ? pool_one<16, BACK> : width == 8 ? pool_one<8, BACK> : pool_one<4, BACK>)(call, panels.before(p), c);
+      auto one = width == 16 ? pool_one<16, BACK> : width == 8 ? pool_one<8, BACK> : pool_one<4, BACK>;
+      one(call, panels.before(p), c);
     }
   };
-  if (plane(call.from) * call.from->channels * call.batch > 1 << 15)
+  if (plane(*call.from) * call.from->channels * call.batch > 1 << 15)
     parallel(call.from->channels, task);
   else
     for (int32_t c = 0; c < call.from->channels; c++) task(c);
@@ -114,8 +116,8 @@ extern "C" int32_t nk_pool_forward(const nk_image *from, int32_t batch, int32_t 
 }
 
 extern "C" int32_t nk_pool_backward(const nk_image *from, int32_t batch, int32_t kernel, int32_t relu, const float *y,
-                                    const nk_image *to, const float *out, const float *dout, const nk_image *into, float *dy,
-                                    float *dbias) {
+                                    const nk_image *to, const float *out, const float *dout, const nk_image *into,
+                                    float *dy, float *dbias) {
   if (!nk::pools(from, to, batch, kernel) || !nk::sound(into, batch) || into->channels != from->channels ||
       into->height != from->height || into->width != from->width)
     return NK_SHAPE;

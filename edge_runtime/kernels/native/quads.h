@@ -36,12 +36,16 @@ INLINE v4 quarter_sums(v16 a) {
 #elif LANES == 8
 INLINE v8 join(v4 a, v4 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
 INLINE v8 halves(v8 a, v8 b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 INLINE v8 sums(v8 a, v8 b, v8 c, v8 d) {
-  v8 ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-  v8 cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-  return __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  v8 ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+          __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  v8 cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) +
+          __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+  return __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+         __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 #endif
 
@@ -78,7 +82,8 @@ INLINE v16 side_by_side(const float *a, const float *b, const float *c, const fl
 }
 #endif
 
-template <int S, int E, int F> INLINE Quad quad(const Row<S, E, F> &row, const Place<const float> &x, const int64_t *r) {
+template <int S, int E, int F>
+INLINE Quad quad(const Row<S, E, F> &row, const Place<const float> &x, const int64_t *r) {
   Quad q;
 #if LANES == 16
   v16 ab = v16{}, cd = v16{};

@@ -1,13 +1,9 @@
-/* One row of a panelled buffer, held in registers: a chunk of the batch of 0 to 2 panels of 16, perhaps 8, perhaps 4. */
+/* One row of a panelled buffer, held in registers: a chunk of the batch of 0 to 2 panels of 16, perhaps 8, perhaps 4.
+   What is no number stays none, as in torch: every comparison is written so that a NaN takes the way that keeps it. */
 #ifndef NESTLING_ROWS_H
 #define NESTLING_ROWS_H
 
 namespace nk {
-
-INLINE float *pinned(float *p) {
-  __asm__("" : "+r"(p));
-  return p;
-}
 
 /* W floats as as few vectors as can be. */
 template <int W> struct Wide {
@@ -36,15 +32,16 @@ template <int W> struct Wide {
     for (int i = 0; i < COUNT; i++) store<V>(p + i * WIDTH, load<V>(p + i * WIDTH) + s * v[i]);
   }
   MEMBER void rectify() {
-    for (int i = 0; i < COUNT; i++) v[i] = v[i] > V{} ? v[i] : V{};
+    for (int i = 0; i < COUNT; i++) v[i] = V{} > v[i] ? V{} : v[i];
   }
   MEMBER void rectify_by(const float *y) {
-    for (int i = 0; i < COUNT; i++) v[i] = load<V>(y + i * WIDTH) > V{} ? v[i] : V{};
+    for (int i = 0; i < COUNT; i++) v[i] = load<V>(y + i * WIDTH) <= V{} ? V{} : v[i];
   }
   MEMBER void raise(const float *p) {
     for (int i = 0; i < COUNT; i++) {
       V other = load<V>(p + i * WIDTH);
-      v[i] = other > v[i] ? other : v[i];
+      V most = other > v[i] ? other : v[i];
+      v[i] = other == other ? most : other;
     }
   }
   /* This where y is `most`, zero elsewhere; what was given is taken from this. */
@@ -69,8 +66,8 @@ template <int W> struct Wide {
   }
 };
 
-/* Where a chunk of a buffer begins: its panels of 16, its 8, its 4. Rows are named by their bytes in a panel of 4, 16 times
-   their number: that is what addresses are made of without another multiplication. */
+/* Where a chunk of a buffer begins: its panels of 16, its 8, its 4. Rows are named by their bytes in a panel of 4, 16
+   times their number: that is what addresses are made of without another multiplication. */
 template <class P> struct Place {
   P *sixteen[2], *eight, *four;
   MEMBER P *s(int i, int64_t r) const { return sixteen[i] + r; }

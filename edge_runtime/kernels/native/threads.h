@@ -1,4 +1,5 @@
-/* A small crew of threads that wait for work. One call at a time; what is too small for them the caller does alone. */
+/* A small crew of threads that wait for work, for one call at a time. What is too small for them, or comes while they
+   are at another thread's call, the caller does alone. */
 #ifndef NESTLING_THREADS_H
 #define NESTLING_THREADS_H
 #include <pthread.h>
@@ -11,6 +12,7 @@ typedef void (*Work)(void *closure, int32_t task);
 enum { CREW_MAX = 64, SPINS = 2000 };
 
 struct Crew {
+  pthread_mutex_t taken; /* by the call that has the crew, from its beginning to its end */
   pthread_mutex_t lock;
   pthread_cond_t called, idle;
   int32_t wanted, started; /* threads in all (the caller is one of them), and those that were started */
@@ -21,7 +23,8 @@ struct Crew {
   int32_t tasks, next;
 };
 
-static Crew crew = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 1, 1, 0, 0, 0, 0, 0, 0, 0};
+static Crew crew = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER,
+                    PTHREAD_COND_INITIALIZER, 1, 1, 0, 0, 0, 0, 0, 0, 0};
 
 INLINE void rest() {
 #if defined(__x86_64__)
@@ -59,6 +62,7 @@ static void *serve(void *number) {
 
 /* After a fork only the caller is there. */
 static void forget() {
+  pthread_mutex_init(&crew.taken, 0);
   pthread_mutex_init(&crew.lock, 0);
   pthread_cond_init(&crew.called, 0);
   pthread_cond_init(&crew.idle, 0);
@@ -82,7 +86,7 @@ static void hire() {
 
 /* Call f(task) for every task below `tasks`, in any order and on any thread of the crew; returns when all are done. */
 template <class F> static void parallel(int32_t tasks, F &f) {
-  if (crew.wanted < 2 || tasks < 2) {
+  if (crew.wanted < 2 || tasks < 2 || pthread_mutex_trylock(&crew.taken)) {
     for (int32_t task = 0; task < tasks; task++) f(task);
     return;
   }
@@ -102,6 +106,7 @@ template <class F> static void parallel(int32_t tasks, F &f) {
   crew.open = 0;
   while (crew.active) pthread_cond_wait(&crew.idle, &crew.lock);
   pthread_mutex_unlock(&crew.lock);
+  pthread_mutex_unlock(&crew.taken);
 }
 
 } // namespace nk

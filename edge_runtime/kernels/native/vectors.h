@@ -57,6 +57,12 @@ template <> struct Vector<8> {
 };
 #endif
 
+/* The compiler takes p as it is: an address in one register, not a sum of the parts it was made of. */
+template <class T> INLINE T *pinned(T *p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 /* A template's argument loses the attributes above, so they are said once more. */
 template <class V> struct Anywhere {
   typedef V type __attribute__((aligned(4), may_alias));
