@@ -21,13 +21,12 @@ def wide(seed):
     return made.add("linear", 10).chain()
 
 
-def same(found, wanted):
-    y, grads, dx = found
-    return (
-        np.array_equal(y, wanted[0])
-        and np.array_equal(dx, wanted[2])
-        and all(np.array_equal(grads[name], wanted[1][name]) for name in wanted[1])
-    )
+def same(kind, found, wanted):
+    """Bit by bit for the core; torch may share its sums out otherwise in another Python thread."""
+    pairs = [(found[0], wanted[0]), (found[2], wanted[2]), *((found[1][name], wanted[1][name]) for name in wanted[1])]
+    if kind == "native":
+        return all(np.array_equal(a, b) for a, b in pairs)
+    return all(np.allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max()) for a, b in pairs)
 
 
 @kinds
@@ -42,7 +41,7 @@ def test_two_python_threads_at_once(kind):
     def hammer(place):
         start.wait()
         for _ in range(TURNS):
-            right[place] += same(layers[place].step(*given[place]), wanted[place])
+            right[place] += same(kind, layers[place].step(*given[place]), wanted[place])
 
     with threads(kind, 2):
         crew = [threading.Thread(target=hammer, args=(place,)) for place in range(2)]
