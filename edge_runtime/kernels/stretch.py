@@ -75,7 +75,6 @@ class NativeStretch:
             SpecError: A node cannot be run here, does not read the one before, or meets weights of another shape.
             DeviceError: A layout is not sound.
         """
-        self._library = library
         self._calls = library.calls
         self._shape = in_shape
         self._stages, self._out = _stages(nodes, in_shape, params, layouts)
