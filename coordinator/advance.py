@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithm import Answer, DeviceView, Draft, State, rng_of
+from coordinator.algorithm import DeviceView, Draft, State, rng_of
 from coordinator.algorithms import by_name
+from coordinator.answers import Answers
 from coordinator.blocks.initial import initial_weights
 from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
-from wire.errors import Malformed, NestlingError
+from wire.errors import Malformed, NestlingError, SpecError
 from wire.job import read_frame, write_frame
-from wire.messages import BlobRef, Reply
+from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
+from wire.messages import BlobRef, Order, Reply
 from wire.schema import Name, Natural
-from wire.spec import ModelSpec, Structure, decode, parameter_count, tensor_shapes
+from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
-
-_KEPT_OPEN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,17 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """What an order says beside its draft and its blobs; see `wire.messages.Order`."""
+
+    id: str
+    run: str
+    round: int
+    spec: BlobRef
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of it.
 
@@ -74,7 +85,8 @@ class Outcome:
         drafts: The orders, as far as the algorithm decides them.
         shells: The weights to publish, smallest shell first; empty ones are left out.
         shell_of: For each capacity, how many of `shells` make it up.
-        structures: Every width of the model, narrowest first.
+        structures: Every width of the model, narrowest first; with masks the one that they make.
+        masks: The masks to publish; None when every weight is kept.
         error: Why nothing came of it; empty when all is well.
     """
 
@@ -83,7 +95,30 @@ class Outcome:
     shells: tuple[BlobRef, ...] = ()
     shell_of: tuple[Natural, ...] = ()
     structures: tuple[Structure, ...] = ()
+    masks: BlobRef | None = None
     error: str = field(default="")
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """All blobs that devices may need of it."""
+        return self.shells if self.masks is None else (self.masks, *self.shells)
+
+    def order(self, draft: Draft, head: Head) -> Order:
+        """Complete a draft with ids, blobs and the deadline."""
+        return Order(
+            id=head.id,
+            run=head.run,
+            round=head.round,
+            device=draft.device,
+            verb=draft.verb,
+            spec=head.spec,
+            shells=self.shells[: self.shell_of[draft.structure.capacity]],
+            structures=(draft.structure,),
+            recipe=draft.recipe,
+            bytes_peak=draft.bytes_peak,
+            seconds=head.seconds,
+            masks=self.masks if draft.structure.masks else None,
+        )
 
 
 def advance(task: Task) -> Outcome:
@@ -101,67 +136,16 @@ def advance(task: Task) -> Outcome:
         weights = initial_weights(spec, task.seed)
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
     if task.closing:
-        state = algorithm.close(state, Answers(spool, spec, task.replies))
+        state = algorithm.close(state, Answers(spool, spec, task.replies, held_by(spec, state)))
     state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
     shells, shell_of, structures = encode_shells(spool, spec, state)
-    return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures)
+    masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
+    return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks)
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The replies of a round, as often as an algorithm likes, in the order of device names, one large update at a time.
-
-    Small updates stay open from one pass to the next, because opening one costs more than reading it.
-    """
-
-    spool: Spool
-    spec: ModelSpec
-    replies: tuple[Reply, ...]
-    _open: dict[str, Mapping[str, np.ndarray[Any, Any]]] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[Answer]:
-        """Yield one `Answer` at a time; its arrays are valid until the next one."""
-        for reply in sorted(self.replies, key=lambda r: r.device):
-            if reply.update is None:
-                continue
-            yield Answer(
-                device=reply.device,
-                samples=reply.samples,
-                structure=reply.structure,
-                metrics=reply.metrics,
-                usage=reply.usage,
-                update=self._update(reply.update),
-            )
-
-    def _update(self, ref: BlobRef) -> Mapping[str, np.ndarray[Any, Any]]:
-        known = self._open.get(ref.digest)
-        if known is None:
-            most = parameter_count(self.spec, Structure())
-            blob = tensor.open_blob(self.spool.path(ref.digest), elements_max=most)
-            known = {name: blob.tensor(name) for name in blob.names}  # the views keep the file mapped
-            views = all(blob.entry(name).encoding == "dense" and not blob.entry(name).form for name in blob.names)
-            if views and ref.size <= _KEPT_OPEN_BYTES:
-                self._open[ref.digest] = known
-        return known
-
-
-def check_update(path: Path, spec: ModelSpec, structure: Structure) -> None:
-    """Refuse an update before any arithmetic touches it.
-
-    Raises:
-        Malformed: It is not an update blob, or a tensor is missing, foreign, or of the wrong shape or type.
-        NonFinite: It holds a NaN or an infinity.
-    """
-    wanted = tensor_shapes(spec, structure)
-    with tensor.open_blob(path, elements_max=sum(map(prod, wanted.values()))) as blob:
-        if blob.kind != "update" or set(blob.names) != set(wanted):
-            raise Malformed(f"expected an update of {len(wanted)} tensors, got {blob.kind!r} of {len(blob.names)}")
-        for name, shape in wanted.items():
-            entry = blob.entry(name)
-            if entry.shape != shape or entry.dtype != "float32":  # before anything of that shape is allocated
-                raise Malformed(f"tensor {name!r} is {entry.dtype}{entry.shape}, expected float32{shape}")
-            blob.tensor(name)  # a sparse one is decoded once, to be sure that it can be
-        blob.require_finite()
+def held_by(spec: ModelSpec, state: State) -> Held:
+    """Give a state's masks as those devices hold them that work for it."""
+    return Held(state.masks, outline_of_model(spec, state.masks)) if state.masks else WHOLE
 
 
 def encode_shells(
@@ -173,6 +157,8 @@ def encode_shells(
         The blobs, smallest shell first; for each capacity the number of them that it needs; and every width's structure.
     """
     structures = structures_of(state)
+    if state.masks:
+        return (_masked_shell(spool, spec, state),), (1,), structures
     whole = cutting.to_wire(spec, state.weights, state.levels)
     refs: list[BlobRef] = []
     shell_of = []
@@ -185,10 +171,23 @@ def encode_shells(
     return tuple(refs), tuple(shell_of), structures
 
 
+def _masked_shell(spool: Spool, spec: ModelSpec, state: State) -> BlobRef:
+    """Write the kept weights and nothing else; where they stand is said by the masks' own blob."""
+    held = held_by(spec, state)
+    lines = {
+        name: np.ascontiguousarray(array[held.masks[name]] if name in held.masks else array, np.float32)
+        for name, array in state.weights.items()
+    }
+    coding = tensor.Coding(outline=held.outline, form=state.form)
+    return _into(spool, lambda path: tensor.write_blob(path, "shell", lines, meta={"capacity": 0}, coding=coding))
+
+
 def structures_of(state: State) -> tuple[Structure, ...]:
     """Give every width of a state, narrowest first; exactly one, the whole model, when nothing is cut."""
     if not state.widths:
-        return (Structure(),)
+        return (cutting.masked(state.masks) if state.masks else Structure(),)
+    if state.masks:
+        raise SpecError("a state has widths and masks; this runtime knows one or the other")
     count = len(next(iter(state.widths.values())))
     ranking = cutting.ranking_digest(state.levels)
     return tuple(Structure(k, state.widths, ranking) for k in range(count))
@@ -200,8 +199,11 @@ def save_state(spool: Spool, state: State) -> BlobRef:
         **{f"w/{name}": array for name, array in state.weights.items()},
         **{f"l/{name}": array for name, array in state.levels.items()},
         **{f"x/{name}": array for name, array in state.arrays.items()},
+        **{f"m/{name}": np.packbits(mask) for name, mask in state.masks.items()},
     }
     meta = {"round": state.round, "widths": {k: list(v) for k, v in state.widths.items()}, "scalars": state.scalars}
+    if state.form:
+        meta["form"] = state.form
     return write(spool, "state", tensors, meta)
 
 
@@ -210,11 +212,16 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
     blob = tensor.open_blob(spool.path(digest))
     if blob.kind != "state":
         raise Malformed(f"expected a state, got a {blob.kind!r}")
-    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}}
+    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}, "m": {}}
     for name in blob.names:
         room, _, rest = name.partition("/")
         parts[room][rest] = blob.tensor(name)
     widths = {k: tuple(v) for k, v in blob.meta["widths"].items()}
+    shapes = {name: array.shape for name, array in parts["w"].items()}
+    masks = {
+        name: np.unpackbits(bits, count=prod(shapes[name])).view(np.bool_).reshape(shapes[name])
+        for name, bits in parts["m"].items()
+    }
     return State(
         spec=spec,
         round=blob.meta["round"],
@@ -223,14 +230,20 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
         widths=widths,
         scalars=blob.meta["scalars"],
         arrays=parts["x"],
+        masks=masks,
+        form=blob.meta.get("form", ""),
     )
 
 
 def write(spool: Spool, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> BlobRef:
     """Write one blob into the spool."""
+    return _into(spool, lambda path: tensor.write_blob(path, kind, tensors, meta=meta))
+
+
+def _into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:
     handle, name = tempfile.mkstemp(dir=spool.root, prefix=".new-")
     os.close(handle)
-    return spool.add_file(Path(name), tensor.write_blob(Path(name), kind, tensors, meta=meta).digest)
+    return spool.add_file(Path(name), write_to(Path(name)).digest)
 
 
 def main() -> None:

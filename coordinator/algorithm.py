@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from wire.spec import ModelSpec, Structure
 Floats = NDArray[np.float32]
 Arrays = Mapping[str, Floats]
 Levels = Mapping[str, NDArray[np.uint8]]
+Masks = Mapping[str, NDArray[np.bool_]]
+Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,11 @@ class State:
         widths: Group name to the channel counts of all widths, ascending; empty when the model is never cut.
         scalars: Plain nested maps, lists, strings and numbers.
         arrays: Whatever else is an array.
+        masks: What is kept of which weights, by tensor name, in the tensor's whole shape; empty when every weight is kept.
+            What devices are sent and what is measured are the kept weights alone; what `weights` holds elsewhere is the
+            algorithm's own business. Masks and widths do not go together yet.
+        form: How the values of masked weights travel down, one of `wire.forms.FORMS`; what that loses is lost to the devices
+            of one round, and never to `weights`.
     """
 
     spec: ModelSpec
@@ -47,6 +54,8 @@ class State:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     scalars: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
+    form: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,10 @@ class Answer:
         metrics: As in `wire.messages.Reply`.
         usage: As in `wire.messages.Reply`.
         update: Trained minus received weights: compact, in wire order; read-only, and valid until the next answer is taken.
+            Zero where a tensor was not sent; a tensor that was not sent at all is left out.
+        sent: What was sent of each tensor that was not sent whole: the structure's masks, or what the rule chose.
+        extras: What the rule tells beside the update (importance, saliency), by name of the tensor that it is about:
+            positions in C order, ascending, and the values there.
     """
 
     device: str
@@ -118,6 +131,8 @@ class Answer:
     metrics: Mapping[str, float]
     usage: Usage
     update: Arrays
+    sent: Masks = field(default_factory=dict)
+    extras: Mapping[str, tuple[Places, Floats]] = field(default_factory=dict)
 
 
 class Answers(Protocol):
@@ -127,8 +142,27 @@ class Answers(Protocol):
         """Start over from the first device."""
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """Where an algorithm comes from, and what holds it to that.
+
+    Attributes:
+        paper: Authors, place and year.
+        tier: ``paper``, one of the four that this software implements whole; ``baseline``, what they compare with; ``ours``.
+        tests: File of the tests that hold it against its equations.
+    """
+
+    paper: str
+    tier: Literal["paper", "baseline", "ours"]
+    tests: str
+
+
 class Algorithm(Protocol):
     """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``."""
+
+    @property
+    def ABOUT(self) -> About:  # noqa: N802 - a module's constant
+        """Its paper and its tests."""
 
     @property
     def PARAMS(self) -> Mapping[str, float | str]:  # noqa: N802 - a module's constant

@@ -68,6 +68,7 @@ class Evaluator:
             shells=outcome.shells,
             structures=outcome.structures,
             recipe=Recipe(batch=256),
+            masks=outcome.masks,
         )
         self._waiting = Job(
             order=order,
@@ -78,6 +79,7 @@ class Evaluator:
             bytes_budget=_BUDGET,
             micro_batch=0,
             threads=1,
+            masks="" if outcome.masks is None else str(self._spool.path(outcome.masks.digest)),
         )
         self.start()
         self._feed()

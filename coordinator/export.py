@@ -60,6 +60,7 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     structure = choose_width(spec, state, width)
     if width is None:
         arrays = {name: np.ascontiguousarray(array) for name, array in state.weights.items()}
+        arrays |= {name: np.where(mask, arrays[name], np.float32(0)) for name, mask in state.masks.items()}
     else:
         whole = cutting.to_wire(spec, state.weights, state.levels)
         arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, whole, structure).items()}

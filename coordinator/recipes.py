@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from coordinator.blocks.schedule import rate_at
 from wire.errors import ConfigError, Malformed
 from wire.messages import Recipe
 from wire.schema import from_plain
@@ -16,7 +17,9 @@ from wire.schema import from_plain
 Params = Mapping[str, float | str]
 _PREFIX = "recipe."
 _FIELDS = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("knobs", "seed")}
-_WHOLE = ("epochs", "batch")
+_KNOBS = ("adam",)
+"""What the recipe of any rule may say beside its fields."""
+_WHOLE = ("epochs", "batch", "steps")
 
 
 def merged(defaults: Params, params: Params) -> dict[str, float | str]:
@@ -61,18 +64,16 @@ def recipe_of(params: Params) -> Recipe:
         ) from None
 
 
-def cooled(recipe: Recipe, cooling: float, round_number: int) -> Recipe:
-    """Lower the learning rate from round to round: by the factor `cooling` each, from the recipe's own in round 1.
+def scheduled(recipe: Recipe, text: str, round_number: int) -> Recipe:
+    """Set the learning rate of a round by a schedule in words (`coordinator.blocks.schedule.rate_at`).
 
     With a constant rate the last rounds keep the noise of the local steps; what a round adds to the drift between devices
     shrinks with the rate (Li et al., *On the Convergence of FedAvg on Non-IID Data*, ICLR 2020, ask for such a decay).
 
     Raises:
-        ConfigError: The factor is not above 0 and at most 1.
+        ConfigError: There is no such schedule.
     """
-    if not 0.0 < cooling <= 1.0:
-        raise ConfigError(f"parameter cooling = {cooling:g}: write a factor above 0 and at most 1, such as 0.95")
-    return dataclasses.replace(recipe, rate=recipe.rate * cooling ** (round_number - 1))
+    return dataclasses.replace(recipe, rate=rate_at(text, recipe.rate, round_number))
 
 
 def _default(name: str) -> float | str:
@@ -83,4 +84,4 @@ def _default(name: str) -> float | str:
 
 def _takes(name: str, foreign_rule: bool) -> bool:
     key = name.removeprefix(_PREFIX)
-    return name.startswith(_PREFIX) and key != "seed" and (key in _FIELDS or foreign_rule)
+    return name.startswith(_PREFIX) and key != "seed" and (key in _FIELDS or key in _KNOBS or foreign_rule)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coordinator import events as ev
-from coordinator.advance import Outcome, Task, check_update
+from coordinator.advance import Outcome, Task
+from coordinator.answers import check_update, size_limit
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator, Measured
 from coordinator.events import Arrived, Born, Lost, Refused
@@ -21,20 +22,18 @@ from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished,
 from coordinator.mail import Mail
 from coordinator.round import Round, counted, open_round, step, word
 from coordinator.standing import Standing, absorb
-from coordinator.steps import Step, Steps, Store, order_id, orders_of
+from coordinator.steps import Step, Steps, Store, held_for, order_id, orders_of
 from coordinator.turn import Pace, Turn
 from wire import codec, link, topics
 from wire.child import Ended, Said
 from wire.errors import NonFinite, PeerError
 from wire.job import Failed
 from wire.messages import Ack, Beat, Need, Presence, Reason, Refusal, Reply
-from wire.spec import parameter_count
 
 log = logging.getLogger("coordinator")
 
 _TURN_EVENTS = 256
 _TICK = 0.25
-_HEADROOM = 1 << 20
 _RETRY = 5.0
 _SWEEP_BYTES = 256 << 20
 _SWEEP_ROUNDS = 50
@@ -172,15 +171,14 @@ class Server:
             return "the reply is for a structure that was not asked"
         if reply.update is None:
             return "the reply brings no update"
-        limit = 4 * parameter_count(self._store.spec, reply.structure) + _HEADROOM
-        return (
-            f"an update of {reply.update.size} bytes; at most {limit} make sense" if reply.update.size > limit else ""
-        )
+        limit, size = size_limit(self._store.spec, reply.structure), reply.update.size
+        return f"an update of {size} bytes; at most {limit} make sense" if size > limit else ""
 
     def _arrived(self, reply: Reply) -> None:
         assert reply.update is not None
         try:
-            check_update(self._store.spool.path(reply.update.digest), self._store.spec, reply.structure)
+            held = held_for(self._store, self._standing.orders.get(reply.device), reply.structure)
+            check_update(self._store.spool.path(reply.update.digest), self._store.spec, reply.structure, held)
         except PeerError as error:
             reason: Reason = "nonfinite" if isinstance(error, NonFinite) else "unsupported"
             self._happen(Refused(reply.device, reply.order, _refusal(reply, reason, str(error))))
@@ -267,7 +265,7 @@ class Server:
             return
         task, outcome = done
         turn, store = self._turn, self._store
-        turn.files += [outcome.state, *(ref.digest for ref in outcome.shells)]
+        turn.files += [outcome.state, *(ref.digest for ref in outcome.blobs)]
         if task.closing:
             turn.rows.append(self._closed(task, outcome))
             if self._evaluator is not None:

@@ -312,12 +312,16 @@ def show_algorithms(name: str | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"algorithms": facts}))
         return 0
-    for key, about in facts.items():
-        print(f"{key}: {about['summary']}")
-        if name is not None:
-            print(f"\n{about['text']}\n")
-            for param, default in about["params"].items():
-                print(f"  {param} = {default}")
+    if name is None:
+        rows = [[key, about["tier"], about["paper"], about["tests"]] for key, about in facts.items()]
+        print(table(["algorithm", "tier", "paper", "held to it by"], rows))
+        print("\ncoordinator algos NAME explains one")
+        return 0
+    about = facts[name]
+    print(f"{name}: {about['summary']}\n\n{about['text']}\n")
+    print(f"tier {about['tier']}; {about['paper']}; held to it by {about['tests']}\n")
+    for param, default in about["params"].items():
+        print(f"  {param} = {default}")
     return 0
 
 

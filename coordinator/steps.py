@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.advance import Outcome, Task, advance
+from coordinator.advance import Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView
 from coordinator.config import Config
 from coordinator.fleet import Fleet
@@ -16,6 +16,7 @@ from coordinator.select import choose
 from coordinator.standing import Standing
 from wire.child import Child, Ended, Said
 from wire.errors import StoreError
+from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order
 from wire.spec import ModelSpec, Structure, parameter_count
 from wire.spool import Spool
@@ -121,22 +122,22 @@ class Steps:
 def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:
     """Complete an outcome's drafts: ids, blobs and the deadline."""
     task, outcome = step
+    number, seconds = task.round, config.round.seconds
     return tuple(
-        Order(
-            id=order_id(run, task.round, draft.device),
-            run=run,
-            round=task.round,
-            device=draft.device,
-            verb=draft.verb,
-            spec=store.spec_ref,
-            shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
-            structures=(draft.structure,),
-            recipe=draft.recipe,
-            bytes_peak=draft.bytes_peak,
-            seconds=config.round.seconds,
-        )
+        outcome.order(draft, Head(order_id(run, number, draft.device), run, number, store.spec_ref, seconds))
         for draft in outcome.drafts
     )
+
+
+def held_for(store: Store, order: Order | None, structure: Structure) -> Held:
+    """Give the masks that an answer to an order is written against.
+
+    Raises:
+        PeerError: The answer is about masks that the order did not have.
+    """
+    if order is None or order.masks is None or not structure.masks:
+        return WHOLE
+    return read_masks(str(store.spool.path(order.masks.digest)), store.spec, structure)
 
 
 def order_id(run: str, number: int, device: str) -> str:

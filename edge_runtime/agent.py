@@ -278,6 +278,7 @@ class Agent:
             bytes_budget=budget,
             micro_batch=fits.micro_batch,
             threads=self._config.worker.threads,
+            masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
         )
         self._desk.give(job, now)
 

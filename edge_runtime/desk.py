@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_runtime.config import Config
 from edge_runtime.memory import probe
@@ -19,6 +20,8 @@ from wire.schema import to_plain
 log = logging.getLogger("edge_runtime")
 
 NEVER = float("inf")
+TIMINGS = "timings.json"
+"""File in the state folder for what workers find out about this device's speed."""
 _SECONDS_RETRY_MAX = 60.0
 _BASE_GUESS = 240 << 20
 """What a worker with a loaded engine takes, until one has told: torch on x86-64 and aarch64 measured 220 to 245 MiB."""
@@ -88,6 +91,7 @@ class Desk:
             engine=worker.engine,
             threads=worker.threads,
             preload=worker.mode == "warm",
+            timings=str(Path(self._config.state.dir) / TIMINGS),
         )
         self._since = now
         self._retry = NEVER

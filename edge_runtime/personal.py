@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edge_runtime.engines.arrays import Arrays, Floats
 from wire.errors import Malformed, NestlingError
+from wire.masks import Mask
 from wire.messages import BlobRef
 from wire.schema import from_plain, to_plain
 from wire.spec import ModelSpec, Structure, decode, encode, tensor_shapes
-from wire.tensor import open_blob, write_blob
+from wire.tensor import Coding, open_blob, write_blob
 
 KIND = "keep"
 _CARRIED = "carried/"
+_OWN = "own/"
+_CODING = Coding(pack=False)
+"""What stays here is written for speed, not for size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +30,48 @@ class Personal:
     Attributes:
         spec: The whole model's graph.
         structure: The width that is held.
-        arrays: Its weights, compact, in wire order.
+        arrays: Its weights, compact, in wire order; of masked tensors the kept values alone where that is said.
+        masks: What is kept of which weights.
     """
 
     spec: ModelSpec
     structure: Structure
     arrays: Arrays
+    masks: Mapping[str, Mask] = field(default_factory=dict)
 
 
-def write(path: Path, personal: Personal, carried: Mapping[str, Floats] | None = None) -> BlobRef:
+def write(
+    path: Path,
+    personal: Personal,
+    carried: Mapping[str, Floats] | None = None,
+    own: Mapping[str, Floats] | None = None,
+) -> BlobRef:
     """Write the blob; not durable until its caller says so.
 
     Args:
         path: The file.
         personal: The model.
         carried: What the last update's form did not carry, by tensor; stands beside the weights.
+        own: What the rule keeps, by names of its own.
     """
     meta = {"spec": encode(personal.spec), "structure": to_plain(personal.structure)}
     beside = {_CARRIED + name: array for name, array in (carried or {}).items()}
-    return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta)
+    beside |= {_OWN + name: array for name, array in (own or {}).items()}
+    return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta, masks=personal.masks, coding=_CODING)
+
+
+def own(path: str, spec: ModelSpec) -> dict[str, Floats]:
+    """Give copies of what the rule kept; nothing of another model, or where no state is held or it cannot be read."""
+    if not path:
+        return {}
+    try:
+        with open_blob(Path(path)) as blob:
+            if blob.kind != KIND or blob.meta.get("spec") != encode(spec):
+                return {}
+            names = [name for name in blob.names if name.startswith(_OWN)]
+            return {name.removeprefix(_OWN): blob.tensor(name).copy() for name in names}
+    except NestlingError:
+        return {}
 
 
 def add_carried(path: str, structure: Structure, update: Mapping[str, Floats]) -> None:
@@ -68,7 +95,7 @@ def add_carried(path: str, structure: Structure, update: Mapping[str, Floats]) -
 
 
 def read(path: Path) -> Personal:
-    """Read it back, weights copied to memory.
+    """Read it back, weights copied to memory; what is not kept is zero.
 
     Raises:
         Malformed: The file is no personal model, or its weights do not meet its own spec.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_runtime.engines.arrays import Floats
+from wire.entries import Entry
 from wire.errors import Malformed
+from wire.maskfile import WHOLE, Held
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, parameter_count
 from wire.structure import shell_blocks, views_of
 from wire.tensor import Blob, open_blob
@@ -23,21 +25,23 @@ Pour = Callable[[Floats, Floats], None]
 class Received:
     """The weights of one width, in shells.
 
-    A shell says in its meta which capacity it is (``capacity``); where it does not, its place in the list counts.
+    A shell says in its meta which capacity it is (``capacity``); where it does not, its place in the list counts. With masks
+    there is one shell, of values alone, and arrays are the kept values in C order.
     """
 
-    def __init__(self, spec: ModelSpec, structure: Structure, shells: Sequence[str]) -> None:
+    def __init__(self, spec: ModelSpec, structure: Structure, shells: Sequence[str], held: Held = WHOLE) -> None:
         """Nothing is read yet.
 
         Raises:
             Malformed: A shell is no blob, or two are of one capacity.
         """
+        self._held = held
         self._spec = spec
         self._structure = structure
         self._elements = parameter_count(spec, Structure())  # a shell may be of a wider one
         self._shells: dict[int, Path] = {}
         for place, path in enumerate(shells):
-            with open_blob(Path(path), elements_max=self._elements) as blob:
+            with self._opened(Path(path)) as blob:
                 capacity = _capacity(blob, place)
             if capacity in self._shells:
                 raise Malformed(f"two shells of capacity {capacity}", "$.meta.capacity")
@@ -52,8 +56,34 @@ class Received:
         self._pour(arrays, np.copyto)
 
     def subtract_from(self, arrays: Mapping[str, Floats]) -> None:
-        """Take the weights away from compact arrays in place; same errors as `fill`."""
-        self._pour(arrays, _subtract)
+        """Take the weights away from compact arrays, or lines of kept values, in place; same errors as `fill`."""
+        if not self._held.masks:
+            self._pour(arrays, _subtract)
+            return
+        for name, values in self.lines():
+            np.subtract(arrays[name], values.reshape(arrays[name].shape), out=arrays[name])
+
+    def lines(self) -> Iterator[tuple[str, Floats]]:
+        """Yield every tensor's kept values in C order, read-only and one at a time; only where there are masks.
+
+        Raises:
+            Malformed: There is not one shell, a tensor is missing, or it is not what the masks keep.
+        """
+        wanted = self._held.entries
+        if list(self._shells) != [0]:
+            raise Malformed("masked weights come in one shell", "$.shells")
+        path = self._shells[0]
+        together = len(wanted) if path.stat().st_size <= BYTES_MAPPED else 1
+        for start in range(0, len(wanted), together):
+            with self._opened(path) as blob:
+                if len(blob.names) != len(wanted):
+                    raise Malformed(f"a shell of {len(blob.names)} tensors for {len(wanted)}", "$.shells")
+                for entry in wanted[start : start + together]:
+                    _check_kept(blob.entry(entry.name), entry)
+                    yield entry.name, blob.values(entry.name)
+
+    def _opened(self, path: Path) -> Blob:
+        return open_blob(path, elements_max=self._elements, outline=self._held.outline)
 
     def _pour(self, arrays: Mapping[str, Floats], pour: Pour) -> None:
         for capacity in range(self._structure.capacity + 1):
@@ -66,7 +96,7 @@ class Received:
                     views_of(tensor, arrays[tensor.name], None, boxes)  # nothing may be missing
                 continue
             while waiting:
-                with open_blob(path, elements_max=self._elements) as blob:
+                with self._opened(path) as blob:
                     waiting = _pour_some(blob, arrays, waiting, pour)
 
 
@@ -84,6 +114,13 @@ def _pour_some(blob: Blob, arrays: Mapping[str, Floats], waiting: Waiting, pour:
             pour(view, values)
         touched += line.nbytes if line is not None else 0
     return []
+
+
+def _check_kept(found: Entry, wanted: Entry) -> None:
+    """Hold a shell that says itself what it has against the masks; one that is against their outline says the same."""
+    for what in ("dtype", "shape", "encoding", "kept", "mask"):
+        if getattr(found, what) != getattr(wanted, what):
+            raise Malformed(f"a shell's tensor {wanted.name!r} is not what the masks keep: its {what}", "$.shells")
 
 
 def _subtract(view: Floats, values: Floats) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = False) -> list[str]:
+def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = False, timings: str = "") -> list[str]:
     """Give what follows ``python -m``.
 
     Args:
@@ -11,10 +11,13 @@ def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = 
         engine: Which engine; empty for the best that is installed.
         threads: Cores that training may use.
         preload: Load the engine before the first order (a worker that is kept warm) rather than with it.
+        timings: File for what workers find out about this device's speed; empty to find it out each time.
     """
     words = ["edge_runtime.worker", "--data", source, "--threads", str(threads)]
     if engine:
         words += ["--engine", engine]
+    if timings:
+        words += ["--timings", timings]
     return [*words, "--preload"] if preload else words
 
 

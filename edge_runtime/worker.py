@@ -29,11 +29,13 @@ from edge_runtime.data import Dataset, Source, load
 from edge_runtime.engines import Engine, Make, open_engine
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
+from edge_runtime.holding import choice, price
 from edge_runtime.memory import plan as planning
 from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, settle_allocator, wall
+from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
 from edge_runtime.rules import still
-from wire import forms, memory, zoo
+from wire import zoo
 from wire.child import die_with_parent
 from wire.errors import (
     BudgetExceeded,
@@ -47,7 +49,8 @@ from wire.errors import (
     Unsupported,
 )
 from wire.job import Done, Failed, Job, Progress, Ready, read_frame, write_frame
-from wire.messages import BlobRef, Reason, Recipe, Usage
+from wire.maskfile import Held, read_masks
+from wire.messages import Reason, Recipe, Usage
 from wire.schema import from_plain
 from wire.spec import ModelSpec, Structure, decode, tensor_shapes
 from wire.tensor import Coding, write_blob
@@ -58,7 +61,14 @@ WHOLE = Structure()
 
 
 def perform(
-    job: Job, data: Dataset, report: Report | None = None, *, engine: str = "", gauge: Gauge | None = None
+    job: Job,
+    data: Dataset,
+    report: Report | None = None,
+    *,
+    engine: str = "",
+    gauge: Gauge | None = None,
+    pinned: bool = False,
+    timings: Path | None = None,
 ) -> Done | Failed:
     """Do one order. The same job over the same data gives the same bytes again on one thread.
 
@@ -69,8 +79,11 @@ def perform(
         report: Told of progress at most every 0.2 s.
         engine: Which engine; empty for the best that is installed.
         gauge: Measures this process and puts up the memory wall; without it the reported peak is the predicted one.
+        pinned: Choose how masked weights are held by their density alone, not by timing, so that the same job over the same
+            data gives the same bytes with masks too.
+        timings: File for what is found out about this device's speed; None to keep it in this process only.
     """
-    work = _Work(job, data, engine, gauge, report, _throttled(report, gauge))
+    work = _Work(job, data, engine, gauge, report, _throttled(report, gauge), pinned, timings)
     try:
         if job.order.verb == "train":
             return _train(work)
@@ -108,6 +121,8 @@ class _Work:
     gauge: Gauge | None
     report: Report | None
     tell: Callable[[float, float], None]
+    pinned: bool = False
+    timings: Path | None = None
     started: float = 0.0
     bytes_needed: int = 0
     bytes_predicted: int = 0
@@ -129,7 +144,7 @@ class _Work:
 
     def open(self) -> Engine:
         """Make an empty engine; only then is the base taken, since the first use of a library costs memory of its own."""
-        make = _warm(self.engine, self.job.threads)
+        make = _warm(self.engine, self.job.threads, self.timings)
         engine = make()
         self.settle(engine.name)
         if self.report is not None:
@@ -151,61 +166,67 @@ def _train(work: _Work) -> Done:
     update, keep = out / f"{order.id}.update", out / f"{order.id}.keep"
     if not rule.NEEDS_ENGINE:
         work.settle("")
-        shapes = tensor_shapes(spec, structure)
+        held = read_masks(work.job.masks, spec, structure)
+        shapes = tensor_shapes(spec, structure) | {name: (kept,) for name, kept in structure.kept.items()}
         moves = {name: still.update(order.recipe, order.round, shape) for name, shape in shapes.items()}
-        ref = write_blob(update, "update", moves, coding=Coding(form=order.recipe.form))
+        ref = write_blob(update, "update", moves, coding=Coding(form=order.recipe.form, outline=held.outline))
         return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(0, ""))
     x, y = _part(spec, work.data, "train")
     micro_batch = _micro_batch(work, spec)
-    received = Received(spec, structure, work.job.shells)
-    weights, metrics, name = _trained(work, (spec, structure, received), rule, (x, y), micro_batch)
-    model = personal.Personal(spec, structure, weights)
-    ref, keep_ref = _write(work.job, model, received, update, keep)
+    outgoing, received, metrics, name = _trained(work, (spec, structure), rule, (x, y), micro_batch)
+    ref, keep_ref = outgoing.write(work.job.keep, received, update, keep)
     usage = work.usage(micro_batch, name)
     return Done(structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
 
 
-def _write(job: Job, model: personal.Personal, received: Received, update: Path, keep: Path) -> tuple[BlobRef, BlobRef]:
-    """Write update and state. In a form that loses something, what it lost the last time is added, and what it loses kept."""
-    form = job.order.recipe.form
-    if not form:
-        keep_ref = personal.write(keep, model)
-        received.subtract_from(model.arrays)
-        personal.add_carried(job.keep, model.structure, model.arrays)  # of a round before, which had a form
-        return write_blob(update, "update", model.arrays), keep_ref
-    moves = {name: array.copy() for name, array in model.arrays.items()}
-    received.subtract_from(moves)
-    personal.add_carried(job.keep, model.structure, moves)
-    ref = write_blob(update, "update", moves, coding=Coding(form=form))
-    for array in moves.values():
-        array[...] = forms.lost(array, form)
-    return ref, personal.write(keep, model, moves)
-
-
 def _trained(
     work: _Work,
-    model: tuple[ModelSpec, Structure, Received],
+    model: tuple[ModelSpec, Structure],
     rule: rules.Rule,
     train: tuple[Floats, Labels],
     micro_batch: int,
-) -> tuple[dict[str, Floats], dict[str, float], str]:
-    """Give the trained weights, the metrics and the engine's name; gradients and copies are freed on the way out."""
-    order, (spec, structure, received) = work.job.order, model
-    engine = work.open()
-    engine.load(spec, structure)
-    received.fill(engine.params)
+) -> tuple[Outgoing, Received, dict[str, float], str]:
+    """Give what was trained, the metrics and the engine's name; gradients and copies are freed on the way out."""
+    order, (spec, structure) = work.job.order, model
+    engine, received, held = _loaded(work, spec, structure, micro_batch)
     if not finite(engine.params):
         raise NonFinite("a weight that was received is no number")
     metrics: dict[str, float] = {}
     test = _part(spec, work.data, "test") if len(work.data.test[0]) else None
     if test is not None:
         metrics["accuracy.before"], metrics["loss.before"] = _score(engine, test, micro_batch)
-    trained = rule.train(rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell))
+    own = personal.own(work.job.keep, spec)
+    task = rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own)
+    trained = rule.train(task)
     if test is not None:
         metrics["accuracy.after"], metrics["loss.after"] = _score(engine, test, micro_batch)
     if trained.losses:
         metrics["loss"], metrics["loss.first"] = trained.losses[-1], trained.losses[0]
-    return engine.params, metrics, engine.name
+    arrays = engine.params
+    if held.masks:
+        shapes = tensor_shapes(spec, structure)
+        arrays = {name: engine.read(name) for name in arrays}
+        arrays = {name: line if name in held.masks else line.reshape(shapes[name]) for name, line in arrays.items()}
+    outgoing = Outgoing(spec, structure, held, arrays, trained, order.recipe.form)
+    return outgoing, received, {**metrics, **trained.metrics}, engine.name
+
+
+def _loaded(work: _Work, spec: ModelSpec, structure: Structure, micro_batch: int) -> tuple[Engine, Received, Held]:
+    """Give an engine with the order's weights, where they came from, and their masks."""
+    held = read_masks(work.job.masks, spec, structure)
+    received = Received(spec, structure, work.job.shells, held)
+    engine = work.open()
+    if not held.masks:
+        engine.load(spec, structure)
+        received.fill(engine.params)
+        return engine, received, held
+    engine.load(spec, structure, None, held.masks, choice(work.job, spec, structure, micro_batch, pinned=work.pinned))
+    for name, values in received.lines():
+        engine.write(name, values)
+    dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
+    if dense:
+        work.bytes_predicted = price(work.job, spec, structure, micro_batch, dense).peak
+    return engine, received, held
 
 
 def _evaluate(work: _Work) -> Done:
@@ -214,9 +235,7 @@ def _evaluate(work: _Work) -> Done:
     widest = max(order.structures, key=lambda s: s.capacity)
     test = _part(spec, work.data, "test")
     batch = _micro_batch(work, spec)
-    engine = work.open()
-    engine.load(spec, widest)
-    Received(spec, widest, work.job.shells).fill(engine.params)
+    engine, _, _ = _loaded(work, spec, widest, batch)
     metrics: dict[str, float] = {}
     for done, structure in enumerate(sorted(order.structures, key=lambda s: s.capacity), 1):
         width = engine if structure == widest else engine.narrow(structure)
@@ -272,10 +291,7 @@ def _micro_batch(work: _Work, spec: ModelSpec) -> int:
         raise BudgetExceeded(fits.detail)
     micro_batch = job.micro_batch or fits.micro_batch
     widest = max(job.order.structures, key=lambda s: s.capacity)
-    if job.order.verb == "train":
-        prediction = memory.predict(spec, widest, job.order.recipe, micro_batch)
-    else:
-        prediction = memory.predict_evaluation(spec, widest, micro_batch)
+    prediction = price(job, spec, widest, micro_batch)
     work.bytes_predicted, work.bytes_needed = prediction.peak, prediction.bound
     return micro_batch
 
@@ -300,9 +316,9 @@ def _throttled(report: Report | None, gauge: Gauge | None) -> Callable[[float, f
 
 
 @functools.cache
-def _warm(name: str, threads: int) -> Make:
+def _warm(name: str, threads: int, timings: Path | None = None) -> Make:
     """Load an engine and train one tiny step: the first use of each kind of layer pages in code and builds kernels."""
-    make = open_engine(name, threads)
+    make = open_engine(name, threads, timings)
     spec = zoo.by_name("lenet-5")
     engine = make()
     engine.load(spec, WHOLE, {t: np.zeros(shape, np.float32) for t, shape in tensor_shapes(spec, WHOLE).items()})
@@ -324,6 +340,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="a Source as JSON")
     parser.add_argument("--engine", default="", help="which engine; default: the best that is installed")
     parser.add_argument("--threads", type=int, default=1, help="cores that training may use")
+    parser.add_argument("--timings", type=Path, help="file for what is found out about this device's speed")
     parser.add_argument("--preload", action="store_true", help="load the engine before the first order")
     options = parser.parse_args(words)
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -333,22 +350,23 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         data = load(from_plain(Source, json.loads(options.data), strict=True))
         if options.preload:
-            _warm(options.engine, options.threads)
+            _warm(options.engine, options.threads, options.timings)
     except (NestlingError, ValueError) as error:
         write_frame(answers, Failed("data" if isinstance(error, DataError) else "unsupported", str(error)[:2000], 0, 0))
         return 2
     gauge = Gauge()
     shape = tuple(data.input_shape)
     write_frame(answers, Ready(options.engine, gauge.bytes_base, len(data.train[0]), data.classes, shape))
-    return _serve(orders, answers, data, options.engine, gauge)
+    work = functools.partial(perform, data=data, engine=options.engine, gauge=gauge, timings=options.timings)
+    return _serve(orders, answers, work, gauge)
 
 
-def _serve(orders: IO[bytes], answers: IO[bytes], data: Dataset, engine: str, gauge: Gauge) -> int:
+def _serve(orders: IO[bytes], answers: IO[bytes], work: Callable[..., Done | Failed], gauge: Gauge) -> int:
     while (job := read_frame(orders)) is not None:
         if not isinstance(job, Job):
             raise Malformed(f"a worker was sent a {type(job).__name__}")
         try:
-            answer = perform(job, data, lambda progress: write_frame(answers, progress), engine=engine, gauge=gauge)
+            answer = work(job, report=lambda progress: write_frame(answers, progress))
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent hears it before this process ends
             traceback.print_exc()
             write_frame(answers, Failed("crash", f"{type(error).__name__}: {error}"[:2000], 0, gauge.peak()))

@@ -77,8 +77,8 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
     """Write what a mask keeps, in the cheapest encoding that the reader can read.
 
     Args:
-        array: Values, of any shape.
-        mask: What is kept, of the same shape.
+        array: Values of the mask's shape, or the kept ones alone in C order.
+        mask: What is kept.
         form: How the values are written.
         known: Digest of `mask` when the reader holds it.
         base: An older mask that the reader holds.
@@ -86,21 +86,24 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
 
     Cost: one pass over the mask and its values (two where bits and gaps are both tried); the kept values and the coded mask.
     """
-    flat, where = np.ravel(array), np.ravel(mask)
+    where = np.ravel(mask)
     kept = int(np.count_nonzero(where))
+    flat = np.ravel(array) if array.shape == mask.shape else None
     if known:
-        return Coded("values", [forms.written(gather(where, flat), form)], kept, mask=known, form=form)
+        values = gather(where, flat) if flat is not None else array
+        return Coded("values", [forms.written(values, form)], kept, mask=known, form=form)
     sized = forms.size(form, kept, array.itemsize)
-    dense = forms.size(form, array.size, array.itemsize)
-    best, gathered = _mask_code(flat, where, kept, array.shape, pack=pack)
+    dense = forms.size(form, mask.size, array.itemsize)
+    best, gathered = _mask_code(flat, where, kept, mask.shape, pack=pack)
     if base is not None and pack:
         changes = _packed("delta", to_gaps(where ^ np.ravel(base))[0], kept)
         if cost(changes) < cost(best):
             best = changes
-    if dense <= cost(best) + sized:
-        kept_alone = np.where(where, flat, flat.dtype.type(0)).astype(flat.dtype, copy=False)
-        return code_dense(kept_alone, form)  # what is not kept is lost here too
-    values = gathered if gathered is not None else gather(where, flat)
+    if dense <= cost(best) + sized and form != "ones":
+        whole = np.zeros(mask.size, array.dtype)  # what is not kept is lost here too
+        whole[where] = array if flat is None else flat[where]
+        return code_dense(whole, form)
+    values = array if flat is None else gathered if gathered is not None else gather(where, flat)
     digest = mask_digest(base) if best.encoding == "delta" and base is not None else ""
     return replace(best, parts=[*best.parts, forms.written(values, form)], mask=digest, form=form)
 
@@ -110,8 +113,10 @@ def cost(coded: Coded) -> int:
     return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in coded.parts)
 
 
-def _mask_code(flat: Array, where: Mask, kept: int, shape: Sequence[int], *, pack: bool) -> tuple[Coded, Array | None]:
-    """Code a mask alone, and gather its values where that costs no pass of its own."""
+def _mask_code(
+    flat: Array | None, where: Mask, kept: int, shape: Sequence[int], *, pack: bool
+) -> tuple[Coded, Array | None]:
+    """Code a mask alone, and gather its values, if they are given, where that costs no pass of its own."""
     bitmap, index = -(-len(where) // 8), index_bytes(shape, kept)
     if not pack and bitmap <= index:
         return Coded("bitmap", [to_bits(where)], kept), None

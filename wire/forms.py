@@ -8,6 +8,7 @@ bfloat16   ``2 k``              the upper half of a float32, rounded to nearest,
 float16    ``2 k``              IEEE 754 binary16, rounded likewise; beyond its range the largest finite value
 int8       ``4 ceil(k/256) +    per block of 256 values a float32 scale s, all of them first; then a code of
            k``                  -127..127 per value, which stands for code times s
+ones       0                    every kept value is 1: a tensor that is its mask
 ========== ==================== ===========================================================================
 """
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from wire.errors import Malformed, NonFinite, Unsupported
 
-FORMS = ("", "bfloat16", "float16", "int8")
+FORMS = ("", "bfloat16", "float16", "int8", "ones")
 BLOCK = 256
 _AT_ONCE = 1 << 17  # values; a multiple of BLOCK
 _HALF_MAX = 65504.0
@@ -32,6 +33,8 @@ def size(form: str, kept: int, itemsize: int) -> int:
     """Count the bytes of so many values."""
     if form == "int8":
         return 4 * -(-kept // BLOCK) + kept
+    if form == "ones":
+        return 0
     return kept * (2 if form else itemsize)
 
 
@@ -53,6 +56,8 @@ def written(values: Floats, form: str) -> NDArray[Any]:
         return result
     if form == "int8":
         return _blocks(values)
+    if form == "ones":
+        return np.empty(0, np.uint8)
     raise Unsupported(f"values cannot be written as {form!r}; known: {', '.join(FORMS[1:])}")
 
 
@@ -63,6 +68,8 @@ def read(data: NDArray[np.uint8], form: str, kept: int) -> Floats:
         return np.asarray(bits.view(np.float32))
     if form == "float16":
         return data.view("<f2").astype(np.float32)
+    if form == "ones":
+        return np.ones(kept, np.float32)
     if form != "int8":
         raise Unsupported(f"values in the form {form!r}")
     blocks = -(-kept // BLOCK)

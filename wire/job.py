@@ -38,6 +38,7 @@ class Job:
         bytes_budget: Memory that the work may take above base.
         micro_batch: Samples that go through the model at once; 0 leaves the choice to the worker.
         threads: Cores to use.
+        masks: File of the masks; empty when every weight is kept.
     """
 
     order: Order
@@ -48,6 +49,7 @@ class Job:
     bytes_budget: Natural
     micro_batch: Natural
     threads: Positive
+    masks: FilePath = ""
 
 
 @dataclass(frozen=True, slots=True)

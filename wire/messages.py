@@ -21,6 +21,7 @@ PIECES_MAX = 262_144
 
 Verb = Literal["train", "score", "calibrate", "evaluate"]
 Form = Literal["", "bfloat16", "float16", "int8"]
+Loss = Literal["cross_entropy", "binary_cross_entropy", "sum"]
 Reason = Literal["memory", "oom", "crash", "stalled", "data", "unsupported", "nonfinite", "cancelled", "busy"]
 
 
@@ -125,8 +126,12 @@ class Recipe:
         decay: L2 weight decay.
         clip: Greatest Euclidean norm of a step's gradient; 0 for no clipping.
         seed: Root of all randomness of this order.
-        knobs: What else the rule understands.
+        knobs: What else the rule understands. All that move weights by the recipe alone know ``adam``: above 0 they do it by
+            Adam (Kingma and Ba, ICLR 2015) with its usual constants, fresh in every order, and make no use of `momentum`.
         form: How the update's values are written (see `forms`); what that loses is added to the device's next update.
+        steps: Updates in all, over as many passes as that takes; 0 for as many as `epochs` make.
+        loss: ``cross_entropy`` of the softmax; ``binary_cross_entropy`` of each output against one-hot targets, the mean
+            over classes and samples (PruneFL's public code); ``sum`` of all outputs, which knows no labels (SynFlow).
     """
 
     rule: Name = "sgd"
@@ -139,6 +144,8 @@ class Recipe:
     seed: Natural = 0
     knobs: Mapping[Name, float] = field(default_factory=dict)
     form: Form = ""
+    steps: Natural = 0
+    loss: Loss = "cross_entropy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +164,7 @@ class Order:
         recipe: How to train.
         bytes_peak: Predicted peak above base at the recipe's full batch.
         seconds: Time until the coordinator stops waiting.
+        masks: What is kept of which weights, a blob of kind ``masks``; None where the structure has no masks.
     """
 
     id: Token
@@ -170,11 +178,13 @@ class Order:
     recipe: Recipe
     bytes_peak: Natural = 0
     seconds: Amount = 0.0
+    masks: BlobRef | None = None
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
         """All blobs that the order needs."""
-        return (self.spec, *self.shells)
+        masks = () if self.masks is None else (self.masks,)
+        return (self.spec, *masks, *self.shells)
 
 
 @dataclass(frozen=True, slots=True)

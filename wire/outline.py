@@ -39,15 +39,16 @@ class Outline:
 
 
 def outline_of(tensors: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]) -> Outline:
-    """Describe tensors and what is kept of them. Cost: one pass over the masks, to name them."""
+    """Describe tensors, or their kept values, and what is kept of them. Cost: one pass over the masks, to name them."""
     entries = []
     for index, (name, array) in enumerate(tensors.items()):
         mask = masks.get(name)
+        shape = array.shape if mask is None else mask.shape
         entries.append(
             Entry(
                 name=name,
                 dtype=array.dtype.name,
-                shape=array.shape,
+                shape=shape,
                 encoding="dense" if mask is None else "values",
                 parts=(index,),
                 kept=array.size if mask is None else int(np.count_nonzero(mask)),

@@ -34,9 +34,13 @@ WEIGHTS_MAX = 1 << 31
 _SIDE_MAX = 1 << 16
 _STEP = 1_000_003
 
-OPS = ("linear", "conv2d", "relu", "tanh", "sigmoid", "max_pool2d", "avg_pool2d", "flatten", "add", "group_norm")
+OPS = (
+    *("linear", "conv2d", "group_norm", "relu", "tanh", "sigmoid", "hard_sigmoid", "hard_swish"),
+    *("max_pool2d", "avg_pool2d", "flatten", "add", "mul"),
+)
 """The closed list. `linear`, `conv2d` and `group_norm` have the params ``weight`` and ``bias``; `conv2d` and the pools have
-the attrs ``kernel``, ``stride`` and (conv2d only) ``padding``, `group_norm` has ``groups``; the rest have neither."""
+the attrs ``kernel``, ``stride`` and (conv2d only) ``padding``, `group_norm` has ``groups``, `conv2d` may have it; the rest
+have neither."""
 
 NORM_EPSILON = 1e-5
 """What `group_norm` adds to a variance before it takes the root."""
@@ -132,17 +136,23 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Which part of a model: a width, that is a prefix of every axis group in wire order. Empty means the whole model.
+    """Which part of a model: a width, that is a prefix of every axis group in wire order, then masks of its tensors.
+
+    Empty means the whole model.
 
     Attributes:
         capacity: Index of the width, 0 being the narrowest.
         widths: Group name to the channel counts of all widths, ascending; a group that is not named is whole.
         ranking: Digest of the levels that define the wire order; empty when nothing is cut.
+        masks: Digest of the masks (`structure.masks_digest`); empty when every weight is kept.
+        kept: Name of each masked tensor to how many of its weights are kept.
     """
 
     capacity: Natural = 0
     widths: Mapping[Name, Counts] = field(default_factory=dict)
     ranking: Annotated[str, Limit(0, 64)] = ""
+    masks: Annotated[str, Limit(0, 64)] = ""
+    kept: Mapping[Name, Natural] = field(default_factory=dict)
 
     def narrowed(self, capacity: int) -> Structure:
         """Give the same ranking at another capacity."""
@@ -222,13 +232,15 @@ def _check_form(node: Node) -> None:
     roles = {"weight", "bias"} if node.op in ("linear", "conv2d", "group_norm") else set()
     attrs = {"kernel", "stride"} if node.op in ("conv2d", "max_pool2d", "avg_pool2d") else set()
     attrs = attrs | {"conv2d": {"padding"}, "group_norm": {"groups"}}.get(node.op, set())
-    for what, wanted, found in (("params", roles, node.params), ("attrs", attrs, node.attrs)):
-        if wanted != set(found):
+    free = {"groups"} if node.op == "conv2d" else set()
+    for what, wanted, found in (("params", roles, set(node.params)), ("attrs", attrs, set(node.attrs) - free)):
+        if wanted != found:
             raise SpecError(f"node {node.name!r} ({node.op}): {what} {sorted(found)}, expected {sorted(wanted)}")
-    if (len(node.inputs) > 1) != (node.op == "add"):
+    many = {"add": range(2, 17), "mul": range(2, 3)}.get(node.op, range(1, 2))
+    if len(node.inputs) not in many:
         raise SpecError(f"node {node.name!r} ({node.op}): {len(node.inputs)} inputs")
     for name in ("kernel", "stride", "groups"):
-        if name in attrs and not 1 <= node.attrs[name] <= _SIDE_MAX:
+        if name in node.attrs and not 1 <= node.attrs[name] <= _SIDE_MAX:
             raise SpecError(f"node {node.name!r} ({node.op}): {name} {node.attrs[name]}, expected 1 to {_SIDE_MAX}")
     if "padding" in attrs and node.attrs["padding"] >= node.attrs["kernel"]:
         raise SpecError(f"node {node.name!r} ({node.op}): padding {node.attrs['padding']} is not below its kernel")
@@ -244,7 +256,10 @@ def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str
     if node.op == "conv2d":
         (out, channels, *kernel) = params["weight"]
         (found, height, width) = first
-        _meet((found,), (channels,), "input channels")
+        groups = conv_groups(node, found, channels)
+        _meet((found,), (channels * groups,), "input channels")
+        if out % groups or (channels == 1 < groups and out != groups):
+            raise ValueError(f"{out} outputs do not meet {groups} groups of {channels}")
         _meet(params["bias"], (out,), "bias")
         _meet(tuple(kernel), (node.attrs["kernel"],) * 2, "kernel")
         padding = node.attrs["padding"]
@@ -262,7 +277,24 @@ def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str
     if node.op == "add":
         for other in inputs[1:]:
             _meet(other, first, "summands")
+    if node.op == "mul" and (len(first) != 3 or inputs[1] != (first[0], 1, 1)):
+        _meet(inputs[1], first, "factors")
     return first
+
+
+def conv_groups(node: Node, channels: int, each: int) -> int:
+    """Count the groups of a convolution, within a structure too.
+
+    Args:
+        node: A `conv2d`.
+        channels: Of its input.
+        each: Second dimension of its weight.
+
+    Returns:
+        What its attribute says; but where every group is one channel there are as many as channels are left.
+    """
+    said = node.attrs.get("groups", 1)
+    return channels if said > 1 and each == 1 else said
 
 
 def _slide(length: int, node: Node, padding: int) -> int:
@@ -282,7 +314,8 @@ def check(spec: ModelSpec) -> ModelSpec:
 
     Names must be unique, groups and inputs must be there, shapes must meet, every tensor must be used. And cutting any
     prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share. Where channels stand
-    must not matter if they can be cut, so that a `group_norm` over these has one group.
+    must not matter if they can be cut, so that a `group_norm` over these has one group, and a `conv2d` one or as many as
+    channels.
 
     Raises:
         SpecError: Naming the place.
@@ -295,8 +328,7 @@ def check(spec: ModelSpec) -> ModelSpec:
         for axis in tensor.axes:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
-    node_shapes(spec, Structure())
-    _check_norms(spec)
+    _check_groups(spec, node_shapes(spec, Structure()))
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))
     if unused:
         raise SpecError(f"tensor {min(unused)!r} is not used by any node")
@@ -310,12 +342,20 @@ def check(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
-def _check_norms(spec: ModelSpec) -> None:
+def _check_groups(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold what a node says of groups against the whole model, and against what may be cut."""
     prunable = {g.name for g in spec.groups if g.prunable}
     cut = {t.name for t in spec.tensors if any(axis.group in prunable for axis in t.axes)}
+    tensors = tensor_shapes(spec, Structure())
     for node in spec.nodes:
-        if node.op == "group_norm" and node.attrs["groups"] > 1 and node.params["weight"] in cut:
-            raise SpecError(f"node {node.name!r} (group_norm): channels that can be cut form one group")
+        groups = node.attrs.get("groups", 1)
+        if groups == 1:
+            continue
+        channels = shapes[node.inputs[0]][0]
+        if node.op == "conv2d" and tensors[node.params["weight"]][1] * groups != channels:
+            raise SpecError(f"node {node.name!r} (conv2d): {channels} input channels do not meet {groups} groups")
+        if node.params["weight"] in cut and not (node.op == "conv2d" and groups == channels):
+            raise SpecError(f"node {node.name!r} ({node.op}): channels that can be cut form one group")
 
 
 def digest(spec: ModelSpec) -> str:

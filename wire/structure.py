@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import Malformed, SpecError
+from wire.masks import Mask, mask_digest
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
 
 Floats = NDArray[np.float32]
@@ -53,6 +54,20 @@ def ranking_digest(levels: Levels) -> str:
         return ""
     pairs = [[name, np.asarray(levels[name], np.uint8).tobytes()] for name in sorted(levels)]
     return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
+
+
+def masks_digest(masks: Mapping[str, Mask]) -> str:
+    """Name masks: SHA-256 (hex) of the msgpack list of ``[tensor, digest of its mask]``, sorted by tensor; empty for none."""
+    if not masks:
+        return ""
+    pairs = [[name, mask_digest(masks[name])] for name in sorted(masks)]
+    return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
+
+
+def masked(masks: Mapping[str, Mask]) -> Structure:
+    """Give the structure that keeps, of the whole model, what masks keep. Cost: one pass over the masks."""
+    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    return Structure(masks=masks_digest(masks), kept=kept)
 
 
 def to_wire(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], levels: Levels) -> dict[str, NDArray[Any]]:

@@ -46,6 +46,7 @@ class Coding:
         bases: Tensor name to an older mask that the reader holds: what has changed is written where that is shorter.
         form: How float32 values are written, one of `forms.FORMS`.
         outline: What the reader knows of all tensors: values only, in one body.
+        exact: Names of tensors that are written in their own type, whatever the form.
         pack: Whether masks may be coded by gaps and packed; without it only the encodings of the papers are used.
     """
 
@@ -53,6 +54,7 @@ class Coding:
     bases: Mapping[str, Mask] = field(default_factory=dict)
     form: str = ""
     outline: Outline | None = None
+    exact: frozenset[str] = frozenset()
     pack: bool = True
 
 
@@ -79,7 +81,7 @@ def write_blob(
         tensors: Name to array of one of `DTYPES`, in the order in which they are to stand.
         meta: Plain values for the header, which may have at most `layout.HEADER_BYTES` in all.
         masks: Tensor name to what is kept of it, of the tensor's shape; the cheapest encoding is chosen. Values that are
-            not kept are lost; kept ones that are zero are not.
+            not kept are lost; kept ones that are zero are not. A tensor may be given as its kept values alone, in C order.
         coding: What the reader is known to hold, and how values are written.
 
     Raises:
@@ -102,7 +104,8 @@ def write_blob(
         for name, array in tensors.items():
             coded = _coded(name, array, masks.get(name), coding)
             parts = list(range(len(bodies), len(bodies) + len(coded.parts)))
-            head["tensors"].append(_entry(name, array, coded, parts))
+            shape = masks[name].shape if name in masks else array.shape
+            head["tensors"].append(_entry(name, (array.dtype.name, shape), coded, parts))
             bodies += [[part] for part in coded.parts]
     try:
         with path.open("wb") as file:
@@ -117,7 +120,13 @@ def write_blob(
 def _values_alone(
     tensors: Mapping[str, Array], masks: Mapping[str, Mask], coding: Coding, outline: Outline
 ) -> list[Array | bytes]:
-    """Give the values of all tensors, one after another, once they are seen to be those of the outline."""
+    """Give the values of all tensors, one after another, once they are seen to be those of the outline.
+
+    Where all come as kept values alone no mask is needed, and none is looked at.
+    """
+    wanted = {entry.name: (entry.dtype, entry.kept) for entry in outline.entries}
+    if not masks and wanted == {name: (array.dtype.name, array.size) for name, array in tensors.items()}:
+        return [forms.written(np.ravel(tensors[entry.name]), coding.form) for entry in outline.entries]
     if outline_of(tensors, masks) != outline:
         raise DigestMismatch("these are not the tensors and masks of the outline")
     known = {entry.name: entry.mask for entry in outline.entries}
@@ -130,25 +139,27 @@ def _coded(name: str, array: Array, mask: Mask | None, coding: Coding) -> Coded:
     if dtype not in DTYPES:
         raise Unsupported(f"tensor {name!r} is {dtype}; a blob holds {', '.join(DTYPES)}")
     array = array.astype(DTYPES[dtype], copy=False)
-    form = coding.form if dtype == "float32" else ""
+    form = coding.form if dtype == "float32" and name not in coding.exact else ""
     known, base = coding.known.get(name, ""), coding.bases.get(name)
     if mask is None:
         if known:
             raise Malformed(f"tensor {name!r} has the digest of a mask, but not the mask")
         return code_dense(array, form)
+    alone = array.ndim == 1 and array.size == np.count_nonzero(mask)
     for found, what in ((mask, "mask"), (base, "old mask")):
-        if found is not None and (found.shape != array.shape or found.dtype != np.bool_):
-            raise Malformed(f"the {what} of tensor {name!r} is {found.dtype}{found.shape}, expected bool{array.shape}")
+        shape = mask.shape if alone else array.shape
+        if found is not None and (found.shape != shape or found.dtype != np.bool_):
+            raise Malformed(f"the {what} of tensor {name!r} is {found.dtype}{found.shape}, expected bool{shape}")
     if known and mask_digest(mask) != known:
         raise DigestMismatch(f"the mask of tensor {name!r} is {mask_digest(mask)}, not {known}")
     return code_masked(array, mask, form=form, known=known, base=base, pack=coding.pack)
 
 
-def _entry(name: str, array: Array, coded: Coded, parts: list[int]) -> dict[str, Any]:
+def _entry(name: str, what: tuple[str, tuple[int, ...]], coded: Coded, parts: list[int]) -> dict[str, Any]:
     entry = {
         "name": name,
-        "dtype": array.dtype.name,
-        "shape": list(array.shape),
+        "dtype": what[0],
+        "shape": list(what[1]),
         "encoding": coded.encoding,
         "parts": parts,
         "kept": coded.kept,
@@ -235,6 +246,14 @@ class Blob:
         if where.dtype == np.bool_:
             where = np.flatnonzero(where)
         return where.astype(np.int64, copy=False), self._values(entry)
+
+    def values(self, name: str) -> Array:
+        """Give the kept values alone ``(kept,)``, in C order and read-only; who knows the mask needs nothing else.
+
+        Raises:
+            Malformed: There is no such tensor.
+        """
+        return self._values(self.entry(name))
 
     def mask(self, name: str, mask: Mask | None = None) -> Mask:
         """Give what is kept of a tensor, in its shape; for a receiver that will be sent values only, or changes, later.
@@ -324,6 +343,8 @@ def _outlined(head: Head, outline: Outline | None) -> tuple[Entry, ...]:
         raise Malformed("a header has either tensors or the digest of an outline", "$[0].like")
     if outline is None or outline.digest != head.like:
         raise MaskUnknown(f"this blob needs outline {head.like.hex()}")
+    if not head.form:
+        return outline.entries
     return tuple(replace(entry, form=head.form if entry.dtype == "float32" else "") for entry in outline.entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from typing import Any, cast
@@ -10,8 +11,19 @@ from coordinator.algorithm import Algorithm
 from wire.errors import ConfigError
 
 ALGORITHMS: dict[str, str] = {
+    "dpf": "coordinator.algorithms.dpf",
     "fedavg": "coordinator.algorithms.fedavg",
+    "feddip": "coordinator.algorithms.feddip",
     "nestfl": "coordinator.algorithms.nestfl",
+    "prunefl": "coordinator.algorithms.prunefl",
+    "online": "coordinator.algorithms.online",
+    "prunetrain": "coordinator.algorithms.prunetrain",
+    "lotteryfl": "coordinator.algorithms.lotteryfl",
+    "snip": "coordinator.algorithms.snip",
+    "synflow": "coordinator.algorithms.synflow",
+    "iterative": "coordinator.algorithms.iterative",
+    "fixed": "coordinator.algorithms.fixed",
+    "taper": "coordinator.algorithms.taper",
 }
 """Name to module."""
 
@@ -42,4 +54,4 @@ def _module(name: str) -> Any:
 
 def _facts(module: Any) -> dict[str, Any]:
     summary, _, text = (inspect.getdoc(module) or "").partition("\n")
-    return {"summary": summary, "text": text.strip(), "params": dict(module.PARAMS)}
+    return {"summary": summary, "text": text.strip(), "params": dict(module.PARAMS), **dataclasses.asdict(module.ABOUT)}

@@ -12,17 +12,18 @@ from types import MappingProxyType
 
 import numpy as np
 
-from coordinator.algorithm import Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import shares
-from coordinator.recipes import cooled, merged, recipe_of
+from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import Malformed
 from wire.memory import fit
 from wire.spec import ModelSpec, Structure
 from wire.structure import paste_add
 
+ABOUT = About("McMahan et al., AISTATS 2017", "baseline", "tests/unit/test_fedavg.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
-        "cooling": 1.0,
+        "schedule": "constant",
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
         "recipe.batch": 32.0,
@@ -38,7 +39,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
-    cooled(recipe_of(known), float(known["cooling"]), 1)
+    scheduled(recipe_of(known), str(known["schedule"]), 1)
     return State(spec, 0, dict(weights), scalars={"params": known})
 
 
@@ -47,7 +48,7 @@ def plan(
 ) -> tuple[State, tuple[Draft, ...]]:
     """See `coordinator.algorithm.Algorithm.plan`."""
     params = state.scalars["params"]
-    recipe = cooled(recipe_of(params), float(params["cooling"]), round_number)
+    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
     drafts = []
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))

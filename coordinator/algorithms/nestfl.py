@@ -22,22 +22,23 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.algorithm import Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import add_partitions, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import kept_counts, partition, rank
-from coordinator.recipes import cooled, merged, recipe_of
+from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
 from wire.memory import fit
 from wire.spec import ModelSpec, Structure
 from wire.structure import ranking_digest, to_canonical, to_wire
 
+ABOUT = About("NestFL, MobiCom 2022 (poster)", "paper", "tests/unit/test_nestfl.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
         "angle": 5.0,
-        "cooling": 1.0,
+        "schedule": "constant",
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
         "recipe.batch": 32.0,
@@ -57,7 +58,7 @@ _WIDTHS_MAX = 64
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
-    cooled(recipe_of(known), float(known["cooling"]), 1)
+    scheduled(recipe_of(known), str(known["schedule"]), 1)
     fractions = _fractions(str(known["fractions"]))
     widths = {g.name: kept_counts(g.size, fractions) for g in spec.groups if g.prunable}
     if not widths:
@@ -74,7 +75,7 @@ def plan(
     params = state.scalars["params"]
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
-    recipe = cooled(recipe_of(params), float(params["cooling"]), round_number)
+    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
     whole = _whole(state)
     structures = [whole.narrowed(k) for k in range(whole.capacity + 1)]
     drafts = []

@@ -19,22 +19,7 @@ def run_simulation(args: argparse.Namespace) -> int:
     Raises:
         NestlingError: Something that was asked for cannot work; the text says what to write.
     """
-    config = Config(
-        algo=args.algo,
-        model=args.model,
-        data=args.data,
-        partition=args.partition,
-        fleet=args.fleet,
-        weather=args.weather,
-        devices=args.devices,
-        rounds=args.rounds,
-        seed=args.seed,
-        terms=Terms(args.select, args.quorum, args.seconds),
-        params={
-            **_settings(args.param, "--param"),
-            **{f"recipe.{k}": v for k, v in _settings(args.recipe, "--recipe").items()},
-        },
-    )
+    config = config_of(args)
     bare = args.json is not None and str(args.json) == "-"
     if bare:
         result = simulate(config)
@@ -49,7 +34,31 @@ def run_simulation(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(words: list[str], flag: str) -> dict[str, float | str]:
+def config_of(args: argparse.Namespace) -> Config:
+    """Read what to simulate from the flags.
+
+    Raises:
+        ConfigError: A change is no ``NAME=VALUE``.
+    """
+    return Config(
+        algo=args.algo,
+        model=args.model,
+        data=args.data,
+        partition=args.partition,
+        fleet=args.fleet,
+        weather=args.weather,
+        devices=args.devices,
+        rounds=args.rounds,
+        seed=args.seed,
+        terms=Terms(args.select, args.quorum, args.seconds),
+        params={
+            **settings(args.param, "--param"),
+            **{f"recipe.{k}": v for k, v in settings(args.recipe, "--recipe").items()},
+        },
+    )
+
+
+def settings(words: list[str], flag: str) -> dict[str, float | str]:
     """Read ``NAME=VALUE`` pairs.
 
     Raises:

@@ -1,17 +1,122 @@
-"""Virtual fleets by name: how much memory, how fast, how far from the coordinator."""
+"""Virtual fleets by name: how much memory, how fast, how far from the coordinator.
+
+A fleet is a builder here, whose budgets follow the model, or a file in ``profiles`` (or anywhere: give its path) with
+machines that take turns. How long an order takes on a machine is said in one of three ways, the first that the file has
+for the model:
+
+* coefficients as PruneFL publishes them: seconds of a step, and seconds more per kept weight of each layer;
+* a table of measured seconds, by the share of the dense step's operations that a step has;
+* operations per second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated
 
-from wire.errors import ConfigError
+import numpy as np
+
+from coordinator.simulate import flops
+from wire.errors import ConfigError, Malformed
 from wire.memory import predict, uniform
-from wire.messages import Recipe
-from wire.spec import ModelSpec
+from wire.messages import Order, Recipe
+from wire.schema import Amount, Limit, Name, Natural, Positive, Text, from_plain
+from wire.spec import ModelSpec, Structure
 
 KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Fractions of the channels that the budgets of an uneven fleet are made for."""
+_FOLDER = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Seconds of a training step, linear in the kept weights: ``constant + sum(seconds * kept)`` over the layers.
+
+    Attributes:
+        dense: Seconds of a step of the model without masks, in its dense form.
+        constant: Seconds of a step that keeps nothing.
+        weights: Seconds more for each kept weight, by layer in the order of the model.
+        batch: Samples of that step; more or fewer take proportionally longer or shorter.
+    """
+
+    dense: Amount
+    constant: Amount
+    weights: Annotated[tuple[Amount, ...], Limit(1, 4096)]
+    batch: Positive
+
+    def seconds(self, spec: ModelSpec, structure: Structure, *, dense_gradient: bool) -> float:
+        """Give the seconds of one step of `batch` samples; a dense gradient is in the published constant."""
+        del dense_gradient
+        if not structure.masks:
+            return self.dense
+        found = flops.layers(spec, structure)
+        return self.constant + sum(s * layer.kept for s, layer in zip(self.weights, found, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measured step of a masked model: the share of the dense step's operations that it has, and its seconds."""
+
+    share: Amount
+    seconds: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Measured seconds of a training step.
+
+    Attributes:
+        dense: Of the model without masks.
+        points: Of masked ones, by ascending share; between two of them the seconds are interpolated, beyond the ends they
+            stay. Where masks keep the same fraction everywhere, the share is that density.
+        batch: Samples of that step; more or fewer take proportionally longer or shorter.
+    """
+
+    dense: Amount
+    batch: Positive
+    points: Annotated[tuple[Point, ...], Limit(0, 64)] = ()
+
+    def seconds(self, spec: ModelSpec, structure: Structure, *, dense_gradient: bool) -> float:
+        """Give the seconds of one step of `batch` samples."""
+        if not structure.masks or not self.points:
+            return self.dense
+        part = flops.per_sample(spec, structure, dense_gradient=dense_gradient)
+        share = part / flops.per_sample(spec, Structure())
+        return float(np.interp(share, [p.share for p in self.points], [p.seconds for p in self.points]))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of machine, as a file says it.
+
+    Attributes:
+        bytes_budget: Memory that an order may take; 0 for what the whole model takes.
+        flops: Operations per second in training.
+        bandwidth_down: Bytes per second that it receives.
+        bandwidth_up: Bytes per second that it sends.
+        coefficients: Model's name to its published seconds.
+        measured: Model's name to its measured seconds.
+    """
+
+    bytes_budget: Natural
+    flops: Amount
+    bandwidth_down: Amount
+    bandwidth_up: Amount
+    coefficients: Mapping[Name, Coefficients] = field(default_factory=dict)
+    measured: Mapping[Name, Measured] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A file of `profiles`: machines of its own, or the names of other files whose machines take turns."""
+
+    about: Text
+    machines: Annotated[tuple[Kind, ...], Limit(0, 4096)] = ()
+    mix: Annotated[tuple[Name, ...], Limit(0, 4096)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +129,7 @@ class Machine:
         flops: Floating-point operations per second in training.
         bandwidth_down: Bytes per second that it receives.
         bandwidth_up: Bytes per second that it sends.
+        step: Seconds of a step of this model, where they are known better than by `flops`.
     """
 
     name: str
@@ -31,6 +137,7 @@ class Machine:
     flops: float
     bandwidth_down: float
     bandwidth_up: float
+    step: Coefficients | Measured | None = None
 
     def seconds_down(self, size: int) -> float:
         """Give the time to receive so many bytes."""
@@ -41,23 +148,108 @@ class Machine:
         return size / self.bandwidth_up
 
 
+def seconds_of_work(machine: Machine, spec: ModelSpec, order: Order, samples: int) -> float:
+    """Give the time that an order takes on a machine that holds so many training samples, transfers apart."""
+    if machine.step is None or order.verb not in ("train", "score"):
+        return flops.flops(spec, order, samples) / machine.flops
+    seconds = partial(machine.step.seconds, spec, order.structures[0])
+    dense = flops.passes_with_all_gradients(order.recipe, samples)
+    rest = flops.passes(order.recipe, samples) - dense
+    return (
+        rest * seconds(dense_gradient=False) + (dense and dense * seconds(dense_gradient=True))
+    ) / machine.step.batch
+
+
+def bytes_down(order: Order, held: Collection[str]) -> int:
+    """Count the bytes that a device fetches for an order: the blobs that it does not hold.
+
+    Args:
+        order: The order.
+        held: Digests of what the device has, which are the blobs of its last order (an agent drops all others).
+    """
+    return sum(ref.size for ref in order.blobs if ref.digest not in held)
+
+
 def make(profile: str, count: int, spec: ModelSpec, recipe: Recipe) -> tuple[Machine, ...]:
     """Build a fleet.
 
     Args:
-        profile: One of `PROFILES`.
+        profile: One of `names`, or the path of a file like those in ``profiles``.
         count: Devices.
         spec: The model that the budgets are measured by.
         recipe: How it will be trained; it decides what a width costs.
 
     Raises:
-        ConfigError: There is no such profile, or no device.
+        ConfigError: There is no such profile, it does not fit the model, or there is no device.
     """
-    if profile not in PROFILES:
-        raise ConfigError(f"fleet {profile!r}: there are {', '.join(PROFILES)}")
     if count < 1:
         raise ConfigError(f"devices = {count}: write at least 1")
-    return PROFILES[profile](budgets(spec, recipe, count))
+    if profile in PROFILES:
+        return PROFILES[profile](budgets(spec, recipe, count))
+    found = kinds(profile)
+    whole = predict(spec, Structure(), recipe).bound
+    return tuple(_machine(f"device-{i + 1}", found[i % len(found)], spec, whole) for i in range(count))
+
+
+def names() -> tuple[str, ...]:
+    """List the profiles that have a name."""
+    return (*PROFILES, *sorted(path.stem for path in _FOLDER.glob("*.json")))
+
+
+def text_of(profile: str) -> str:
+    """Give all that decides a profile which is a file, the files that it mixes included; empty for a builder.
+
+    Raises:
+        ConfigError: There is no such profile.
+    """
+    if profile in PROFILES:
+        return ""
+    read = _read(profile)
+    return _path(profile).read_text("utf-8") + "".join(text_of(name) for name in read.mix)
+
+
+def kinds(profile: str) -> tuple[Kind, ...]:
+    """Give the machines of a file, in the order in which they take turns.
+
+    Raises:
+        ConfigError: There is no such file, or it is none.
+    """
+    read = _read(profile)
+    found = (*read.machines, *(kind for name in read.mix for kind in _read(name).machines))
+    if not found:
+        raise ConfigError(f"fleet {profile!r} has no machines")
+    return found
+
+
+@cache
+def _read(profile: str) -> Profile:
+    path = _path(profile)
+    try:
+        read = from_plain(Profile, json.loads(path.read_text("utf-8")), strict=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"fleet {path}: {error}") from error
+    except Malformed as error:
+        raise ConfigError(f"fleet {path}: {error.path}: {error.problem}") from error
+    if not all(min(kind.flops, kind.bandwidth_down, kind.bandwidth_up) > 0.0 for kind in read.machines):
+        raise ConfigError(f"fleet {path}: a machine has a speed of 0")
+    return read
+
+
+def _path(profile: str) -> Path:
+    named = _FOLDER / f"{profile}.json"
+    path = named if "/" not in profile and named.exists() else Path(profile)
+    if path.suffix != ".json" or not path.exists():
+        raise ConfigError(f"fleet {profile!r}: there are {', '.join(names())}, or name a file that ends in .json")
+    return path
+
+
+def _machine(name: str, kind: Kind, spec: ModelSpec, whole: int) -> Machine:
+    step = kind.coefficients.get(spec.name) or kind.measured.get(spec.name)
+    if isinstance(step, Coefficients) and len(step.weights) != len(flops.layers(spec, Structure())):
+        raise ConfigError(
+            f"the fleet has seconds for {len(step.weights)} layers of model {spec.name!r}, which has others"
+        )
+    return Machine(name, kind.bytes_budget or whole, kind.flops, kind.bandwidth_down, kind.bandwidth_up, step)
 
 
 def budgets(spec: ModelSpec, recipe: Recipe, count: int, grain: int = 1) -> list[int]:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coordinator.show import MIB, RunView, device_rows, table
+from coordinator.show import MIB, RoundView, RunView, device_rows, table
+from coordinator.simulate.flops import flops
 from wire.errors import ConfigError
-from wire.messages import Order
-from wire.spec import ModelSpec, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Structure, tensor_shapes
 
 Result = dict[str, Any]
-
-
-def flops(spec: ModelSpec, order: Order, samples: int) -> int:
-    """Count the multiply-adds, as two operations each, of one training order.
-
-    Forward, gradient to the inputs and gradient to the weights count alike (3 x forward), for linear and conv2d nodes; the
-    narrower widths that a recipe's `widths` knob trains in every step are not in it.
-    """
-    structure = order.structures[0]
-    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
-    forward = 0
-    for node in spec.nodes:
-        if node.op in ("linear", "conv2d"):
-            positions = int(np.prod(shapes[node.name][1:])) if node.op == "conv2d" else 1
-            forward += 2 * int(np.prod(tensors[node.params["weight"]])) * positions
-    return 3 * forward * samples * order.recipe.epochs
 
 
 def result(
@@ -40,11 +25,12 @@ def result(
     measured = [r for r in rounds if r.metrics]
     last = measured[-1].accuracy() if measured else {}
     curve: list[dict[str, Any]] = []
+    simulated = bool(view.about.get("simulated"))  # then every device's own fetches were counted when the round closed
     virtual = up = down = work = 0.0
     for current in rounds:
         virtual += current.seconds
         up += current.bytes_up
-        down += current.bytes_down
+        down += current.bytes_sent if simulated else current.bytes_down
         work += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
         accuracy = current.accuracy()
         curve.append(
@@ -80,10 +66,40 @@ def result(
         "bytes_up": int(up),
         "bytes_down": int(down),
         "flops": int(work),
-        "density_by_layer": {tensor.name: 1.0 for tensor in spec.tensors},
-        "devices": device_rows(view),
+        "density_by_layer": densities(spec, _last_structure(rounds)),
+        "devices": _devices(view, spec),
         "curve": curve,
     }
+
+
+def densities(spec: ModelSpec, structure: Structure) -> dict[str, float]:
+    """Give the fraction of each tensor's weights that masks keep; 1 where there is no mask."""
+    sizes = {name: prod(shape) for name, shape in tensor_shapes(spec, Structure()).items()}
+    return {name: structure.kept.get(name, size) / size for name, size in sizes.items()}
+
+
+def density(spec: ModelSpec, structure: Structure) -> float:
+    """Give the fraction of all masked tensors' weights that is kept; 1 when no tensor has a mask."""
+    shapes = tensor_shapes(spec, Structure())
+    whole = sum(prod(shapes[name]) for name in structure.kept)
+    return sum(structure.kept.values()) / whole if whole else 1.0
+
+
+def _last_structure(rounds: Sequence[RoundView]) -> Structure:
+    """Give what the last round was about; its widest width when devices trained several."""
+    asked = [order.structures[0] for order in rounds[-1].orders.values()] if rounds else []
+    return max(asked, key=lambda structure: structure.capacity, default=Structure())
+
+
+def _devices(view: RunView, spec: ModelSpec) -> list[dict[str, str | int | float]]:
+    """Sum up every device. In a simulation nobody's memory is measured: the peak is the one that was predicted."""
+    rows = device_rows(view)
+    last = {name: order.structures[0] for r in view.rounds.values() for name, order in r.orders.items()}
+    for row in rows:
+        row["density"] = round(density(spec, last[str(row["name"])]), 6)
+        if view.about.get("simulated"):
+            row["bytes_peak"] = row["bytes_predicted"]
+    return rows
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -18,19 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import journal
-from coordinator.advance import Outcome, Task, advance, check_update
+from coordinator.advance import Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView, Draft
+from coordinator.answers import check_update
 from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
 from coordinator.select import choose
 from coordinator.show import RunView
-from coordinator.simulate import report, weather
+from coordinator.simulate import fleet, report, weather
 from coordinator.simulate.world import Client, Config, World, build, token
 from edge_runtime.data import Dataset
 from edge_runtime.worker import perform
 from wire.errors import ConfigError, NestlingError
 from wire.job import Done, Failed, Job
-from wire.messages import Order, Recipe, Refusal, Reply
-from wire.spec import parameter_count
+from wire.maskfile import WHOLE, Held, read_masks
+from wire.messages import BlobRef, Order, Recipe, Refusal, Reply
 
 _BUDGET = 1 << 40
 
@@ -42,14 +43,20 @@ class Log:
     Attributes:
         view: All records so far, for progress and for the result.
         now: The virtual clock, seconds.
-        keeps: Device to the file of its own state.
+        keeps: Device and rule to the file of the device's own state.
         seconds: Device to the training time of its last answer.
+        held: Device to the digests of the blobs that it had for its last order, and need not be sent again.
+        done: Device to what came of its order, while that is on its way up.
+        state: Digest of the algorithm's state. One that is there before the run is what the run starts from.
     """
 
     view: RunView = field(default_factory=RunView)
     now: float = 0.0
-    keeps: dict[str, Path] = field(default_factory=dict)
+    keeps: dict[tuple[str, str], Path] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    held: dict[str, frozenset[str]] = field(default_factory=dict)
+    done: dict[str, Done | Failed] = field(default_factory=dict)
+    state: str = ""
 
     def write(self, round_number: int, record: journal.Record) -> None:
         """Append one record."""
@@ -92,7 +99,7 @@ def play(world: World, log: Log) -> Iterator[int]:
     config = world.config
     about: dict[str, str | int | float | bool] = {"algo": config.algo, "model": config.model, "seed": config.seed}
     log.write(0, journal.RunStarted(world.run, about={**about, "rounds": config.rounds, "simulated": True}))
-    outcome = _advanced(world, log, Outcome(), 1, None)
+    outcome = _advanced(world, log, Outcome(state=log.state), 1, None)
     current: Round | None = None
     for number in range(1, config.rounds + 1):
         orders = {draft.device: _order(world, draft, outcome, number) for draft in outcome.drafts}
@@ -102,24 +109,34 @@ def play(world: World, log: Log) -> Iterator[int]:
         log.write(number, journal.Planned(number, outcome.state, tuple(orders.values()), quorum, config.terms.seconds))
         ids = {device: order.id for device, order in orders.items()}
         current = open_round(number, world.run, ids, quorum=quorum, seconds=config.terms.seconds, earlier=current)
-        began = log.now
+        began, down = log.now, sum(fleet.bytes_down(order, log.held.get(order.device, ())) for order in orders.values())
         current = _fought(world, log, current, orders)
         outcome = _advanced(world, log, outcome, number + 1, current)
+        log.state = outcome.state
         if current.phase == "closed":
             devices = tuple(reply.device for reply in current.replies)
-            sent = sum(ref.size for ref in outcome.shells)
-            log.write(number, journal.Closed(number, outcome.state, devices, log.now - began, bytes_down=sent))
-            log.write(number, journal.Evaluated(number, _measured(world, outcome, number)))
+            up = sum(reply.update.size for reply in current.replies if reply.update is not None)
+            log.write(number, journal.Closed(number, outcome.state, devices, log.now - began, up, down))
+            if number % config.terms.evaluate_every == 0 or number == config.rounds:
+                log.write(number, journal.Evaluated(number, _measured(world, outcome, number)))
         else:
             log.write(number, journal.Abandoned(number, "quorum was not reached"))
-        world.spool.sweep({world.spec_ref.digest, outcome.state, *(ref.digest for ref in outcome.shells)})
+        world.spool.sweep({world.spec_ref.digest, outcome.state, *(ref.digest for ref in outcome.blobs)})
         yield number
     log.write(config.rounds, journal.Finished())
 
 
 @dataclass(frozen=True, slots=True)
-class _Finish:
-    """A device is done with its order, by the virtual clock; only now is the work really done, if it is still wanted."""
+class _Trained:
+    """A device has trained, by the virtual clock; only now is the work really done, if it is still wanted."""
+
+    device: str
+    order: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A device's answer is up."""
 
     device: str
     order: str
@@ -128,7 +145,7 @@ class _Finish:
 def _fought(world: World, log: Log, current: Round, orders: Mapping[str, Order]) -> Round:
     """Play one round to its end on the virtual clock."""
     ties = itertools.count()
-    agenda: list[tuple[float, int, _Finish | Deadline | Lost]] = []
+    agenda: list[tuple[float, int, _Trained | _Sent | Deadline | Lost]] = []
     made: dict[str, Path] = {}
     event: Issued | Arrived | Refused | Deadline | Lost = Issued(log.now)
     while True:
@@ -140,44 +157,71 @@ def _fought(world: World, log: Log, current: Round, orders: Mapping[str, Order])
             if isinstance(effect, Arm):
                 heapq.heappush(agenda, (effect.at, next(ties), Deadline(effect.at)))
             elif isinstance(effect, Send):
-                at, what = _foreseen(world, log.now, orders[effect.device])
+                at, what = _foreseen(world, log, orders[effect.device])
                 heapq.heappush(agenda, (at, next(ties), what))
             elif isinstance(effect, Settle) and effect.device in made:
-                log.keeps[effect.device] = made.pop(effect.device)
+                order = orders[effect.device]
+                log.keeps[effect.device, order.recipe.rule] = made.pop(effect.device)
         if current.over:
             return current
         log.now, _, due = heapq.heappop(agenda)
-        while isinstance(due, _Finish) and word(current, due.device, due.order) != "more":
+        while isinstance(due, _Trained | _Sent) and word(current, due.device, due.order) != "more":
             log.now, _, due = heapq.heappop(agenda)
-        event = _worked(world, log, orders[due.device], made) if isinstance(due, _Finish) else due
+        while isinstance(due, _Trained):
+            heapq.heappush(agenda, (_worked(world, log, orders[due.device]), next(ties), _Sent(due.device, due.order)))
+            log.now, _, due = heapq.heappop(agenda)
+        event = _answered(world, log, orders[due.device], made) if isinstance(due, _Sent) else due
 
 
-def _foreseen(world: World, now: float, order: Order) -> tuple[float, _Finish | Lost]:
-    """Say when a device will be done with an order, or lost."""
+def _foreseen(world: World, log: Log, order: Order) -> tuple[float, _Trained | Lost]:
+    """Say when a device will have trained, or be lost."""
     machine = world.clients[order.device].machine
     fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
-    down = machine.seconds_down(sum(ref.size for ref in order.shells))
-    up = machine.seconds_up(4 * parameter_count(world.spec, order.structures[0]))
-    needed = fate.factor * (down + _seconds_of_work(world, order) + up)
+    down = machine.seconds_down(fleet.bytes_down(order, log.held.get(order.device, ())))
+    log.held[order.device] = frozenset(ref.digest for ref in order.blobs)
+    needed = fate.factor * (down + _seconds_of_work(world, order))
     if fate.lost_at is not None:
-        return now + fate.lost_at * needed, Lost(order.device, order.round)
-    return now + needed, _Finish(order.device, order.id)
+        return log.now + fate.lost_at * needed, Lost(order.device, order.round)
+    return log.now + needed, _Trained(order.device, order.id)
 
 
 def _seconds_of_work(world: World, order: Order) -> float:
     client = world.clients[order.device]
-    return report.flops(world.spec, order, len(client.data.train[0])) / client.machine.flops
+    return fleet.seconds_of_work(client.machine, world.spec, order, len(client.data.train[0]))
 
 
-def _worked(world: World, log: Log, order: Order, made: dict[str, Path]) -> Arrived | Refused:
-    """Do an order for real and give what the coordinator would hear."""
+def _worked(world: World, log: Log, order: Order) -> float:
+    """Do an order for real; gives the instant at which the answer is up."""
     client = world.clients[order.device]
-    done = _performed(world, order, client.data, client.machine.bytes_budget, log.keeps.get(order.device))
+    keep = log.keeps.get((order.device, order.recipe.rule))
+    out = world.spool.root.parent / "out" / order.device
+    for old in out.iterdir() if out.exists() else ():
+        if old not in {path for (device, _), path in log.keeps.items() if device == order.device}:
+            old.unlink()
+    done = _performed(world, order, client.data, client.machine.bytes_budget, keep)
+    size = 0
     if isinstance(done, Done) and done.update_ref is not None:
+        size = done.update_ref.size
         try:
-            check_update(Path(done.update), world.spec, done.structure)
+            check_update(Path(done.update), world.spec, done.structure, _held(world, order))
         except NestlingError as error:
             done = Failed("nonfinite", str(error), 0, 0)
+    log.done[order.device] = done
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    return log.now + fate.factor * client.machine.seconds_up(size)
+
+
+def _held(world: World, order: Order) -> Held:
+    return WHOLE if order.masks is None else read_masks(_path(world, order.masks), world.spec, order.structures[0])
+
+
+def _path(world: World, ref: BlobRef | None) -> str:
+    return "" if ref is None else str(world.spool.path(ref.digest))
+
+
+def _answered(world: World, log: Log, order: Order, made: dict[str, Path]) -> Arrived | Refused:
+    """Give what the coordinator hears."""
+    done = log.done.pop(order.device)
     if isinstance(done, Failed):
         refusal = Refusal(order.id, order.device, world.run, done.reason, done.detail, done.bytes_needed)
         return Refused(order.device, order.id, refusal)
@@ -202,9 +246,6 @@ def _worked(world: World, log: Log, order: Order, made: dict[str, Path]) -> Arri
 def _performed(world: World, order: Order, data: Dataset, budget: int, keep: Path | None) -> Done | Failed:
     out = world.spool.root.parent / "out" / order.device
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.iterdir():
-        if old != keep:
-            old.unlink()
     job = Job(
         order=order,
         spec=str(world.spool.path(world.spec_ref.digest)),
@@ -214,8 +255,9 @@ def _performed(world: World, order: Order, data: Dataset, budget: int, keep: Pat
         bytes_budget=budget,
         micro_batch=0,
         threads=1,
+        masks=_path(world, order.masks),
     )
-    return perform(job, data, engine=world.config.engine)
+    return perform(job, data, engine=world.config.engine, pinned=True)
 
 
 def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
@@ -246,19 +288,8 @@ def _view(client: Client, seconds: float) -> DeviceView:
 
 
 def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:
-    return Order(
-        id=token("order", world.run, number, draft.device),
-        run=world.run,
-        round=number,
-        device=draft.device,
-        verb=draft.verb,
-        spec=world.spec_ref,
-        shells=outcome.shells[: outcome.shell_of[draft.structure.capacity]],
-        structures=(draft.structure,),
-        recipe=draft.recipe,
-        bytes_peak=draft.bytes_peak,
-        seconds=world.config.terms.seconds,
-    )
+    name = token("order", world.run, number, draft.device)
+    return outcome.order(draft, Head(name, world.run, number, world.spec_ref, world.config.terms.seconds))
 
 
 def _measured(world: World, outcome: Outcome, number: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from wire.spec import ModelSpec, encode
 from wire.spool import Spool
 
 TEST = 0.2
-"""Share of the data that the global model is measured on."""
+"""Share of the data that the global model is measured on, where they bring no test part of their own."""
+VALIDATION = 0.1
+"""Share of the data that it is measured on while parameters are tried out."""
 OWN_VALIDATION = OWN_TEST = 0.1
 """Shares of a device's data that it holds out."""
 
@@ -31,11 +34,15 @@ class Terms:
         select: Who is asked, see `coordinator.select`.
         quorum: Least number of replies; 0 for all.
         seconds: Virtual time that it may take.
+        evaluate_every: Measure the model after every so many rounds, and after the last one.
+        tuning: Measure it on a validation part, which is then held out of the training data, and never on the test part.
     """
 
     select: str = "all"
     quorum: int = 0
     seconds: float = 3600.0
+    evaluate_every: int = 1
+    tuning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ def build(config: Config, folder: Path) -> World:
     spec = zoo.load(config.model)
     algorithm = algorithms.by_name(config.algo)
     machines = fleet.make(config.fleet, config.devices, spec, recipe_of(merged(algorithm.PARAMS, config.params)))
-    whole = load(parse(config.data, validation=0.0, test=TEST, seed=0))
+    whole = _data(config)
     split = partitions.partition(config.partition, whole.train[1], config.devices, seed=config.seed, ids=whole.ids)
     shares = [_share(whole, machine.name, part) for machine, part in zip(machines, split.parts, strict=True)]
     spool = Spool(folder / "spool")
@@ -130,6 +137,13 @@ def build(config: Config, folder: Path) -> World:
         digest=split.digest,
         weather=weather.forecast(config.weather),
     )
+
+
+def _data(config: Config) -> Dataset:
+    """Load the data; the test part is what the global model is measured on."""
+    source = parse(config.data, validation=VALIDATION if config.terms.tuning else 0.0, test=TEST, seed=0)
+    whole = load(source)
+    return dataclasses.replace(whole, test=whole.validation) if config.terms.tuning else whole
 
 
 def _share(whole: Dataset, name: str, rows: partitions.Indices) -> Dataset:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edge_runtime.engines.arrays import Arrays, Floats, Labels
     from edge_runtime.kernels import Watch
     from edge_runtime.kernels.choose import Timing
+    from wire.messages import Loss
     from wire.spec import ModelSpec, Structure
 
     Mask = NDArray[np.bool_]
@@ -83,6 +84,10 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """As in `ENGINES`."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that is loaded; SpecError when there is none yet."""
 
     @property
     def structure(self) -> Structure:
@@ -162,8 +167,9 @@ class Engine(Protocol):
         scale: float = 1.0,
         update: Update | None = None,
         watch: Watch | None = None,
+        loss: Loss = "cross_entropy",
     ) -> float:
-        """Add ``scale`` times the gradient of the mean cross-entropy to `grads`, or apply `update` and keep none.
+        """Add ``scale`` times the gradient of the mean loss to `grads`, or apply `update` and keep none.
 
         Args:
             x: Inputs ``(n, *input_shape)``.
@@ -172,9 +178,10 @@ class Engine(Protocol):
             update: Move the weights at once. `grads` is left as it was found.
             watch: Shown what passes through every masked layer, the last first, for the gradient of weights that are not
                 there (`edge_runtime.kernels.importance`).
+            loss: As in `wire.messages.Recipe`.
 
         Returns:
-            The mean cross-entropy, not scaled.
+            The mean loss, not scaled.
         """
 
     def narrow(self, structure: Structure) -> Engine:

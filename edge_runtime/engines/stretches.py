@@ -13,15 +13,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from edge_runtime.engines import Update
+from edge_runtime.engines import Update, losses
 from edge_runtime.engines.arrays import Arrays, Floats
 from edge_runtime.engines.dense import FOLLOW, DenseStretch, aligned, plain
 from edge_runtime.kernels import STRETCHABLE, Layout, Stretch, Watch
 from edge_runtime.kernels.kits import Kit
 from wire.errors import SpecError
 from wire.masks import Mask
+from wire.messages import Loss
 from wire.spec import ModelSpec, Node
 
 Tensor = torch.Tensor
@@ -101,7 +101,9 @@ def through(stretch: Stretch, wires: Wires) -> Callable[[Any, list[Tensor], Any]
     return run
 
 
-def straight(line: Sequence[Stretch], wires: Wires, x: Floats, target: Tensor, scale: float) -> tuple[Floats, float]:
+def straight(
+    line: Sequence[Stretch], wires: Wires, x: Floats, target: Tensor, goal: tuple[Loss, float]
+) -> tuple[Floats, float]:
     """Do a training step of a model that is nothing but stretches, without autograd.
 
     Args:
@@ -109,18 +111,18 @@ def straight(line: Sequence[Stretch], wires: Wires, x: Floats, target: Tensor, s
         wires: Where gradients go.
         x: Inputs.
         target: Labels ``(n,)`` or distributions ``(n, classes)``.
-        scale: Of the gradient.
+        goal: The loss, and the scale of its gradient.
 
     Returns:
-        Logits, and the mean cross-entropy.
+        Logits, and the loss, not scaled.
     """
     value = plain(aligned(x))
     for stretch in line:
         value = stretch.forward(value, train=True)
     output = aligned(value)
     with torch.no_grad():
-        loss = F.cross_entropy(output, target).item()
-        dy = _loss_gradient(output, target, scale)
+        loss = losses.value(output, target, goal[0]).item()
+        dy = losses.gradient(output, target, *goal)
     for place in reversed(range(len(line))):
         back = settle(line[place], wires, dy, input_gradient=place > 0)
         if back is not None:
@@ -128,28 +130,20 @@ def straight(line: Sequence[Stretch], wires: Wires, x: Floats, target: Tensor, s
     return plain(output), loss
 
 
-def _loss_gradient(output: Tensor, target: Tensor, scale: float) -> Tensor:
-    """Give `scale` times the gradient of the mean cross-entropy, ``(n, classes)``."""
-    odds = torch.softmax(output, 1)
-    if target.dtype == torch.int64:
-        odds.scatter_add_(1, target.unsqueeze(1), torch.full((len(target), 1), -1.0))
-    else:
-        odds.mul_(target.sum(1, keepdim=True)).sub_(target)
-    return odds.mul_(scale / len(odds))
-
-
 def check_masks(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]) -> dict[str, Node]:
     """Give the node of each masked tensor.
 
     Raises:
         SpecError: A mask has another shape than its tensor, or that is not the weight of exactly one layer whose bias is
-            its own too.
+            its own too, or of a convolution in groups, for which there is no sparse form.
     """
     uses = [name for node in spec.nodes for name in node.params.values()]
     layers = {node.params["weight"]: node for node in spec.nodes if node.op in ("linear", "conv2d")}
     for name, mask in masks.items():
         if name not in layers or uses.count(name) != 1 or uses.count(layers[name].params["bias"]) != 1:
             raise SpecError(f"a mask for {name!r}, which is not the weight of one linear layer or convolution")
+        if layers[name].attrs.get("groups", 1) > 1:
+            raise SpecError(f"a mask for {name!r}, a convolution in groups: these stay dense")
         if mask.dtype != np.bool_ or mask.shape != shapes[name]:
             raise SpecError(
                 f"the mask of {name!r} is {mask.dtype} of shape {mask.shape}, expected bool of {shapes[name]}"

@@ -13,7 +13,7 @@ model, autograd is left out: its bookkeeping would cost small models more than t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from edge_runtime.engines import Choice, Engine, Make, Update
+from edge_runtime.engines import Choice, Engine, Make, Update, losses
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.dense import copied
+from edge_runtime.engines.ops import RUN, Run
 from edge_runtime.engines.stretches import Held, Wires, chains, check_masks, straight, through
 from edge_runtime.engines.update import apply
 from edge_runtime.engines.ways import Masked, Tools, decide, step_key
@@ -32,27 +33,10 @@ from edge_runtime.kernels import Stretch, Watch, from_c_order, to_c_order
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
 from wire.masks import Mask
-from wire.spec import NORM_EPSILON, ModelSpec, Node, Structure, group_sizes, node_shapes, tensor_shapes
+from wire.messages import Loss
+from wire.spec import ModelSpec, Node, Structure, group_sizes, node_shapes, tensor_shapes
 
 Tensor = torch.Tensor
-Inputs = list[Tensor]
-
-_KERNELS: dict[str, Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]] = {
-    "linear": lambda _, x, p: F.linear(x[0], p["weight"], p["bias"]),
-    "conv2d": lambda node, x, p: F.conv2d(
-        x[0], p["weight"], p["bias"], stride=node.attrs["stride"], padding=node.attrs["padding"]
-    ),
-    "relu": lambda _, x, __: torch.relu(x[0]),
-    "relu in place": lambda _, x, __: torch.relu_(x[0]),
-    "tanh": lambda _, x, __: torch.tanh(x[0]),
-    "sigmoid": lambda _, x, __: torch.sigmoid(x[0]),
-    "max_pool2d": lambda node, x, _: F.max_pool2d(x[0], node.attrs["kernel"], node.attrs["stride"]),
-    "avg_pool2d": lambda node, x, _: F.avg_pool2d(x[0], node.attrs["kernel"], node.attrs["stride"]),
-    "flatten": lambda _, x, __: x[0].flatten(1),
-    "add": lambda _, x, __: sum(x[1:], x[0]),
-    # Not by F: that refuses one value per channel, which a single sample may have.
-    "group_norm": lambda node, x, p: torch.group_norm(x[0], node.attrs["groups"], p["weight"], p["bias"], NORM_EPSILON),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +47,7 @@ class _Step:
     """
 
     node: Node
-    run: Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]
+    run: Run
     params: Mapping[str, Tensor]
     frees: tuple[str, ...]
     stretch: Stretch | None = None
@@ -94,6 +78,11 @@ class TorchEngine:
         self._logits: Floats = np.zeros((0, 0), np.float32)
         self._wires = Wires()  # hooks and stretches hold it, lest they keep the engine alive
         self._hooked = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that is loaded."""
+        return self._loaded()
 
     @property
     def structure(self) -> Structure:
@@ -206,6 +195,7 @@ class TorchEngine:
         scale: float = 1.0,
         update: Update | None = None,
         watch: Watch | None = None,
+        loss: Loss = "cross_entropy",
     ) -> float:
         """See `Engine.forward_backward`."""
         if update is None:
@@ -220,16 +210,16 @@ class TorchEngine:
         )
         try:
             if self._held.ways and (line := self._line()):
-                self._logits, seen = straight(line, self._wires, x, copied(y), scale)
+                self._logits, seen = straight(line, self._wires, x, copied(y), (loss, scale))
                 return seen
             output = self._run(copied(x))
-            loss = F.cross_entropy(output, copied(y))
-            torch.autograd.backward(loss * scale if scale != 1.0 else loss)
+            lost = losses.value(output, copied(y), loss)
+            torch.autograd.backward(lost * scale if scale != 1.0 else lost)
         finally:
             self._wires.update.clear()
             self._wires.watch.clear()
         self._logits = output.detach().numpy()
-        return loss.item()
+        return lost.item()
 
     def narrow(self, structure: Structure) -> Engine:
         """See `Engine.narrow`."""
@@ -296,7 +286,7 @@ class TorchEngine:
         sparse = {name: way for name, way in ways.items() if way != DENSE}
         self._held = Held(
             ways,
-            {name: self._tools.kit.layout(way, layers[name].node, layers[name].mask) for name, way in sparse.items()},
+            self._tools.layouts({name: (way, layers[name]) for name, way in sparse.items()}),
             {name: np.array(layers[name].mask) for name in ways if name not in sparse},
         )
         for name, shape in tensor_shapes(spec, structure).items():
@@ -347,11 +337,11 @@ class TorchEngine:
                 steps.append(_Step(stands, through(stretch, self._wires), {}, frees, stretch))
             if i <= end:
                 continue
-            run = _KERNELS[node.op]
+            run = RUN[node.op]
             # The backward of linear and conv2d does not read their output, so an only reader may overwrite it.
             source = node.inputs[0]
             if node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1:
-                run = _KERNELS["relu in place"]
+                run = RUN["relu in place"]
             params = {role: self._leaves[name] for role, name in node.params.items()}
             steps.append(_Step(node, run, params, frees))
         self._spec, self._structure, self._steps = spec, structure, tuple(steps)

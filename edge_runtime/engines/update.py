@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,6 +42,56 @@ def apply(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Upd
                 np.multiply(v, update.rate, out=g)
             else:
                 g *= update.rate
+            w -= g
+
+
+@dataclass(slots=True)
+class Adam:
+    """What Adam remembers (Kingma and Ba, ICLR 2015, algorithm 1).
+
+    Attributes:
+        first: Running mean of the gradients, by tensor name; written.
+        second: Running mean of their squares; written.
+        steps: Updates so far.
+        decays: How much of both is kept.
+        epsilon: Added to the root of the second.
+    """
+
+    first: Mapping[str, Floats]
+    second: Mapping[str, Floats]
+    steps: int = 0
+    decays: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+
+def apply_adam(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Update, state: Adam) -> None:
+    """Move `params` by Adam with the rate and the L2 decay of `update`; `grads` are overwritten.
+
+    Cost: one pass over the weights, 64 KiB of scratch.
+    """
+    state.steps += 1
+    keeps, keeps_square = state.decays
+    size = update.rate / (1 - keeps**state.steps)
+    root = (1 - keeps_square**state.steps) ** 0.5
+    scratch = np.empty(BLOCK, np.float32)
+    for name, param in params.items():
+        arrays = [_flat(array) for array in (param, grads[name], state.first[name], state.second[name])]
+        for start in range(0, param.size, BLOCK):
+            w, g, m, v = (array[start : start + BLOCK] for array in arrays)
+            spare = scratch[: w.size]
+            if update.decay:
+                np.multiply(w, update.decay, out=spare)
+                g += spare
+            m *= keeps
+            m += np.multiply(g, 1 - keeps, out=spare)
+            v *= keeps_square
+            np.multiply(g, g, out=g)
+            v += np.multiply(g, 1 - keeps_square, out=g)
+            np.sqrt(v, out=g)
+            g /= root
+            g += state.epsilon
+            np.divide(m, g, out=g)
+            g *= size
             w -= g
 
 

@@ -14,6 +14,7 @@ import torch
 
 from edge_runtime.engines import Choice
 from edge_runtime.engines.dense import DenseStretch
+from edge_runtime.kernels import Layout
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, Trial, machine, pick, trial
 from edge_runtime.kernels.kits import Kit, open_kit
 from wire.errors import BudgetExceeded, SpecError
@@ -30,11 +31,35 @@ class Tools:
 
     def __init__(self, threads: int = 1, timings: Path | None = None) -> None:
         self._threads, self._timings = threads, timings
+        self._made: dict[str, tuple[str, Mask, Layout]] = {}
 
     @functools.cached_property
     def kit(self) -> Kit:
         """What runs stretches."""
         return open_kit(self._threads)
+
+    def layouts(self, wanted: Mapping[str, tuple[str, Masked]]) -> dict[str, Layout]:
+        """Give the layouts of a model's sparse tensors; those of the model before are used again where masks are the same.
+
+        Between two changes of the masks, order after order has the very same (read-only) arrays for them, and what is made of
+        a mask costs more than a training step.
+
+        Args:
+            wanted: By tensor name the way to hold it and the layer.
+        """
+        again = {}
+        for name, (way, masked) in wanted.items():
+            known = self._made.get(name)
+            if known is not None and known[0] == way and known[1] is masked.mask and not masked.mask.flags.writeable:
+                again[name] = known
+        self._made = again  # what is not wanted any more is gone before anything new is made
+        made = {}
+        for name, (way, masked) in wanted.items():
+            held = again.get(name) or (way, masked.mask, self.kit.layout(way, masked.node, masked.mask))
+            made[name] = held[2]
+            if not masked.mask.flags.writeable:
+                self._made[name] = held
+        return made
 
     @functools.cached_property
     def chooser(self) -> Chooser:

@@ -3,12 +3,13 @@
 A sparse layer never computes the gradient of the weights that it lacks, but what is pruned and grown is decided by it now
 and then (PruneFL's importance; RigL's growth). It follows from what went into the layer and what came back out of it, a few
 rows at a time, so that no dense gradient is ever held: `row_blocks` gives the blocks, `whole` adds them up where somebody
-wants all of it, and `top` gives the exact a largest.
+wants all of it, and `top` gives the exact a largest. `gradient_blocks` gives the gradient itself, for rules that move weights
+which are not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.engines.arrays import Floats
 from wire.errors import DataError, SpecError
+from wire.spec import Node
 
 BLOCK_BYTES = 1 << 20
 
@@ -40,9 +42,17 @@ class Passed:
     padding: int = 0
     dilation: int = 1
 
+    @staticmethod
+    def through(node: Node, *batches: tuple[Floats, Floats]) -> Passed:
+        """Take what a `Watch` was shown of a model's layer."""
+        x, dy = batches[0]
+        sides = (node.attrs["kernel"],) * 2 if node.op == "conv2d" else ()
+        shape = (dy.shape[1], x.shape[1], *sides)
+        return Passed(shape, batches, node.attrs.get("stride", 1), node.attrs.get("padding", 0))
 
-def row_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Floats]]:
-    """Give the squared gradient of all weights; micro-batches are summed before squaring.
+
+def gradient_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Floats]]:
+    """Give the gradient of all weights, the sum over micro-batches.
 
     Cost: the multiplications of the dense gradient, times stride^2 for a convolution; memory for one block, one product of
     at most the same size, and for a convolution `block_bytes` of rearranged samples (or one sample).
@@ -52,11 +62,11 @@ def row_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple
         block_bytes: Bound on a block; but a block is one row at least.
 
     Yields:
-        The first row, and the squares of the rows from there, ``(rows, *shape[1:])``, to be used before the next.
+        The first row, and the gradient of the rows from there, ``(rows, *shape[1:])``, to be used (and perhaps overwritten)
+        before the next.
 
     Raises:
         SpecError: Shapes do not meet.
-        DataError: The gradient is not finite, or its square is not.
     """
     _check(passed)
     width = prod(passed.shape[1:])
@@ -68,6 +78,20 @@ def row_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple
             _linear_rows(passed, first, block)
         else:
             _conv_rows(passed, first, block, block_bytes)
+        yield first, block
+
+
+def row_blocks(passed: Passed, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Floats]]:
+    """Give the squared gradient of all weights; micro-batches are summed before squaring. See `gradient_blocks`.
+
+    Yields:
+        The first row, and the squares of the rows from there.
+
+    Raises:
+        SpecError: Shapes do not meet.
+        DataError: The gradient is not finite, or its square is not.
+    """
+    for first, block in gradient_blocks(passed, block_bytes):
         with np.errstate(over="ignore"):
             np.square(block, out=block)
         if not np.isfinite(block).all():
@@ -82,9 +106,18 @@ def whole(passed: Passed, into: Floats, block_bytes: int = BLOCK_BYTES) -> None:
 
 
 def top(passed: Passed, count: int, block_bytes: int = BLOCK_BYTES) -> tuple[NDArray[np.int64], Floats]:
-    """Give the `count` largest squared gradients; see `row_blocks`.
+    """Give the `count` largest squared gradients; see `row_blocks` and `top_of`."""
+    return top_of(row_blocks(passed, block_bytes), count)
 
-    Cost: beside the blocks, 24 bytes per wanted weight at most, and a few passes over the squares.
+
+def top_of(blocks: Iterable[tuple[int, Floats]], count: int) -> tuple[NDArray[np.int64], Floats]:
+    """Give the `count` largest of what blocks of rows hold, none of it negative.
+
+    Cost: beside the blocks, 24 bytes per wanted weight at most, and a few passes over the values.
+
+    Args:
+        blocks: The first row of each and its rows, as `row_blocks` gives them.
+        count: How many are wanted.
 
     Returns:
         Positions in C order and values; the largest first, of equal values the lowest position first, exactly as a stable
@@ -93,7 +126,7 @@ def top(passed: Passed, count: int, block_bytes: int = BLOCK_BYTES) -> tuple[NDA
     places, values = np.empty(0, np.int64), np.empty(0, np.float32)
     pending: list[tuple[NDArray[np.int64], Floats]] = []
     waiting, least = 0, -1.0
-    for first, block in row_blocks(passed, block_bytes):
+    for first, block in blocks:
         flat = block.reshape(-1)
         # Once there are enough, equal values that stand later lose.
         new = np.flatnonzero(flat > least) if least >= 0 else _largest(flat, count)

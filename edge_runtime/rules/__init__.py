@@ -6,17 +6,43 @@ A rule is one module in this folder with the three things that `Rule` names, and
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
 from wire.errors import Unsupported
+from wire.masks import Mask
 from wire.messages import Recipe
 
-RULES: dict[str, str] = {"sgd": "edge_runtime.rules.sgd", "still": "edge_runtime.rules.still"}
+RULES: dict[str, str] = {
+    "importance": "edge_runtime.rules.importance",
+    "sgd": "edge_runtime.rules.sgd",
+    "still": "edge_runtime.rules.still",
+    "dpf": "edge_runtime.rules.dpf",
+    "score": "edge_runtime.rules.score",
+    "topk": "edge_runtime.rules.topk",
+    "grouplasso": "edge_runtime.rules.grouplasso",
+    "lottery": "edge_runtime.rules.lottery",
+}
 """Name to module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Values about some or all weights of one tensor.
+
+    Attributes:
+        values: float32, ``(n,)`` with `places`; without, of the tensor's shape.
+        places: Positions in C order, ascending, int64 ``(n,)``; None for all.
+    """
+
+    values: Floats
+    places: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +57,9 @@ class Task:
         round: Number of the round; with the recipe's seed the root of all randomness.
         micro_batch: Samples that may go through the model at once.
         tell: Called after every step with the fraction that is done and the step's loss.
+        masks: What is kept of which weights, in the tensors' shapes; empty when every weight is. The engine has them already.
+        own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, and when
+            the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed.
     """
 
     recipe: Recipe
@@ -40,6 +69,8 @@ class Task:
     round: int
     micro_batch: int
     tell: Callable[[float, float], None]
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    own: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +80,19 @@ class Trained:
     Attributes:
         losses: Mean training loss of each epoch.
         steps: Updates that were made.
+        extras: What the coordinator is told beside the update, by name of the tensor that it is about (see `Extra`).
+        metrics: Numbers for the reply, by names of the rule's own choice.
+        own: What the rule wants back at its next order here, as whole float32 arrays by any name; kept with the commit.
+        update: What is sent instead of trained minus received weights, by tensor name; a tensor that is not named does not
+            move. None for the usual.
     """
 
     losses: tuple[float, ...]
     steps: int
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, Floats] = field(default_factory=dict)
+    update: Mapping[str, Extra] | None = None
 
 
 class Rule(Protocol):
@@ -63,7 +103,11 @@ class Rule(Protocol):
         """False for a rule that reads no weight (`still`); `train` is then never called."""
 
     def copies(self, recipe: Recipe) -> int:
-        """Count the weight-sized float32 copies that the rule holds beside the engine's weights and gradients."""
+        """Count the copies of the trained (of masked tensors: kept) weights that the rule holds beside weights and gradients.
+
+        `wire.memory` has the same table, for a coordinator that knows no rule; a test holds the two together. What a rule
+        holds of whole tensors, masked or not, stands there too (`wire.memory.whole_copies`).
+        """
 
     def train(self, task: Task) -> Trained:
         """Train the engine's weights in place.

@@ -1,6 +1,7 @@
 """Hostile bytes, each made from a golden vector by one lie: {name: {"reader", "hex", "error"}}.
 
-Readers: ``message:KIND``, ``blob`` and ``model``. The error is the name that SPEC.md gives.
+Readers: ``message:KIND``, ``blob`` and ``model``; ``masks``, ``shell`` and ``update`` of the masked model in `cases`. The
+error is the name that SPEC.md gives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import zstandard
 def attacks(golden):
     """Make them all."""
     found = {}
-    for make in (_messages, _containers, _tensors, _models):
+    for make in (_messages, _containers, _tensors, _models, _masked):
         for name, reader, data, error in make({key: bytes.fromhex(value) for key, value in golden.items()}):
             found[name] = {"reader": reader, "hex": data.hex(), "error": error}
     return found
@@ -74,6 +75,15 @@ def _messages(golden):
     yield "order-rate-infinite", "message:order", _changed(order, recipe__rate=float("inf")), "Malformed"
     yield "order-widths-zero", "message:order", _changed(order, structures__0__widths={"a": [0]}), "Malformed"
     yield "order-widths-no-map", "message:order", _changed(order, structures__0__widths=[1]), "Malformed"
+    masked = golden["message:order-masked"]
+    yield "order-masks-a-list", "message:order", _changed(masked, masks=[]), "Malformed"
+    yield "order-masks-empty", "message:order", _changed(masked, masks__size=0), "Malformed"
+    yield "order-kept-negative", "message:order", _changed(masked, structures__0__kept={"a": -1}), "Malformed"
+    yield "order-kept-a-list", "message:order", _changed(masked, structures__0__kept=[1]), "Malformed"
+    yield "order-masks-digest-long", "message:order", _changed(masked, structures__0__masks="a" * 65), "Malformed"
+    yield "order-steps-negative", "message:order", _changed(masked, recipe__steps=-1), "Malformed"
+    yield "order-loss-unknown", "message:order", _changed(masked, recipe__loss="hinge"), "Malformed"
+    yield "order-form-ones", "message:order", _changed(masked, recipe__form="ones"), "Malformed"
     yield "reply-metric-nan", "message:reply", _changed(reply, metrics={"loss": float("nan")}), "Malformed"
     yield "reply-metric-name", "message:reply", _changed(reply, metrics={"a b": 1.0}), "Malformed"
     yield "reply-samples-text", "message:reply", _changed(reply, samples="12"), "Malformed"
@@ -218,7 +228,117 @@ def _forms():
     yield "form-of-integers", "blob", _one([bytes(20)], dtype="int32", form="bfloat16"), "Malformed"
     yield "form-length", "blob", _one([bytes(40)], form="float16"), "Malformed"
     yield "form-without-scales", "blob", _one([bytes(10)], form="int8"), "Malformed"
+    ones = {"form": "ones", "kept": 10}
+    yield "ones-with-a-lying-count", "blob", _one([b""], **{**ones, "kept": 9}), "Malformed"
+    yield "ones-with-bytes", "blob", _one([bytes(10)], **ones), "Malformed"
+    yield "ones-of-integers", "blob", _one([b""], **ones, dtype="int32"), "Malformed"
+    yield "ones-of-more-than-the-bits-say", "blob", _one([b"\x07\0", b""], encoding="bitmap", **ones), "Malformed"
+    yield "ones-of-a-gibibyte", "blob", _one([b""], form="ones", shape=[2**28 + 1], kept=2**28 + 1), "TooLarge"
+    yield "ones-of-a-terabyte", "blob", _one([b""], form="ones", shape=[2**20, 2**20], kept=2**40), "TooLarge"
     yield "form-of-a-terabyte", "blob", _one([b"", b""], encoding="bitmap", shape=[2**20, 2**20], kept=0), "TooLarge"
+
+
+def _of(kind, *tensors, **meta):
+    """Write a container of (entry, bodies), the entry without what is as in the masked model of `cases`."""
+    entries, bodies = [], []
+    for entry, parts in tensors:
+        places = list(range(len(bodies), len(bodies) + len(parts)))
+        entries.append({"name": "o.weight", "dtype": "float32", "shape": [5, 7], "parts": places, **entry})
+        bodies += parts
+    return container({"v": 1, "kind": kind, "meta": meta, "tensors": entries}, bodies)
+
+
+def _masked(golden):
+    eye = _bits(0, 8, 16, 24, 32)
+    whole = {"name": "o.bias", "shape": [5], "encoding": "dense", "kept": 5}, [bytes(20)]
+    known = {"encoding": "values", "kept": 5, "mask": _digest_of_masks(golden)}
+    yield from _masks(eye, known)
+    bitmap = {"encoding": "bitmap", "kept": 5}
+    moved = {**known}, [bytes(20)]
+    other = {"encoding": "values", "kept": 5, "mask": "ab" * 32}, [bytes(20)]
+    like = {"v": 1, "kind": "update", "meta": {}, "form": ""}
+    right = msgpack.unpackb(_header(golden["blob:masked-update"]))["like"]
+    yield "shell-of-another-mask", "shell", _of("shell", other, whole), "Malformed"
+    yield "shell-with-a-mask-of-its-own", "shell", _of("shell", (bitmap, [eye, bytes(20)]), whole), "Malformed"
+    dense = {"encoding": "dense", "kept": 35}, [bytes(140)]
+    yield "shell-of-all-weights", "shell", _of("shell", dense, whole), "Malformed"
+    yield "shell-without-a-tensor", "shell", _of("shell", moved), "Malformed"
+    more = {**whole[0], "name": "x"}, whole[1]
+    yield "shell-with-a-tensor-more", "shell", _of("shell", moved, whole, more), "Malformed"
+    yield "shell-of-capacity-1", "shell", _of("shell", moved, whole, capacity=1), "Malformed"
+    yield (
+        "shell-of-another-outline",
+        "shell",
+        container({**like, "kind": "shell", "like": bytes(32)}, []),
+        "MaskUnknown",
+    )
+    yield "update-of-another-mask", "update", _of("update", other, whole), "DigestMismatch"
+    yield "update-of-a-mask-that-is-not", "update", _of("update", ({**whole[0], **known}, [bytes(20)])), "MaskUnknown"
+    yield "update-of-another-outline", "update", container({**like, "like": bytes(32)}, [bytes(40)]), "MaskUnknown"
+    yield "update-of-too-few-values", "update", container({**like, "like": right}, [bytes(36)]), "Malformed"
+    yield "update-of-two-bodies", "update", container({**like, "like": right}, [bytes(40), b""]), "Malformed"
+    yield "update-of-another-kind", "update", _of("keep", moved, whole), "Malformed"
+    yield "update-of-a-foreign-tensor", "update", _of("update", ({**dense[0], "name": "x"}, dense[1])), "Malformed"
+    yield "update-of-another-shape", "update", _of("update", ({**dense[0], "shape": [7, 5]}, dense[1])), "Malformed"
+    yield "update-of-integers", "update", _of("update", ({**dense[0], "dtype": "int32"}, dense[1])), "Malformed"
+    nan = struct.pack("<5f", 0, 0, float("nan"), 0, 0)
+    yield "update-that-is-no-number", "update", _of("update", (known, [nan])), "NonFinite"
+    huge = {"encoding": "dense", "form": "ones", "shape": [2**28], "kept": 2**28}, [b""]
+    yield "update-of-a-gibibyte", "update", _of("update", huge), "TooLarge"
+    yield from _extras(moved, eye, dense, nan)
+
+
+def _masks(eye, known):
+    ones = {"encoding": "bitmap", "kept": 5, "form": "ones"}
+    yield "masks-of-a-foreign-shape", "masks", _of("masks", ({**ones, "shape": [7, 5]}, [eye, b""])), "Malformed"
+    yield "masks-of-a-foreign-tensor", "masks", _of("masks", ({**ones, "name": "x"}, [eye, b""])), "Malformed"
+    yield "masks-of-another-kind", "masks", _of("update", (ones, [eye, b""])), "Malformed"
+    yield "masks-with-a-lying-count", "masks", _of("masks", ({**ones, "kept": 6}, [eye, b""])), "Malformed"
+    other = _bits(0, 8, 16, 24, 33)
+    yield "masks-of-another-digest", "masks", _of("masks", (ones, [other, b""])), "DigestMismatch"
+    yield "masks-of-nothing", "masks", _of("masks"), "DigestMismatch"
+    bias = {**ones, "name": "o.bias", "shape": [5]}, [b"\x1f", b""]
+    yield "masks-of-one-tensor-more", "masks", _of("masks", (ones, [eye, b""]), bias), "DigestMismatch"
+    yield "masks-by-their-digest", "masks", _of("masks", ({**known, "form": "ones"}, [b""])), "MaskUnknown"
+    bomb = {"encoding": "dense", "form": "ones", "shape": [2**28], "kept": 2**28}, [b""]
+    yield "masks-of-a-gibibyte", "masks", _of("masks", bomb), "TooLarge"
+
+
+def _extras(moved, eye, dense, nan):
+    sparse = {"name": "z/o.weight", "encoding": "bitmap", "kept": 5}
+    for what, change, error in (
+        ("unknown-tensor", {"name": "z/x"}, "Malformed"),
+        ("about-an-extra", {"name": "z/z/o.weight"}, "Malformed"),
+        ("about-nothing", {"name": "z/"}, "Malformed"),
+        ("of-another-shape", {"shape": [7, 5]}, "Malformed"),
+        ("of-integers", {"dtype": "int32"}, "Malformed"),
+        ("with-a-lying-count", {"kept": 4}, "Malformed"),
+    ):
+        yield f"extra-{what}", "update", _of("update", moved, ({**sparse, **change}, [eye, bytes(20)])), error
+    known = {**moved[0], "name": "z/o.weight"}
+    yield "extra-by-the-masks-digest", "update", _of("update", moved, (known, [bytes(20)])), "MaskUnknown"
+    yield "extra-that-is-no-number", "update", _of("update", moved, (sparse, [eye, nan])), "NonFinite"
+    yield "extra-twice", "update", _of("update", *2 * [({**dense[0], "name": "z/o.weight"}, dense[1])]), "Malformed"
+
+
+def _header(data):
+    """Cut the header out of a container."""
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(data[5:])
+    unpacker.skip()
+    return data[5 : 5 + unpacker.tell()]
+
+
+def _digest_of_masks(golden):
+    """Give the digest of the mask of `cases`, as an update with extras names it."""
+    return msgpack.unpackb(_header(golden["blob:update-with-extras"]))["tensors"][0]["mask"]
+
+
+def _bits(*places):
+    data = bytearray(5)
+    for place in places:
+        data[place // 8] |= 1 << place % 8
+    return bytes(data)
 
 
 def _u2(*numbers):
@@ -251,4 +371,9 @@ def _models(golden):
     yield "model-classes-prunable", "model", _changed(cnn, groups__3__prunable=True), "SpecError"
     yield "model-axis-not-cut", "model", _changed(cnn, tensors__1__axes__0={"inner": 32}), "SpecError"
     yield "model-group-of-2-to-the-53", "model", _changed(cnn, groups__2__size=2**53), "SpecError"
+    gated = golden["model:mobilenet-v3-small"]
+    yield "model-groups-do-not-meet", "model", _changed(gated, nodes__3__attrs__groups=8), "SpecError"
+    yield "model-groups-2-to-the-53", "model", _changed(gated, nodes__3__attrs__groups=2**53), "SpecError"
+    yield "model-filters-not-cut", "model", _changed(gated, tensors__4__axes__0={"inner": 16}), "SpecError"
+    yield "model-factor-foreign", "model", _changed(gated, nodes__11__inputs=["block1.act2", "stem"]), "SpecError"
     yield "model-7-dimensions", "model", _changed(cnn, tensors__0__axes=7 * [{}]), "Malformed"

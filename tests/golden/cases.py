@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.support.models import linear
 from wire import messages as m
+from wire.maskfile import Held, outline_of_model
 from wire.masks import mask_digest
 from wire.outline import outline_of
 from wire.spec import Structure
+from wire.structure import masked
 from wire.tensor import Coding
 
 ORDER, BOOT, RUN = "0123456789abcdef", "00000000000000b0", "00000000000000a1"
@@ -36,6 +39,18 @@ MESSAGES = {
     ),
     "order-plain": m.Order(
         ORDER, RUN, 1, "pi_2", "evaluate", m.BlobRef(DIGEST, 1), (m.BlobRef(DIGEST, 2),), (Structure(),), m.Recipe()
+    ),
+    "order-masked": m.Order(
+        id=ORDER,
+        run=RUN,
+        round=4,
+        device="pi-1",
+        verb="train",
+        spec=m.BlobRef(DIGEST, 1589),
+        shells=(m.BlobRef("03" * 32, 321),),
+        structures=(Structure(masks="ef" * 32, kept={"fc1.weight": 23_520, "out.weight": 0}),),
+        recipe=m.Recipe(rule="topk", steps=40, loss="binary_cross_entropy", knobs={"adam": 1.0}, form="int8"),
+        masks=m.BlobRef("04" * 32, 9876, 4096),
     ),
     "reply": m.Reply(
         order=ORDER,
@@ -132,6 +147,47 @@ BLOBS = {
         for form in ("bfloat16", "float16", "int8")
     },
 }
+
+MODEL = linear(7, 5)
+MASKS = {"o.weight": _EYE}
+MASKED = masked(MASKS)
+HELD = Held(MASKS, outline_of_model(MODEL, MASKS))
+"""A model, its masks, the structure that they make, and what both sides then hold."""
+
+_MOVES = {"o.weight": np.array([0.5, -1.0, 0.0, 1e-3, 3.0], np.float32), "o.bias": np.arange(5, dtype=np.float32) / 7}
+_TOLD = {"z/o.weight": np.array([0.25, 1e-30, 7.0], np.float32), "z/o.bias": np.arange(5, dtype=np.float32) / 3}
+_PLACES = np.zeros((5, 7), np.bool_)
+_PLACES.reshape(-1)[[1, 8, 34]] = True
+_KNOWN = {"o.weight": mask_digest(_EYE)}
+
+MASKED_BLOBS = {
+    "masks": {
+        "kind": "masks",
+        "tensors": {"o.weight": np.ones(5, np.float32)},
+        "masks": MASKS,
+        "coding": Coding(form="ones"),
+    },
+    "masked-shell": {
+        "kind": "shell",
+        "meta": {"capacity": 0},
+        "tensors": _MOVES,
+        "coding": Coding(outline=HELD.outline),
+    },
+    "masked-update": {"kind": "update", "tensors": _MOVES, "coding": Coding(outline=HELD.outline)},
+    "masked-update-int8": {"kind": "update", "tensors": _MOVES, "coding": Coding(outline=HELD.outline, form="int8")},
+    "update-with-extras": {
+        "kind": "update",
+        "tensors": {**_MOVES, **_TOLD},
+        "masks": {**MASKS, "z/o.weight": _PLACES},
+        "coding": Coding(known=_KNOWN, form="bfloat16", exact=frozenset(_TOLD)),
+    },
+    "update-of-one-tensor": {
+        "kind": "update",
+        "tensors": {"o.weight": np.array([1.0, 2.0], np.float32)},
+        "masks": {"o.weight": _SPARSE > 32},
+    },
+}
+"""Blobs of a masked model, each written as its own writer does: kept values alone."""
 
 PACKED = {
     name: {

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.golden.attacks import attacks
-from tests.golden.cases import BLOBS, MESSAGES, PACKED
+from tests.golden.cases import BLOBS, MASKED_BLOBS, MESSAGES, PACKED
 from wire import codec, spec, tensor, zoo
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ ATTACKS = HERE / "attacks.json"
 def golden():
     """Encode every case: {"message:NAME" | "blob:NAME" | "model:NAME": hex}."""
     found = {f"message:{name}": codec.encode(message).hex() for name, message in MESSAGES.items()}
-    found |= blobs("blob", BLOBS)
+    found |= blobs("blob", BLOBS | MASKED_BLOBS)
     for name in zoo.MODELS:
         found[f"model:{name}"] = spec.encode(zoo.by_name(name)).hex()
     return found

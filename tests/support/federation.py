@@ -63,6 +63,7 @@ class Federation:
     broker_kind: str = "mosquitto"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)  # of relays between a device and the broker
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -119,8 +120,9 @@ class Federation:
             np.savez(data, x=(whole["x"][rows] / 16).astype(np.float32), y=whole["y"][rows], classes=10)
         path = self.root / f"{name}.toml"
         budget = self.budgets[number % len(self.budgets)]
+        port = self.ports.get(name, self.broker.port)
         path.write_text(
-            f'federation = "test"\ndevice = "{name}"\n[broker]\nurl = "mqtt://127.0.0.1:{self.broker.port}"\n'
+            f'federation = "test"\ndevice = "{name}"\n[broker]\nurl = "mqtt://127.0.0.1:{port}"\n'
             f'[data]\nsource = "npz"\npath = "{data}"\nvalidation = 0.1\ntest = 0.1\n[memory]\nbudget = {budget}\n'
             f'[worker]\nmode = "{self.mode}"\nthreads = 1\n[state]\ndir = "{self.root / name}"\n'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from edge_runtime.data import Dataset
 from wire import spec as specs
 from wire import structure as cutting
 from wire.job import Job
+from wire.maskfile import outline_of_model, write_masks
 from wire.messages import BlobRef, Order, Recipe
 from wire.spec import Structure
-from wire.tensor import write_blob
+from wire.tensor import Coding, write_blob
 
 
 def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
@@ -47,6 +49,28 @@ def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
     return Job(
         order, str(folder / "spec"), tuple(paths), str(out), "", limits.get("budget", 0), limits.get("micro", 0), 1
     )
+
+
+def masked_job(folder, spec, arrays, masks, recipe=None, verb="train", **limits):
+    """Write what an order with masks needs into `folder` and give its job; `arrays` are whole, `limits` as in `job`."""
+    plain = job(folder, spec, arrays, [WHOLE], recipe, verb, **limits)
+    lines = {n: array[masks[n]] if n in masks else array for n, array in arrays.items()}
+    shell, file = Path(folder) / "shell", Path(folder) / "masks"
+    coding = Coding(outline=outline_of_model(spec, masks))
+    order = dataclasses.replace(
+        plain.order,
+        shells=(write_blob(shell, "shell", lines, meta={"capacity": 0}, coding=coding),),
+        structures=(cutting.masked(masks),),
+        masks=write_masks(file, masks),
+    )
+    return dataclasses.replace(plain, order=order, shells=(str(shell),), masks=str(file))
+
+
+def some_masks(spec, density=0.3, seed=3, names=None):
+    """Draw masks of weights, of all that can be masked or of those with these names."""
+    rng = np.random.default_rng(seed)
+    shapes = specs.tensor_shapes(spec, WHOLE)
+    return {n: rng.random(shape) < density for n, shape in shapes.items() if n in (names or shapes) and len(shape) > 1}
 
 
 def dataset(spec, train=40, test=16, seed=0, shape=None):

@@ -132,7 +132,7 @@ def tensors(data, masks=None, outlines=None):
 
 def _values(entry, parts, masks):
     count, kept, form = math.prod(entry["shape"]), entry["kept"], TYPES[entry["dtype"]]
-    if entry["form"] not in ("", "bfloat16", "float16", "int8"):
+    if entry["form"] not in ("", "bfloat16", "float16", "int8", "ones"):
         wrong("Unsupported", entry["form"])
     if entry["form"] and entry["dtype"] != "float32":
         wrong("Malformed", "form")
@@ -168,12 +168,16 @@ def _values(entry, parts, masks):
 
 
 def _length(kept, dtype, form):
+    if form == "ones":
+        return 0
     if form == "int8":
         return 4 * -(-kept // 256) + kept
     return kept * (2 if form else struct.calcsize("<" + TYPES[dtype]))
 
 
 def _numbers(data, kept, kind, form):
+    if form == "ones":
+        return itertools.repeat(1.0, kept)
     if form == "bfloat16":
         return struct.unpack(f"<{kept}f", b"".join(b"\0\0" + data[i : i + 2] for i in range(0, 2 * kept, 2)))
     if form == "float16":
@@ -286,6 +290,14 @@ def outline_digest(lines):
         for key, dtype, shape, kept, mask in lines
     ]
     return hashlib.sha256(_head(len(packed), 0x90, 15, (None, 0xDC, 0xDD)) + b"".join(packed)).digest()
+
+
+def masks_digest(masks):
+    """Name masks, given as {tensor: (shape, list of booleans)} (section 7)."""
+    if not masks:
+        return ""
+    pairs = [b"\x92" + _pack_str(key) + _pack_str(mask_digest(*masks[key])) for key in sorted(masks)]
+    return hashlib.sha256(_head(len(pairs), 0x90, 15, (None, 0xDC, 0xDD)) + b"".join(pairs)).hexdigest()
 
 
 def ranking_digest(levels):

@@ -228,6 +228,8 @@ structure = record(
     capacity=(natural, 0),
     widths=(a_map(name, a_list(positive, 1, 64)), {}),
     ranking=(a_str(0, 64), ""),
+    masks=(a_str(0, 64), ""),
+    kept=(a_map(name, natural), {}),
 )
 recipe = record(
     rule=(name, "sgd"),
@@ -240,6 +242,8 @@ recipe = record(
     seed=(natural, 0),
     knobs=(a_map(name, a_float()), {}),
     form=(one_of("", "bfloat16", "float16", "int8"), ""),
+    steps=(natural, 0),
+    loss=(one_of("cross_entropy", "binary_cross_entropy", "sum"), "cross_entropy"),
 )
 usage = record(
     bytes_base=(natural, 0),
@@ -268,6 +272,7 @@ MESSAGES = {
         recipe=recipe,
         bytes_peak=(natural, 0),
         seconds=(amount, 0.0),
+        masks=(or_null(blob), None),
     ),
     "reply": record(
         order=token,

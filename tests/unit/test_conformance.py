@@ -11,12 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.golden.cases import BLOBS, MESSAGES, PACKED
+from coordinator.answers import Answers, check_update
+from edge_runtime.received import Received
+from tests.golden.cases import BLOBS, HELD, MASKED, MASKED_BLOBS, MASKS, MESSAGES, MODEL, ORDER, PACKED
 from tests.golden.make import ATTACKS, GOLDEN, golden
-from tests.support import models, second_blobs, second_reader
-from wire import codec, errors, spec, structure, tensor, topics, zoo
+from tests.support import models, second_blobs, second_masks, second_reader
+from wire import codec, errors, messages, spec, structure, tensor, topics, zoo
+from wire.maskfile import read_masks
 from wire.masks import mask_digest
 from wire.schema import to_plain
+from wire.spool import Spool
 
 VECTORS = {name: bytes.fromhex(value) for name, value in json.loads(GOLDEN.read_text("utf-8")).items()}
 HOSTILE = json.loads(ATTACKS.read_text("utf-8"))
@@ -119,9 +123,79 @@ def test_both_digest_rankings_and_join_shells_the_same_way():
             assert all(ours[weights.name][index] == value for index, value in joined.items())
 
 
+def read_masked(reader, folder, data):
+    """Read bytes as a blob of the masked model in `cases`: by the code that a device or a coordinator reads it with."""
+    path = Path(folder) / "masked"
+    path.write_bytes(data)
+    if reader == "masks":
+        return read_masks(str(path), MODEL, MASKED).masks
+    if reader == "shell":
+        return dict(Received(MODEL, MASKED, [str(path)], HELD).lines())
+    return check_update(path, MODEL, MASKED, HELD)
+
+
+def read_masked_otherwise(reader, data):
+    shapes = {name: list(shape) for name, shape in spec.tensor_shapes(MODEL, spec.Structure()).items()}
+    held = {name: mask.ravel().tolist() for name, mask in MASKS.items()}
+    if reader == "masks":
+        return second_masks.masks(data, shapes, MASKED.masks, dict(MASKED.kept))
+    return (second_masks.shell if reader == "shell" else second_masks.update)(data, shapes, held)
+
+
+def read_otherwise(reader, kind, data):
+    if reader == "message":
+        second_reader.message(data, kind)
+    elif reader == "blob":
+        second_blobs.tensors(data)
+    else:
+        read_masked_otherwise(reader, data)
+
+
+def test_both_readers_name_and_read_the_same_masks(tmp_path):
+    shapes = {"o.weight": [5, 7], "o.bias": [5]}
+    held = {name: mask.ravel().tolist() for name, mask in MASKS.items()}
+    assert MASKED.masks == second_blobs.masks_digest({name: (shapes[name], mask) for name, mask in held.items()})
+    assert HELD.outline.digest == second_blobs.outline_digest(second_masks.model_outline(shapes, held))
+    assert second_blobs.masks_digest({}) == structure.masks_digest({}) == ""
+    data = VECTORS["blob:masks"]
+    found = read_masked("masks", tmp_path, data)
+    assert {name: mask.ravel().tolist() for name, mask in found.items()} == read_masked_otherwise("masks", data) == held
+
+
+def test_both_readers_read_the_same_masked_shell(tmp_path):
+    data = VECTORS["blob:masked-shell"]
+    other = read_masked_otherwise("shell", data)
+    for name, line in read_masked("shell", tmp_path, data).items():
+        whole = np.array(other[name], np.float32).reshape(HELD.masks.get(name, line).shape)
+        assert line.tolist() == (whole[HELD.masks[name]] if name in HELD.masks else whole).tolist()
+        assert line.tobytes() == MASKED_BLOBS["masked-shell"]["tensors"][name].tobytes()
+
+
+@pytest.mark.parametrize("name", [name for name, case in MASKED_BLOBS.items() if case["kind"] == "update"])
+def test_both_readers_read_the_same_masked_update(name, tmp_path):
+    data, case = VECTORS[f"blob:{name}"], MASKED_BLOBS[name]
+    read_masked("update", tmp_path, data)
+    moved, told = read_masked_otherwise("update", data)
+    spool = Spool(tmp_path / "spool")
+    reply = messages.Reply(ORDER, "d", ORDER, MASKED, spool.add_bytes(data), "", 1, {}, messages.Usage())
+    (answer,) = Answers(spool, MODEL, (reply,), HELD)
+    assert {key: array.ravel().tolist() for key, array in answer.update.items()} == moved
+    assert set(answer.extras) == set(told)
+    for key, (places, values) in answer.extras.items():
+        assert values.tobytes() == case["tensors"][f"z/{key}"].tobytes(), "what is told keeps its own type"
+        assert {i: v for i, v in enumerate(told[key]) if v} == {
+            int(i): float(v) for i, v in zip(places, values, strict=True) if v
+        }
+    for key, mask in answer.sent.items():
+        wanted = case.get("masks", {}).get(key, MASKS.get(key))
+        np.testing.assert_array_equal(mask, wanted)
+
+
 def attack(reader, data, folder):
     if reader == "blob":
         read_blob(folder, data)
+    elif reader in ("masks", "shell", "update"):
+        read_masked(reader, folder, data)
     elif reader == "model":
         spec.decode(data)
     else:
@@ -141,9 +215,9 @@ def test_hostile_bytes_are_refused_by_name(name, tmp_path):
 def test_second_reader_refuses_the_same(name):
     case = HOSTILE[name]
     data = bytes.fromhex(case["hex"])
-    kind = case["reader"].partition(":")[2]
+    reader, _, kind = case["reader"].partition(":")
     with pytest.raises(second_reader.Wrong) as caught:
-        second_reader.message(data, kind) if kind else second_blobs.tensors(data)
+        read_otherwise(reader, kind, data)
     assert str(caught.value).split()[0] == case["error"]
 
 
@@ -161,6 +235,7 @@ def test_damaged_bytes_are_read_or_refused_but_never_anything_else(name, changes
         del data[end % len(data) :]
     room, _, rest = name.partition(":")
     reader = f"message:{kind_of(MESSAGES[rest])}" if room == "message" else room.replace("packed", "blob")
+    reader = MASKED_BLOBS[rest]["kind"] if rest in MASKED_BLOBS else reader
     with contextlib.suppress(errors.PeerError, errors.SpecError):
         attack(reader, bytes(data), tmp_path_factory.getbasetemp())
 

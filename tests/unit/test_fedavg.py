@@ -96,20 +96,20 @@ def test_parameters_reach_the_recipe_and_wrong_ones_are_explained():
 
 
 def test_the_rate_cools_from_round_to_round():
-    state = start(linear(), **{"recipe.rate": 0.4, "cooling": 0.5})
+    state = start(linear(), **{"recipe.rate": 0.4, "schedule": "exponential 0.5"})
     rates = [fedavg.plan(state, n, (DeviceView("a", GREAT),), rng_of(0, n))[1][0].recipe.rate for n in (1, 2, 4)]
     assert rates == pytest.approx([0.4, 0.2, 0.05])
     for factor in (0.0, 1.5, -1.0):
-        with pytest.raises(ConfigError, match="cooling"):
-            start(linear(), cooling=factor)
+        with pytest.raises(ConfigError, match="schedule"):
+            start(linear(), schedule=f"exponential {factor}")
 
 
 def test_registry():
-    assert set(describe()) == {"fedavg", "nestfl"}
+    assert {"fedavg", "nestfl"} <= set(describe())
     for name, facts in describe().items():
         algorithm: Algorithm = by_name(name)
         assert facts["params"] == dict(algorithm.PARAMS)
         assert facts["summary"].endswith(".") or facts["summary"].endswith(";")
         assert facts["text"]
-    with pytest.raises(ConfigError, match="fedavg, nestfl"):
+    with pytest.raises(ConfigError, match="nestfl"):
         by_name("fedsgd")

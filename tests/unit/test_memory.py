@@ -16,6 +16,7 @@ from wire import memory
 from wire.errors import SpecError
 from wire.messages import BlobRef, Order, Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, tensor_shapes
+from wire.walk import HEAP
 from wire.zoo import by_name
 
 WHOLE = Structure()
@@ -42,7 +43,7 @@ def mlp(inputs=256, hidden=1024, classes=16):
 
 def test_walk_by_hand():
     a, b = 4 * (256 * 1024 + 1024), 4 * (1024 * 16 + 16)
-    kept = memory.HEAP
+    kept = HEAP
     x, h = 4 * 16 * 256, 4 * 16 * 1024
     # Instant 6, backward of a: weights, gradients, a's new gradient, the batch twice, the gradient of a's output.
     assert memory.predict(mlp(), WHOLE, CLIPPED).peak == kept + 2 * (a + b) + a + 2 * x + h
@@ -62,7 +63,7 @@ def test_activations_dominate_at_a_large_batch():
     c, p = 4 * batch * 6 * 36, 4 * batch * 6 * 9
     # Backward of the pool: its input, its indices and both gradients are alive.
     floor = c + 2 * p + p + c
-    peak = memory.predict(spec, WHOLE, Recipe(batch=batch, clip=1.0)).peak - memory.HEAP
+    peak = memory.predict(spec, WHOLE, Recipe(batch=batch, clip=1.0)).peak - HEAP
     assert floor < peak < 2.5 * floor
 
 
@@ -98,11 +99,11 @@ def test_masked_walk_by_hand():
     panels = 4 * 20 * (256 + 1024 + 2 * 1024) + 4 * 64
     b = 4 * (1024 * 16 + 16)
     weights = values + index
-    held = memory.HEAP + weights + 2 * values
+    held = HEAP + weights + 2 * values
     # Nodes: a and r as one, b. Instant 3, backward of b: its new gradient and those of both outputs, and what r made.
     by_b = 2 * x + panels + h + b + h + out
     by_a = 2 * x + panels + h
-    step, load = held + max(by_a, by_b), memory.HEAP + weights + 256 * 1024 + 24 * 16_000
+    step, load = held + max(by_a, by_b), HEAP + weights + 256 * 1024 + 24 * 16_000
     assert memory.predict(spec, WHOLE, recipe, masked=masked).peak == max(step, load)
     assert by_b > by_a
 
@@ -118,9 +119,7 @@ def test_what_is_held_dense_counts_as_dense():
     assert prices[2] - prices[0] > 8 * 256 * 1024  # weight and momentum
     whole = memory.predict(spec, WHOLE, Recipe(batch=16, momentum=0.9)).peak
     assert prices[3] == pytest.approx(whole, rel=0.15)  # a mask more, a gradient less
-    evaluated = [
-        memory.predict_evaluation(spec, WHOLE, 16, 1.0, m).peak - memory.HEAP for m in (memory.Masked(names), None)
-    ]
+    evaluated = [memory.predict_evaluation(spec, WHOLE, 16, 1.0, m).peak - HEAP for m in (memory.Masked(names), None)]
     assert evaluated[0] < evaluated[1] / 4
 
 
@@ -131,7 +130,7 @@ def test_a_chain_of_convolutions_by_hand():
     x, bordered, c, pooled, f = (4 * batch * rows for rows in (36, 64, 6 * 36, 6 * 9, 12))
     # c, r, p, flat and f run as one up to the tanh. The largest gradient is that of c's output, with a border of one.
     buffers = bordered + c + pooled + f + 2 * (4 * batch * 6 * 64)
-    found = memory.predict(spec, WHOLE, Recipe(batch=batch), masked=masked).peak - memory.HEAP
+    found = memory.predict(spec, WHOLE, Recipe(batch=batch), masked=masked).peak - HEAP
     buffers += f + f // 3 + 2 * f  # of o, behind the tanh
     # Two of: the outputs of f and the tanh, and their gradients. What was rounded up, and three indices.
     assert 0 <= found - (2 * x + buffers + 3 * f) < 4096
@@ -303,4 +302,4 @@ print(sorted({"numpy", "torch", "psutil", "sqlite3"} & set(sys.modules)))
 
 
 def test_a_linear_model_has_no_temporaries():
-    assert memory.predict(linear(), WHOLE, Recipe(batch=1)).peak - memory.HEAP < 2048
+    assert memory.predict(linear(), WHOLE, Recipe(batch=1)).peak - HEAP < 2048

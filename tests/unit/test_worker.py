@@ -11,10 +11,11 @@ import pytest
 
 from edge_runtime import personal, received, rules, worker
 from edge_runtime.engines import open_engine
+from edge_runtime.outgoing import Outgoing
 from edge_runtime.worker import perform
 from tests.support.models import random_arrays, small_cnn, widths
 from tests.support.orders import dataset, job
-from wire import memory, zoo
+from wire import maskfile, memory, zoo
 from wire import structure as cutting
 from wire.errors import Malformed
 from wire.job import Done, Failed
@@ -88,7 +89,8 @@ def test_writing_an_answer_takes_what_is_predicted(tmp_path, form):
         weights = sum(array.nbytes for array in arrays.values())
         keep = str(tmp_path / f"{turn}.keep")
         tracemalloc.start()
-        worker._write(work, personal.Personal(spec, WHOLE, arrays), held, tmp_path / "update", Path(keep))
+        said = Outgoing(spec, WHOLE, maskfile.WHOLE, arrays, rules.Trained((), 0), form)
+        said.write(work.keep, held, tmp_path / "update", Path(keep))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert weights + peak <= memory.predict(spec, WHOLE, recipe, 1).peak

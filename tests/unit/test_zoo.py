@@ -20,6 +20,14 @@ COUNTS = {
     + 2 * (512 * 512 + 512)
     + 512 * 10
     + 10,
+    "alexnet": 9 * (3 * 64 + 64 * 192 + 192 * 384 + 384 * 256 + 256 * 256)
+    + (64 + 192 + 384 + 2 * 256)
+    + 1024 * 4096
+    + 4096 * 4096
+    + 2 * 4096
+    + 4096 * 10
+    + 10,
+    "mobilenet-v3-small": 927_008 + 592_898 + 6_056,  # test_zoo_models.py counts it
     "resnet-18": 9 * (3 * 64 + 4 * 64**2 + 64 * 128 + 3 * 128**2 + 128 * 256 + 3 * 256**2 + 256 * 512 + 3 * 512**2)
     + (64 * 128 + 128 * 256 + 256 * 512)
     # a bias, and a norm's weight and bias, behind each of 5 convolutions, then of 5 in every stage

@@ -1,0 +1,372 @@
+"""PruneFL: prunes and grows so that the loss falls fastest per second, first at one device, then with all of them.
+
+Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Devices", IEEE TNNLS 2022. Its algorithm 1:
+
+* *Initial pruning*: one device trains alone on a few of its samples (`initial.samples`), an order being the `initial.passes`
+  over them between two reconfigurations, at most `initial.rounds` orders. Reconfiguring starts once the accuracy there is
+  `initial.start` times chance, and the stage ends when `initial.calm` of them in a row have moved the density by at most
+  `initial.stop` of itself. The device is the same as long as it is among those that were selected.
+* *Further pruning*: federated averaging of the masked model, reconfigured every `every` rounds. `stages` has the ablation.
+
+A reconfiguration keeps what maximises importance per second (`coordinator.blocks.importance`), among the weights that are not
+kept and the fraction ``prunable * 0.5 ^ (round / half_life)`` of smallest magnitude in every layer; all others stay. Masks
+change at no other time, so that between two of them values alone travel.
+
+* `window`: ``all_rounds``, devices sum squared gradients after every local step and keep the sums; or
+  ``reconfiguration_round``, only the (last `last`) steps of that round count, and no device ever holds a dense vector.
+* `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor, and a bound on
+  the rest, from which follows how many choices are not certain; if that is more than `doubt` of what is kept, they tell twice
+  as many the next time. The mask is the one of the lower bounds. Or ``dense``.
+* `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
+  none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
+  be pruned, more may be.
+* `time`: ``fit``, learnt from the seconds of all rounds so far; ``fit devices``, a line for every device, a round taking as
+  long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2 ...``, and after semicolons those of slower
+  devices. `link`: bytes per second by which 8 bytes for every kept weight are charged as well; 0 for not at all.
+* `regrown`: ``zero``, or ``stale`` for the value from before pruning (public code). `initial.regrow`: ``yes``; or ``no``, as
+  the public code does, where initial pruning only shrinks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
+from coordinator.blocks import timecost
+from coordinator.blocks.drafts import drafted
+from coordinator.blocks.feedback import choice, fraction, rounds
+from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
+from coordinator.blocks.masks import densities, density, maskable, masked_mean, masked_weights
+from coordinator.blocks.schedule import linear, progress
+from coordinator.blocks.told import Told, told
+from coordinator.recipes import Params, merged, recipe_of, scheduled
+from wire.errors import ConfigError, Malformed
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Structure
+from wire.structure import masked
+
+ABOUT = About("Jiang et al., IEEE TNNLS 2022", "paper", "tests/unit/test_prunefl.py")
+PARAMS: Mapping[str, float | str] = MappingProxyType(
+    {
+        "stages": "both",
+        "initial.rounds": 20.0,
+        "initial.passes": 50.0,
+        "initial.samples": 200.0,
+        "initial.start": 1.5,
+        "initial.stop": 0.1,
+        "initial.calm": 5.0,
+        "initial.prunable": 0.3,
+        "initial.regrow": "yes",
+        "every": 50.0,
+        "prunable": 0.3,
+        "half_life": 10000.0,
+        "window": "all_rounds",
+        "last": 0.0,
+        "importance": "top",
+        "top": 1.0,
+        "doubt": 0.01,
+        "target": 0.0,
+        "target.from": 1.0,
+        "horizon": 200.0,
+        "ramp": 1.0,
+        "cap": "exact",
+        "time": "fit",
+        "trust": 0.01,
+        "link": 0.0,
+        "regrown": "zero",
+        "schedule": "constant",
+        "recipe.rule": "sgd",
+        "recipe.epochs": 1.0,
+        "recipe.steps": 5.0,
+        "recipe.batch": 20.0,
+        "recipe.rate": 0.1,
+        "recipe.momentum": 0.0,
+        "recipe.decay": 0.0,
+        "recipe.clip": 0.0,
+    }
+)
+"""Names of all parameters with their defaults; those of training are the paper's but for the rate."""
+
+_CHOICES = {
+    "stages": ("both", "initial", "further"),
+    "initial.regrow": ("yes", "no"),
+    "window": ("all_rounds", "reconfiguration_round"),
+    "importance": ("top", "dense"),
+    "cap": ("exact", "stop"),
+    "regrown": ("zero", "stale"),
+}
+_SEEN = 200
+"""Measured rounds (or with ``fit devices`` answers) that are remembered."""
+
+_HISTORY, _LINES = 12, 4
+"""Reconfigurations whose facts are remembered, and kinds of devices in each of them."""
+
+_SPEED = 4e9
+"""Operations per second that the prior assumes until a round was measured; it matters beside a known `link` alone."""
+
+
+def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
+    """See `coordinator.algorithm.Algorithm.init`."""
+    known = merged(PARAMS, params)
+    for name, words in _CHOICES.items():
+        choice(known, name, words)
+    for name in ("initial.rounds", "initial.passes", "initial.calm", "every", "horizon"):
+        rounds(known, name)
+    for name in ("initial.stop", "initial.prunable", "prunable", "doubt", "target", "target.from", "ramp"):
+        fraction(known, name)
+    for name in ("initial.samples", "initial.start", "half_life", "last", "top", "trust", "link"):
+        if not 0.0 <= float(known[name]) < math.inf or (name in ("half_life", "top") and not known[name]):
+            raise ConfigError(
+                f"parameter {name} = {known[name]}: write a number that is not negative, such as {PARAMS[name]}"
+            )
+    names = maskable(spec)
+    if not names:
+        raise ConfigError(f"model {spec.name!r} has no weights that can be masked")
+    if known["time"] not in ("fit", "fit devices"):
+        timecost.read(str(known["time"]), len(names))
+    scheduled(recipe_of(known), str(known["schedule"]), 1)
+    memo: dict[str, Any] = {
+        "stage": "further" if known["stages"] == "further" else "initial",
+        "since": 0,
+        "last": 0,
+        "orders": 0,
+    }
+    memo |= {"client": "", "started": False, "calm": 0, "reconfigured": 0, "certified": 0, "widen": 1.0}
+    memo |= {"seen": [], "layers": {}, "history": []}
+    return State(spec, 0, dict(weights), scalars={"params": known, "prunefl": memo})
+
+
+def plan(
+    state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
+) -> tuple[State, tuple[Draft, ...]]:
+    """See `coordinator.algorithm.Algorithm.plan`."""
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    state = dataclasses.replace(state, round=round_number)
+    structure = _structure(state)
+    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    if memo["stage"] != "initial":
+        recipe = _further(state, recipe)
+        return state, drafted(state.spec, structure, recipe, devices, rng)
+    recipe = _importance(state, recipe, send=True, window=1.0, measure=1.0, samples=float(params["initial.samples"]))
+    recipe = dataclasses.replace(recipe, epochs=int(params["initial.passes"]), steps=0)
+    for device in sorted(devices, key=lambda d: (d.name != memo["client"], -d.samples, d.name)):
+        drafts = drafted(state.spec, structure, recipe, (device,), rng)
+        if drafts:
+            return _noted(state, client=device.name), drafts
+    return state, ()
+
+
+def close(state: State, answers: Answers | Iterable[Answer]) -> State:
+    """See `coordinator.algorithm.Algorithm.close`.
+
+    Memory: a sum of the model's size; at a reconfiguration about six times as much more.
+
+    Raises:
+        Malformed: An answer is about other masks.
+    """
+    structure, notes = _structure(state), []
+    for answer in answers:
+        if answer.structure != structure:
+            raise Malformed(f"{answer.device} answers with another part of the model than it was asked for")
+        if answer.samples:
+            notes.append(dataclasses.replace(answer, update={}, sent={}, extras={}))
+    if not notes:
+        return state
+    state = _timed(dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers)), notes)
+    params = state.scalars["params"]
+    if state.scalars["prunefl"]["stage"] == "initial":
+        return _initial(state, notes[0].metrics.get("accuracy.train", 0.0), answers)
+    if not _due(state):
+        return state
+    share = float(params["prunable"]) * 0.5 ** (state.round / float(params["half_life"]))
+    return _reconfigured(state, _told(state, answers), share, grows=True)
+
+
+def _structure(state: State) -> Structure:
+    return masked(state.masks) if state.masks else Structure()
+
+
+def _noted(state: State, **facts: Any) -> State:
+    """Remember facts in scalar ``prunefl``."""
+    return dataclasses.replace(state, scalars={**state.scalars, "prunefl": {**state.scalars["prunefl"], **facts}})
+
+
+def _due(state: State) -> bool:
+    """Tell whether a round of further pruning reconfigures; one that could not leaves it to the next."""
+    memo, every = state.scalars["prunefl"], int(state.scalars["params"]["every"])
+    since = memo["since"]
+    last = max(memo["last"], since)
+    return bool(memo["stage"] == "further" and (state.round - since) // every > (last - since) // every)
+
+
+def _further(state: State, recipe: Recipe) -> Recipe:
+    params, due = state.scalars["params"], _due(state)
+    if state.scalars["prunefl"]["stage"] == "fixed":
+        return recipe
+    if params["window"] == "all_rounds":
+        return _importance(state, recipe, send=due)
+    return _importance(state, recipe, send=True, window=1.0, last=float(params["last"])) if due else recipe
+
+
+def _importance(state: State, recipe: Recipe, *, send: bool, **knobs: float) -> Recipe:
+    """Ask for importance along with training (rule `importance`)."""
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    knobs |= {"send": float(send), "gradients": float(not state.masks)}
+    if send and params["importance"] == "top":
+        for name, mask in state.masks.items():
+            count = math.ceil(float(params["top"]) * memo["widen"] * int(np.count_nonzero(mask)))
+            if count < mask.size:
+                knobs[f"top.{name}"] = float(max(1, count))
+    knobs = {name: value for name, value in knobs.items() if value}
+    return dataclasses.replace(recipe, rule="importance", knobs={**recipe.knobs, **knobs})
+
+
+def _told(state: State, answers: Answers | Iterable[Answer]) -> Told:
+    return told(answers, {name: state.weights[name].size for name in maskable(state.spec)})
+
+
+def _initial(state: State, accuracy: float, answers: Answers | Iterable[Answer]) -> State:
+    """End an order of initial pruning, after which the device has this accuracy."""
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    going = memo["started"] or accuracy * state.spec.classes >= float(params["initial.start"])
+    calm, before = memo["calm"], density(state.masks)
+    if going:
+        grows = params["initial.regrow"] == "yes"
+        state = _reconfigured(state, _told(state, answers), float(params["initial.prunable"]), grows=grows)
+        still = abs(density(state.masks) / before - 1.0) <= float(params["initial.stop"]) if before else True
+        calm = calm + 1 if still else 0
+    state = _noted(state, started=going, calm=calm, orders=memo["orders"] + 1)
+    if calm < int(params["initial.calm"]) and memo["orders"] + 1 < int(params["initial.rounds"]):
+        return state
+    return _noted(state, stage="further" if params["stages"] == "both" else "fixed", since=state.round)
+
+
+def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> State:
+    """Decide on new masks; as it is, when nobody told anything."""
+    if not heard.devices:
+        return state
+    params = state.scalars["params"]
+    lines, explained = _lines(state)
+    names, total = list(heard.lower), sum(line.size for line in heard.lower.values())
+    kept = {
+        n: state.masks[n].reshape(-1) if n in state.masks else np.ones(state.weights[n].size, np.bool_) for n in names
+    }
+    room = total
+    if params["target"]:
+        done = progress(state.round, 0, float(params["ramp"]) * float(params["horizon"]))
+        room = int(linear(float(params["target.from"]), float(params["target"]), done) * total)
+    held = sum(int(np.count_nonzero(mask)) for mask in kept.values())
+    # Where the cap falls faster than weights may be pruned, as large a share of what it leaves stays protected.
+    share = 1.0 - (1.0 - share) * min(1.0, room / max(1, held))
+    fixed = [protected(state.weights[n].reshape(-1), kept[n], share) for n in names]
+    free = [~stays if grows else kept[n] & ~stays for n, stays in zip(names, fixed, strict=True)]
+    layers = [
+        Layer(heard.lower[n], stays, may, t)
+        for n, stays, may, t in zip(names, fixed, free, lines[0].weights, strict=True)
+    ]
+    most = max(0, room - sum(int(np.count_nonzero(stays)) for stays in fixed)) if params["target"] else None
+    chosen, doubtful = _choice(layers, heard, lines, most, stops=params["cap"] == "stop")
+    masks = {n: mask.reshape(state.weights[n].shape) for n, mask in zip(names, chosen.masks, strict=True)}
+    return _remembered(state, masks, chosen, doubtful, (lines, explained))
+
+
+def _choice(
+    layers: list[Layer], heard: Told, lines: tuple[timecost.Line, ...], most: int | None, *, stops: bool
+) -> tuple[Chosen, int]:
+    """Choose, and count what is not certain; -1 where nothing is known about that."""
+    starts = []
+    for line in lines:
+        timed = [dataclasses.replace(layer, seconds=t) for layer, t in zip(layers, line.weights, strict=True)]
+        base = Base(line.constant, heard.rest)
+        chosen = stopped(timed, base, most) if stops else solve(timed, base, most)
+        if len(lines) == 1:
+            sure = -1 if stops else undecided(timed, list(heard.upper.values()), base, chosen, most)
+            return chosen, sure
+        starts.append([int(np.count_nonzero(mask & one.free)) for mask, one in zip(chosen.masks, layers, strict=True)])
+    found = [climb(layers, lambda kept: timecost.slowest(lines, kept), heard.rest, most, start) for start in starts]
+    return max(found, key=lambda one: one.ratio), -1
+
+
+def _remembered(
+    state: State, masks: Masks, chosen: Chosen, doubtful: int, model: tuple[tuple[timecost.Line, ...], float]
+) -> State:
+    """Put new masks into force and note what is to be told about them."""
+    lines, explained = model
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    held = sum(int(np.count_nonzero(mask)) for mask in masks.values())
+    fact = {"round": state.round, "density": density(masks), "layers": densities(masks), "gamma": chosen.ratio}
+    fact |= {
+        "undecided": doubtful,
+        "r2": explained,
+        "seconds": [[line.constant, *line.weights] for line in lines][:_LINES],
+    }
+    widen = memo["widen"] * (2.0 if doubtful > float(params["doubt"]) * held else 1.0)
+    state = _noted(
+        state,
+        last=state.round,
+        reconfigured=memo["reconfigured"] + 1,
+        certified=memo["certified"] + (doubtful == 0),
+        widen=widen,
+        history=[*memo["history"], fact][-_HISTORY:],
+    )
+    weights = masked_weights(state.weights, masks) if params["regrown"] == "zero" else state.weights
+    whole = all(mask.all() for mask in masks.values())
+    return dataclasses.replace(state, masks={} if whole else masks, weights=weights)
+
+
+def _timed(state: State, answers: Iterable[Answer]) -> State:
+    """Remember how long this round took, as if it had had the steps of a round of further pruning."""
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    recipe, took, layers = recipe_of(params), [], memo["layers"]
+    kept = [
+        int(np.count_nonzero(state.masks[n])) if n in state.masks else state.weights[n].size
+        for n in maskable(state.spec)
+    ]
+    for answer in answers:
+        per_pass = -(-answer.samples // recipe.batch)
+        steps = recipe.steps or recipe.epochs * per_pass
+        made = steps
+        if memo["stage"] == "initial":
+            few = min(answer.samples, int(params["initial.samples"]) or answer.samples)
+            made = int(params["initial.passes"]) * -(-few // recipe.batch)
+        if answer.usage.seconds > 0.0:
+            took.append((answer.device, answer.usage.seconds * steps / made))
+        told_seconds = {n: answer.metrics.get(f"seconds.{n}", 0.0) for n in maskable(state.spec)}
+        if all(told_seconds.values()):
+            layers = {"seconds": told_seconds, "kept": kept}
+    if params["time"] == "fit" and took:
+        took = [("", max(seconds for _, seconds in took))]
+    seen = [*memo["seen"], *([device, seconds, *kept] for device, seconds in took)][-_SEEN:]
+    return _noted(state, seen=seen, layers=layers) if params["time"] in ("fit", "fit devices") else state
+
+
+def _lines(state: State) -> tuple[tuple[timecost.Line, ...], float]:
+    """Give the seconds of a round, a line for each kind of device, and R squared (the mean over lines)."""
+    params, memo, names = state.scalars["params"], state.scalars["prunefl"], maskable(state.spec)
+    recipe = recipe_of(params)
+    steps, each = recipe.steps or recipe.epochs, _link(params)
+    if params["time"] not in ("fit", "fit devices"):
+        lines = timecost.read(str(params["time"]), len(names))
+        return tuple(line.scaled(steps, each) for line in lines), 0.0
+    prior = timecost.arithmetic(state.spec, names).scaled(6.0 * recipe.batch * steps / _SPEED)
+    if memo["layers"]:
+        known = memo["layers"]
+        prior = timecost.measured(prior, known["seconds"], dict(zip(names, known["kept"], strict=True)))
+    found, explained = [], []
+    for device in sorted({row[0] for row in memo["seen"]}) or [""]:
+        rows = [row for row in memo["seen"] if row[0] == device]
+        line, r2 = timecost.fit([row[2:] for row in rows], [row[1] for row in rows], prior, float(params["trust"]))
+        found.append(line.scaled(1.0, each))
+        explained.append(r2)
+    return tuple(found), sum(explained) / len(explained)
+
+
+def _link(params: Params) -> float:
+    """Give the seconds that a kept weight's value takes down and up again."""
+    return 8.0 / float(params["link"]) if params["link"] else 0.0

@@ -1,0 +1,129 @@
+"""A round's answers as its updates say them: checked once when they come, read as often as an algorithm likes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.algorithm import Answer
+from wire import tensor
+from wire.errors import Malformed
+from wire.maskfile import TOLD, WHOLE, Held
+from wire.messages import BlobRef, Reply
+from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
+from wire.spool import Spool
+
+_KEPT_OPEN_BYTES = 1 << 20
+_HEADROOM = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An update, read: see `coordinator.algorithm.Answer`."""
+
+    update: Mapping[str, np.ndarray[Any, Any]]
+    sent: Mapping[str, np.ndarray[Any, Any]]
+    extras: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The replies of a round, as often as an algorithm likes, in the order of device names, one large update at a time.
+
+    Small updates stay open from one pass to the next, because opening one costs more than reading it.
+    """
+
+    spool: Spool
+    spec: ModelSpec
+    replies: tuple[Reply, ...]
+    held: Held = WHOLE
+    _open: dict[str, _Read] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Yield one `Answer` at a time; its arrays are valid until the next one."""
+        for reply in sorted(self.replies, key=lambda r: r.device):
+            if reply.update is None:
+                continue
+            read = self._read(reply.update)
+            yield Answer(
+                device=reply.device,
+                samples=reply.samples,
+                structure=reply.structure,
+                metrics=reply.metrics,
+                usage=reply.usage,
+                update=read.update,
+                sent=read.sent,
+                extras=read.extras,
+            )
+
+    def _read(self, ref: BlobRef) -> _Read:
+        known = self._open.get(ref.digest)
+        if known is not None:
+            return known
+        masks = self.held.masks
+        path, outline = self.spool.path(ref.digest), self.held.outline
+        with tensor.open_blob(path, elements_max=2 * parameter_count(self.spec, Structure()), outline=outline) as blob:
+            told = [name for name in blob.names if name.startswith(TOLD)]
+            moved = [name for name in blob.names if not name.startswith(TOLD)]
+            known = _Read(
+                {name: self._whole(blob, name) for name in moved},  # the views keep the file mapped
+                {name: _sent(blob, name, masks) for name in moved if blob.entry(name).encoding != "dense"},
+                {name.removeprefix(TOLD): blob.sparse(name) for name in told},
+            )
+            views = all(blob.entry(name).encoding == "dense" and not blob.entry(name).form for name in blob.names)
+        if views and ref.size <= _KEPT_OPEN_BYTES:
+            self._open[ref.digest] = known
+        return known
+
+    def _whole(self, blob: tensor.Blob, name: str) -> np.ndarray[Any, Any]:
+        mask = self.held.masks.get(name)
+        if mask is None or not known_to(self.held, blob, name):
+            return blob.tensor(name, mask)
+        whole = np.zeros(mask.shape, np.float32)
+        whole[mask] = blob.values(name)
+        whole.flags.writeable = False
+        return whole
+
+
+def known_to(held: Held, blob: tensor.Blob, name: str) -> bool:
+    """Say whether a tensor is written as the values of the mask that is held; cheap, because that mask has a name already."""
+    entry = blob.entry(name)
+    return entry.encoding == "values" and any(e.name == name and e.mask == entry.mask for e in held.entries)
+
+
+def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Give what was sent of a tensor; where both sides hold the mask it is the very same array for every answer."""
+    return masks[name] if blob.entry(name).encoding == "values" else blob.mask(name, masks.get(name))
+
+
+def size_limit(spec: ModelSpec, structure: Structure) -> int:
+    """Give the most bytes that an update can sensibly have: every weight moved, and as much told beside it."""
+    return 8 * parameter_count(spec, structure) + _HEADROOM
+
+
+def check_update(path: Path, spec: ModelSpec, structure: Structure, held: Held = WHOLE) -> None:
+    """Refuse an update before any arithmetic touches it.
+
+    It may lack tensors, which did not move. What a rule tells about a tensor has the tensor's shape too.
+
+    Raises:
+        Malformed: It is not an update blob, or a tensor is foreign, or of the wrong shape or type.
+        MaskUnknown, DigestMismatch: It is written against masks that the structure does not have.
+        NonFinite: It holds a NaN or an infinity.
+    """
+    wanted = tensor_shapes(spec, structure)
+    with tensor.open_blob(path, elements_max=2 * sum(map(prod, wanted.values())), outline=held.outline) as blob:
+        if blob.kind != "update":
+            raise Malformed(f"expected an update, got {blob.kind!r}")
+        for name in blob.names:
+            entry, shape = blob.entry(name), wanted.get(name.removeprefix(TOLD))
+            if entry.shape != shape or entry.dtype != "float32":  # before anything of that shape is allocated
+                raise Malformed(f"tensor {name!r} is {entry.dtype}{entry.shape}, expected float32{shape}")
+            if not known_to(held, blob, name):
+                blob.sparse(name, held.masks.get(name))  # decoded once, to be sure that it can be
+        blob.require_finite()

@@ -1,0 +1,41 @@
+"""One training order for each device that can hold it: what the plans of most algorithms end with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from coordinator.algorithm import DeviceView, Draft
+from wire.memory import Plan, fit
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Structure
+
+
+def drafted(
+    spec: ModelSpec, structure: Structure, recipe: Recipe, devices: Sequence[DeviceView], rng: np.random.Generator
+) -> tuple[Draft, ...]:
+    """Ask every device that can hold it to train the same structure.
+
+    Args:
+        spec: The model.
+        structure: What is trained.
+        recipe: How; each device gets a seed of its own.
+        devices: In any order; one that cannot hold the structure even with one sample at a time gets no draft.
+        rng: Of the round. It is drawn from once for every device, whether the structure fits there or not.
+
+    Returns:
+        In the order of the devices' names.
+    """
+    drafts = []
+    known: dict[tuple[int, float], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    for device in sorted(devices, key=lambda d: d.name):
+        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
+        means = device.bytes_budget, device.memory_scale
+        if means not in known:
+            known[means] = fit(spec, (structure,), seeded, *means)
+        fits = known[means]
+        if fits is not None:
+            drafts.append(Draft(device.name, "train", structure, seeded, fits.bytes_bound))
+    return tuple(drafts)

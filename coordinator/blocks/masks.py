@@ -1,0 +1,167 @@
+"""Masks: which weights may be masked at all, choosing exactly as many as are wanted, and the mean of masked models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.algorithm import Answer, Answers, Arrays, Masks
+from coordinator.blocks.aggregate import shares
+from wire.errors import NonFinite
+from wire.spec import ModelSpec, Structure
+from wire.structure import paste_add
+
+Scores = Mapping[str, NDArray[Any]]
+Mask = NDArray[np.bool_]
+
+
+def maskable(spec: ModelSpec) -> tuple[str, ...]:
+    """Name the tensors that may be masked, in the spec's order.
+
+    They are the weights of linear layers and convolutions that one node alone uses, with a bias that it alone uses: what
+    engines take. Biases, norms and convolutions in groups are never masked.
+    """
+    uses = [name for node in spec.nodes for name in node.params.values()]
+    plain = (node for node in spec.nodes if node.op in ("linear", "conv2d") and node.attrs.get("groups", 1) == 1)
+    layers = [node.params for node in plain]
+    found = {roles["weight"] for roles in layers if all(uses.count(name) == 1 for name in roles.values())}
+    return tuple(tensor.name for tensor in spec.tensors if tensor.name in found)
+
+
+def top_global(scores: Scores, count: int) -> dict[str, Mask]:
+    """Keep the `count` largest scores of all tensors together.
+
+    Args:
+        scores: By tensor name; of equal scores the first tensor's, and within it the first in C order, are kept.
+        count: How many.
+
+    Returns:
+        Masks of the scores' shapes with `count` ones in all.
+
+    Raises:
+        NonFinite: A score is not a number; infinities are fine.
+        ValueError: There are not as many.
+
+    Cost: a copy of the scores and a partial sort, O(weights).
+    """
+    line = np.concatenate([np.zeros(0, np.float32), *(np.ravel(array) for array in scores.values())])
+    kept = _largest(line, count)
+    masks, start = {}, 0
+    for name, array in scores.items():
+        masks[name] = kept[start : start + array.size].reshape(array.shape).copy()
+        start += array.size
+    return masks
+
+
+def top_per_tensor(scores: Scores, counts: Mapping[str, int]) -> dict[str, Mask]:
+    """Keep in each tensor so many of its largest scores; otherwise as `top_global`.
+
+    Args:
+        scores: By tensor name.
+        counts: For each of them, how many are kept.
+    """
+    return {name: _largest(np.ravel(array), counts[name]).reshape(array.shape) for name, array in scores.items()}
+
+
+def random_masks(
+    shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], rng: np.random.Generator
+) -> dict[str, Mask]:
+    """Keep in each tensor so many weights, all choices being equally likely."""
+    masks = {}
+    for name, shape in shapes.items():
+        mask = np.zeros(shape, np.bool_)
+        mask.reshape(-1)[rng.choice(mask.size, counts[name], replace=False, shuffle=False)] = True
+        masks[name] = mask
+    return masks
+
+
+def masked_weights(weights: Arrays, masks: Masks) -> dict[str, NDArray[np.float32]]:
+    """Give the weights with zeros where nothing is kept: copies of masked tensors, the others as they are."""
+    none = np.float32(0.0)
+    return {name: np.where(masks[name], w, none) if name in masks else w for name, w in weights.items()}
+
+
+def density(masks: Masks) -> float:
+    """Give the kept fraction of all weights that masks are about; 1 where there is no mask."""
+    total = sum(mask.size for mask in masks.values())
+    return sum(int(np.count_nonzero(mask)) for mask in masks.values()) / total if total else 1.0
+
+
+def densities(masks: Masks) -> dict[str, float]:
+    """Give the kept fraction by tensor name."""
+    return {name: density({name: mask}) for name, mask in masks.items()}
+
+
+def masked_mean(
+    spec: ModelSpec, weights: Arrays, answers: Answers | Iterable[Answer]
+) -> dict[str, NDArray[np.float32]]:
+    """Give the mean of what the devices trained, weighted by samples, over those that have a weight.
+
+    ``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``; a weight that nobody sent keeps the server's value. Where all devices
+    sent the same weights of a tensor this is FedAvg of the masked models, in the same order of sums and so to the same bit.
+
+    Args:
+        spec: The model.
+        weights: What the server has, whole, by tensor name; what devices received of it is what they started from.
+        answers: The round's; they are gone through twice. A tensor that one did not send at all did not move there.
+
+    Returns:
+        New arrays; those given, when no answer has any sample.
+
+    Cost: one sum of the model's size; for tensors of which devices sent different weights, a second one.
+    """
+    samples, uneven = _read(spec, answers)
+    if not sum(samples):
+        return dict(weights)
+    total = {name: np.zeros_like(array) for name, array in weights.items()}
+    held = {name: np.zeros_like(weights[name]) for name in uneven}
+    for answer, share in zip(answers, shares(samples), strict=True):
+        paste_add(spec, total, answer.update, Structure(), share)
+        for name, sum_held in held.items():
+            sum_held[answer.sent.get(name, ...)] += np.float32(share)
+    for name, sum_held in held.items():
+        np.divide(total[name], sum_held, out=total[name], where=sum_held > 0)
+    return {name: array + total[name] for name, array in weights.items()}
+
+
+def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[list[int], list[str]]:
+    """Give all samples, and the tensors of which not all that count sent the same weights."""
+    samples: list[int] = []
+    first: Answer | None = None
+    uneven: dict[str, None] = {}
+    for answer in answers:
+        samples.append(answer.samples)
+        if not answer.samples:
+            continue
+        if first is None:
+            first = answer
+            continue
+        for tensor in spec.tensors:
+            if not _same(tensor.name, first, answer):
+                uneven[tensor.name] = None
+    return samples, list(uneven)
+
+
+def _same(name: str, a: Answer, b: Answer) -> bool:
+    one, other = a.sent.get(name), b.sent.get(name)
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def _largest(line: NDArray[Any], count: int) -> Mask:
+    """Mark the `count` largest of a line; of equal ones the first."""
+    if not 0 <= count <= line.size:
+        raise ValueError(f"{count} of {line.size} weights cannot be kept")
+    if count == line.size or not count:
+        return np.full(line.size, bool(count), np.bool_)
+    place = line.size - count
+    least = np.partition(line, place)[place]
+    kept: Mask = line > least
+    missing = count - int(np.count_nonzero(kept))
+    kept[np.flatnonzero(line == least)[:missing]] = True
+    # Values that are no numbers sort to the end and equal nothing.
+    if int(np.count_nonzero(kept)) != count or np.isnan(line).any():
+        raise NonFinite("a score is not a number")
+    return kept

@@ -1,0 +1,329 @@
+"""`coordinator compare`: algorithms side by side on the same fleet, split and seeds.
+
+Every algorithm runs with every seed, and with every density if it knows one. What is finished is kept (see `trials`), what
+fails is reported and the others go on. With ``--tune``, each method (at each density) first tries its configurations, at most
+six, on a validation part with other seeds; the one whose median accuracy is best goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from coordinator import algorithms
+from coordinator.recipes import merged
+from coordinator.simulate import compare_report
+from coordinator.simulate.command import settings
+from coordinator.simulate.crew import Ended, work
+from coordinator.simulate.report import Result
+from coordinator.simulate.trials import Failure, Store, Trial
+from coordinator.simulate.world import Config, Terms
+from wire.errors import ConfigError
+
+CONFIGURATIONS_MAX = 6
+PARAM_OF_DENSITY: Mapping[str, str] = {"prunefl": "target", "lotteryfl": "recipe.target"}
+"""Algorithm to its parameter for the fraction of weights that it shall keep, where that is not called ``density``; some ask
+for the fraction that goes, ``sparsity``."""
+ROUNDS = "horizon"
+"""The parameter that tells an algorithm how many rounds there will be."""
+
+Params = Mapping[str, float | str]
+_SECONDS_BETWEEN = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One thing that is compared.
+
+    Attributes:
+        label: Its name in the comparison.
+        algo: Its algorithm.
+        configurations: Parameters that it may run with; only one goes on.
+    """
+
+    label: str
+    algo: str
+    configurations: tuple[Params, ...]
+
+    def keeping(self, density: float) -> Params:
+        """Say in the algorithm's own words which fraction of the weights it shall keep; nothing when it has none."""
+        known = algorithms.by_name(self.algo).PARAMS
+        own = PARAM_OF_DENSITY.get(self.algo, "density")
+        if own in known:
+            return {own: density}
+        return {"sparsity": round(1.0 - density, 9)} if "sparsity" in known else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        base: What all runs have in common; its algorithm, seed and parameters are not used.
+        methods: What is compared.
+        densities: For the methods that know one.
+        seeds: Of the runs that count.
+        tuning_seeds: Of the runs that choose a configuration; none when nothing is chosen.
+        target: When a run is fast enough to be asked how long it took, see `compare_report.target_of`.
+    """
+
+    base: Config
+    methods: tuple[Method, ...]
+    densities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    target: str
+
+    def variants(self) -> Iterator[tuple[Method, float | None]]:
+        """Give each method with each of its densities; one without is itself once."""
+        for method in self.methods:
+            for density in self.densities if self.densities and method.keeping(1.0) else (None,):
+                yield method, density
+
+    def trial(self, method: Method, density: float | None, params: Params, seed: int, *, tuning: bool = False) -> Trial:
+        """Make one run.
+
+        Raises:
+            ConfigError: The algorithm does not take these parameters.
+        """
+        known = algorithms.by_name(method.algo).PARAMS
+        horizon = {ROUNDS: float(self.base.rounds)} if ROUNDS in known else {}
+        full: dict[str, float | str] = {**horizon, **({} if density is None else method.keeping(density)), **params}
+        try:
+            merged(known, full)
+        except ConfigError as error:
+            raise ConfigError(f"{method.label}: {error}") from None
+        terms = dataclasses.replace(self.base.terms, tuning=tuning)
+        config = dataclasses.replace(self.base, algo=method.algo, seed=seed, params=full, terms=terms)
+        return Trial(method.label, density, config)
+
+
+def run_comparison(args: argparse.Namespace) -> int:
+    """Run a comparison and print its result; with ``--json -`` the JSON object is all that is printed.
+
+    Returns:
+        0, or 4 when no run has given a result.
+
+    Raises:
+        NestlingError: Something that was asked for cannot work; the text says what to write.
+    """
+    comparison = _comparison(args)
+    bare = args.json is not None and str(args.json) == "-"
+    results = compare(comparison, Store(args.keep), args.jobs, sys.stderr if bare else sys.stdout)
+    facts = compare_report.summed_up(results, comparison.target)
+    if bare:
+        print(json.dumps(facts))
+    else:
+        print(compare_report.text(facts))
+        if args.json is not None:
+            args.json.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    if args.plot is not None:
+        compare_report.plot(facts, args.plot)
+    return 4 if all(isinstance(found, Failure) for _, found in results) else 0
+
+
+def compare(
+    comparison: Comparison, store: Store, jobs: int, out: TextIO | None = None
+) -> list[tuple[Trial, Result | Failure]]:
+    """Choose configurations, if there are several, and do all runs.
+
+    Args:
+        comparison: What is compared.
+        store: Where finished runs are kept, and taken from.
+        jobs: How many processes.
+        out: Where progress is told.
+
+    Returns:
+        Every run with what came of it: methods in their order, then densities, then seeds.
+
+    Raises:
+        NestlingError: Something that was asked for cannot work; the text says what to write.
+    """
+    out = out or sys.stdout
+    variants = list(comparison.variants())
+    chosen = _chosen(comparison, variants, store, jobs, out)
+    trials = [
+        comparison.trial(method, density, params, seed)
+        for (method, density), params in zip(variants, chosen, strict=True)
+        for seed in comparison.seeds
+    ]
+    return list(zip(trials, _done(trials, store, jobs, out, "runs"), strict=True))
+
+
+def _chosen(
+    comparison: Comparison, variants: Sequence[tuple[Method, float | None]], store: Store, jobs: int, out: TextIO
+) -> list[Params]:
+    """Choose a configuration for each method and density, by the median accuracy on the validation part."""
+    tries = [
+        (place, params, comparison.trial(method, density, params, seed, tuning=True))
+        for place, (method, density) in enumerate(variants)
+        if len(method.configurations) > 1
+        for params in method.configurations
+        for seed in comparison.tuning_seeds
+    ]
+    found = _done([trial for _, _, trial in tries], store, jobs, out, "tuning runs")
+    chosen = []
+    for place, (method, density) in enumerate(variants):
+        worth = []
+        for params in method.configurations:
+            mine = [one for (at, tried, _), one in zip(tries, found, strict=True) if (at, tried) == (place, params)]
+            worth.append(_median_accuracy(mine) if mine else 0.0)
+        best = method.configurations[worth.index(max(worth))]
+        chosen.append(best)
+        if len(worth) > 1:
+            part = "" if density is None else f" at density {density:g}"
+            said = ", ".join("failed" if w < 0 else f"{w:.4f}" for w in worth)
+            print(f"tuned {method.label}{part}: {said}; goes on with {dict(best)}", file=out, flush=True)
+    return chosen
+
+
+def _median_accuracy(found: Sequence[Result | Failure]) -> float:
+    """Judge a configuration; one that failed once is worse than all that did not."""
+    reached = [-1.0 if isinstance(one, Failure) else one["accuracy"]["full"] or 0.0 for one in found]
+    return -1.0 if -1.0 in reached else statistics.median(reached)
+
+
+def _done(trials: Sequence[Trial], store: Store, jobs: int, out: TextIO, what: str) -> list[Result | Failure]:
+    """Give what came of each run, after doing those that are not kept: all of the first seed, then of the next."""
+    paths = [store.path(trial.config) for trial in trials]
+    found: dict[Path, Result | Failure] = {}
+    for path, trial in zip(paths, trials, strict=True):
+        kept = store.read(trial.config)
+        if kept is not None:
+            found[path] = kept
+    if trials:
+        kept_text = f", {len(found)} of them finished earlier and kept in {store.folder}" if found else ""
+        print(f"{what}: {len(trials)}{kept_text}", file=out, flush=True)
+    rank = {seed: place for place, seed in enumerate(dict.fromkeys(t.config.seed for t in trials))}
+    left = {path: trial for path, trial in zip(paths, trials, strict=True) if path not in found}
+    ordered = sorted(left.items(), key=lambda item: rank[item[1].config.seed])
+    began = heard = time.monotonic()
+    ended = 0
+    for event in work([(trial, path) for path, trial in ordered], jobs):
+        trial, now = event.trial, time.monotonic()
+        if isinstance(event, Ended):
+            ended, heard = ended + 1, now
+            kept = None if event.error else store.read(trial.config)
+            one: Result | Failure = Failure(event.error or "its result cannot be read") if kept is None else kept
+            found[store.path(trial.config)] = one
+            rest = (now - began) / ended * (len(left) - ended)
+            print(f"[{ended}/{len(left)}, {_time(rest)} left] {_line(event, one)}", file=out, flush=True)
+        elif now - heard > _SECONDS_BETWEEN:
+            heard = now
+            accuracy = "" if event.accuracy is None else f", accuracy {event.accuracy:.4f}"
+            print(f"  {trial.name}: round {event.round}/{trial.config.rounds}{accuracy}", file=out, flush=True)
+    return [found[path] for path in paths]
+
+
+def _line(event: Ended, found: Result | Failure) -> str:
+    if isinstance(found, Failure):
+        return f"{event.trial.name}: FAILED: {found.why.strip().splitlines()[-1]}"
+    accuracy = found["accuracy"]["full"]
+    worth = "not measured" if accuracy is None else f"accuracy {accuracy:.4f}"
+    return f"{event.trial.name}: {worth}, {found['seconds_virtual']:.0f} s virtual, {event.seconds:.1f} s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+# --- the flags -------------------------------------------------------------------------------------------------------
+
+
+def _comparison(args: argparse.Namespace) -> Comparison:
+    methods = _methods(args.algos, settings(args.set, "--set"), settings(args.recipe, "--recipe"), args.configs)
+    several = [method.label for method in methods if len(method.configurations) > 1]
+    if several and not args.tune:
+        raise ConfigError(
+            f"--configs has several configurations of {', '.join(several)}: add --tune to choose among them"
+        )
+    tuning = _numbers(args.tuning_seeds, "--tuning-seeds", int) if args.tune else ()
+    seeds = _numbers(args.seeds, "--seeds", int)
+    if set(seeds) & set(tuning):
+        raise ConfigError("--tuning-seeds: write other seeds than those of --seeds")
+    if not seeds or args.jobs < 1 or args.rounds < 1:
+        raise ConfigError("--seeds, --jobs and --rounds: write at least one of each")
+    compare_report.target_of(args.target, [method.label for method in methods])
+    return Comparison(
+        base=Config(
+            model=args.model,
+            data=args.data,
+            partition=args.partition,
+            fleet=args.fleet,
+            weather=args.weather,
+            devices=args.devices,
+            rounds=args.rounds,
+            terms=Terms(args.select, args.quorum, args.seconds, args.evaluate_every),
+        ),
+        methods=methods,
+        densities=tuple(_numbers(args.densities, "--densities", float)),
+        seeds=tuple(seeds),
+        tuning_seeds=tuple(tuning),
+        target=args.target,
+    )
+
+
+def _numbers(text: str, flag: str, kind: type[int | float]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(word) for word in text.split(",") if word)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: write numbers with commas between them") from None
+
+
+def _methods(text: str, sets: Params, recipe: Params, configs: Path | None) -> tuple[Method, ...]:
+    """Read ``--algos``: names, or ``LABEL=NAME`` for the same algorithm with other settings, and lay settings over each."""
+    names = [word.partition("=")[::2] if "=" in word else (word, word) for word in text.split(",") if word]
+    labels = [label for label, _ in names]
+    if not names or len(set(labels)) < len(labels):
+        raise ConfigError(f"--algos {text}: write different names with commas between them; LABEL=NAME tells two apart")
+    tried = {} if configs is None else _configurations(configs)
+    for name in [*tried, *(key.partition(".")[0] for key in sets)]:
+        if name not in (*labels, "*"):
+            raise ConfigError(
+                f"settings for {name!r}, which is not compared; there are {', '.join(labels)}, and * for all"
+            )
+    methods = []
+    for label, algo in names:
+        known = algorithms.by_name(algo).PARAMS
+        shared = {f"recipe.{name}": value for name, value in recipe.items()}
+        for who in ("*", label):
+            own = {key.partition(".")[2]: value for key, value in sets.items() if key.partition(".")[0] == who}
+            shared |= {k: v for k, v in own.items() if who == label or k in known or k.startswith("recipe.")}
+        options = tried.get(label, tried.get("*", [{}]))
+        methods.append(Method(label, algo, tuple({**shared, **option} for option in options)))
+    return tuple(methods)
+
+
+def _configurations(path: Path) -> Mapping[str, list[Params]]:
+    """Read ``{"METHOD or *": [{"PARAM": value, ...}, ...]}``.
+
+    Raises:
+        ConfigError: It is not that, or a method has more than `CONFIGURATIONS_MAX`.
+    """
+    try:
+        found: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--configs {os.fspath(path)}: {error}") from error
+    fits = isinstance(found, dict) and all(
+        isinstance(group, list) and group and all(isinstance(option, dict) for option in group)
+        for group in found.values()
+    )
+    if not fits:
+        raise ConfigError(f'--configs {path}: write {{"METHOD": [{{"PARAM": value}}, ...]}}, and * for all methods')
+    for name, group in found.items():
+        if len(group) > CONFIGURATIONS_MAX:
+            raise ConfigError(f"--configs {path}: {len(group)} of {name}; at most {CONFIGURATIONS_MAX} may be tried")
+    return {name: [_floats(option) for option in group] for name, group in found.items()}
+
+
+def _floats(option: Mapping[str, Any]) -> Params:
+    return {name: float(value) if isinstance(value, int) else value for name, value in option.items()}

@@ -1,0 +1,273 @@
+"""The result of a comparison: summed up, as text and as a picture."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coordinator.show import MIB, table
+from coordinator.simulate.report import Result
+from coordinator.simulate.trials import Failure, Trial
+from wire.errors import ConfigError
+
+TIED = 0.005
+"""Two methods whose accuracies differ by no more are tied."""
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+_COSTS = ("round", "seconds_virtual", "bytes_up", "bytes_down", "flops")
+
+Found = Sequence[tuple[Trial, Result | Failure]]
+
+
+def target_of(text: str, labels: Sequence[str]) -> tuple[float, str]:
+    """Read a target: an accuracy (``0.9``), or a share of what a method reaches (``0.95*fedavg``).
+
+    Returns:
+        The number, and the method's label or nothing.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    match = re.fullmatch(r"(\d*\.?\d+)(?:\*(.+))?", text)
+    if match is None or not 0.0 < float(match[1]) <= 1.0 or (match[2] or "") not in ("", *labels):
+        raise ConfigError(
+            f"--target {text}: write an accuracy such as 0.9, or a share of a method's such as 0.95*fedavg"
+        )
+    return float(match[1]), match[2] or ""
+
+
+def summed_up(found: Found, target: str) -> dict[str, Any]:
+    """Give ``{"runs", "summary"}``.
+
+    A run has the shape of `report.result` with ``label``, ``density`` and ``params`` beside it; of its devices only the one
+    with the highest peak is in it, of its curve only the rounds that were measured. One that failed has ``error`` instead.
+    """
+    share, reference = target_of(target, [trial.label for trial, _ in found])
+    targets = {
+        trial.config.seed: share * (one["accuracy"]["full"] or 0.0)
+        for trial, one in found
+        if trial.label == reference and not isinstance(one, Failure)
+    }
+    runs = []
+    for trial, one in found:
+        about = {"label": trial.label, "density": trial.density, "params": dict(trial.config.params)}
+        if isinstance(one, Failure):
+            runs.append({**about, "algo": trial.config.algo, "seed": trial.config.seed, "error": one.why})
+            continue
+        wanted = targets.get(trial.config.seed) if reference else share
+        curve = [point for point in one["curve"] if point["accuracy"] is not None]
+        peak = sorted(one["devices"], key=lambda device: device["bytes_peak"])[-1:]
+        thin = {**one, "devices": peak, "curve": curve, "target": wanted, "to_target": _to_target(curve, wanted)}
+        runs.append({**about, **thin})
+    rows = [_row(group) for group in _groups(runs)]
+    for row in rows:
+        _judge(row, rows, runs)
+    return {"runs": runs, "summary": rows}
+
+
+def _to_target(curve: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, Any] | None:
+    """Give what a run had cost when it was first measured at its target; None when it never was."""
+    if target is None:
+        return None
+    point = next((p for p in curve if p["accuracy"] >= target), None)
+    return None if point is None else {name: point[name] for name in _COSTS}
+
+
+def _groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["label"], run["density"]), []).append(run)
+    return list(groups.values())
+
+
+def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up the runs of one method at one density."""
+    good = [run for run in group if "error" not in run]
+    first = good[0] if good else {}
+    accuracies = [run["accuracy"]["full"] for run in good if run["accuracy"]["full"] is not None]
+    reached = [run["to_target"] for run in good]
+    peaks = [device["bytes_peak"] for run in good for device in run["devices"]]
+    return {
+        "label": group[0]["label"],
+        "algo": group[0]["algo"],
+        "density": group[0]["density"],
+        "params": group[0]["params"],
+        "runs": len(group),
+        "failed": len(group) - len(good),
+        "error": next((run["error"] for run in group if "error" in run), ""),
+        "accuracy": {
+            "median": statistics.median(accuracies) if accuracies else None,
+            "least": min(accuracies, default=None),
+            "most": max(accuracies, default=None),
+        },
+        **{name: _median([run[name] for run in good]) for name in _COSTS[1:]},
+        "target": _median([run["target"] for run in good if run["target"] is not None]),
+        "reached": sum(one is not None for one in reached),
+        "to_target": {name: _median([one[name] if one else math.inf for one in reached]) for name in _COSTS},
+        "bytes_peak": max(peaks, default=None),
+        "density_by_layer": first.get("density_by_layer", {}),
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    """Give the median; None when there is none, or when too few runs got there."""
+    middle = statistics.median(values) if values else math.inf
+    return None if math.isinf(middle) else middle
+
+
+def _judge(row: dict[str, Any], rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> None:
+    """Say how far a row is behind the best one of its density, seed by seed.
+
+    ``mean`` is of the paired differences, ``half_width`` of their 95 % interval (Student's t); ``tied`` is within half a
+    point, or an interval of three seeds or more that holds 0. A method without a density is compared with those of every
+    density, and these with it.
+    """
+    rivals = [
+        other
+        for other in rows
+        if other["accuracy"]["median"] is not None and other["density"] in (row["density"], None)
+    ]
+    row["behind_best"] = None
+    if row["accuracy"]["median"] is None:
+        return
+    best = max(rivals, key=lambda other: other["accuracy"]["median"])
+    mine, theirs = (_by_seed(one, runs) for one in (row, best))
+    gaps = [theirs[seed] - mine[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if gaps:
+        mean, half = statistics.fmean(gaps), _half_width(gaps)
+        tied = mean <= TIED or (half is not None and len(gaps) > 2 and mean <= half)
+        row["behind_best"] = {"label": best["label"], "mean": mean, "half_width": half, "tied": tied}
+
+
+def _by_seed(row: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    return {
+        run["seed"]: run["accuracy"]["full"]
+        for run in runs
+        if (run["label"], run["density"]) == (row["label"], row["density"])
+        and "error" not in run
+        and run["accuracy"]["full"] is not None
+    }
+
+
+def _half_width(gaps: Sequence[float]) -> float | None:
+    """Give half the width of the 95 % interval of a mean; None for a single value."""
+    if len(gaps) < 2:
+        return None
+    quantile = _T95[len(gaps) - 2] if len(gaps) - 2 < len(_T95) else 2.2
+    return quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """Lay a comparison out for people: a line for each method and density, best accuracy of a density first."""
+    head = ["method", "density", "accuracy", "from", "to", "behind", "tied", "virtual s", "down MB", "up MB", "GFLOP"]
+    head += ["peak MiB", "target", "reached", "in round", "in s", "in MB", "in GFLOP"]
+    rows = sorted(facts["summary"], key=lambda r: (-(r["density"] or 2.0), -(r["accuracy"]["median"] or 0.0)))
+    lines = [table(head, [_cells(row) for row in rows])]
+    lines += [
+        f"{row['label']}: {row['failed']} of {row['runs']} runs FAILED: {_last_line(row)}"
+        for row in rows
+        if row["error"]
+    ]
+    lines.append("peaks of memory are those that the planner predicts; no virtual device's memory is measured")
+    return "\n".join(lines)
+
+
+def _last_line(row: Mapping[str, Any]) -> str:
+    return str(row["error"]).strip().splitlines()[-1]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    accuracy, behind, cost = row["accuracy"], row["behind_best"], row["to_target"]
+    moved = None if cost["bytes_up"] is None else cost["bytes_up"] + cost["bytes_down"]
+    return [
+        row["label"],
+        "-" if row["density"] is None else f"{row['density']:g}",
+        *(_number(accuracy[name], "{:.4f}") for name in ("median", "least", "most")),
+        "-" if behind is None else f"{behind['mean']:.4f}",
+        "-" if behind is None else "yes" if behind["tied"] else "no",
+        _number(row["seconds_virtual"]),
+        _number(row["bytes_down"], "", 1e6),
+        _number(row["bytes_up"], "", 1e6),
+        _number(row["flops"], "", 1e9),
+        _number(row["bytes_peak"], "", MIB),
+        _number(row["target"], "{:.4f}"),
+        f"{row['reached']}/{row['runs']}",
+        _number(cost["round"], "{:.0f}"),
+        _number(cost["seconds_virtual"]),
+        _number(moved, "", 1e6),
+        _number(cost["flops"], "", 1e9),
+    ]
+
+
+def _number(value: float | None, form: str = "", unit: float = 1.0) -> str:
+    """Write a figure; without a form, with three digits at least."""
+    if value is None:
+        return "-"
+    scaled = value / unit
+    return form.format(scaled) if form else f"{scaled:.0f}" if scaled >= 100 else f"{scaled:#.3g}"
+
+
+_AXES: tuple[tuple[str, Callable[[Mapping[str, Any]], float]], ...] = (
+    ("virtual time, s", lambda p: float(p["seconds_virtual"])),
+    ("bytes, both ways, MB", lambda p: (p["bytes_up"] + p["bytes_down"]) / 1e6),
+    ("operations, GFLOP", lambda p: p["flops"] / 1e9),
+)
+
+
+def plot(facts: Mapping[str, Any], path: Path) -> Path:
+    """Draw accuracy against virtual time, bytes and operations, a line of plots for each density: medians over the seeds.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise ConfigError("the plot needs matplotlib: pip install 'nestling[plot]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = [good for group in _groups(facts["runs"]) if (good := [run for run in group if "error" not in run])]
+    densities = sorted({group[0]["density"] for group in groups if group[0]["density"] is not None}, reverse=True)
+    labels = list(dict.fromkeys(group[0]["label"] for group in groups))
+    colours = {label: plt.get_cmap("tab20")(place % 20) for place, label in enumerate(labels)}
+    rows = densities or [None]
+    size = (15, 4 * len(rows) + 0.6)
+    figure, axes = plt.subplots(len(rows), len(_AXES), figsize=size, squeeze=False, layout="constrained")
+    for line, density in zip(axes, rows, strict=True):
+        for axis, (name, cost) in zip(line, _AXES, strict=True):
+            for group in groups:
+                if group[0]["density"] in (density, None):
+                    points = _median_curve(group, cost)
+                    axis.plot(*points, label=group[0]["label"], color=colours[group[0]["label"]], linewidth=1.2)
+            axis.set(xlabel=name, ylabel="test accuracy", xscale="log")
+            axis.set_title("" if density is None else f"density {density:g}", fontsize=9)
+            axis.grid(alpha=0.3)
+    figure.legend(*_legend(axes, labels), loc="outside lower center", ncols=min(len(labels), 7), fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def _legend(axes: Any, labels: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Name each method once, whichever plot it is in."""
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    known = [label for label in labels if label in lines]
+    return [lines[label] for label in known], known
+
+
+def _median_curve(
+    group: Sequence[Mapping[str, Any]], cost: Callable[[Mapping[str, Any]], float]
+) -> tuple[list[float], list[float]]:
+    """Give cost and accuracy, the medians over the seeds, of every round that all of them measured."""
+    curves = [{point["round"]: point for point in run["curve"]} for run in group]
+    rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
+    across = [[curve[number] for curve in curves] for number in rounds]
+    return (
+        [statistics.median(map(cost, points)) for points in across],
+        [statistics.median(point["accuracy"] for point in points) for points in across],
+    )

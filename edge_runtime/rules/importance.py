@@ -1,0 +1,229 @@
+"""Plain training that also tells how much every weight matters, kept or not: PruneFL's importance.
+
+Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Devices", IEEE TNNLS 2022, section IV: the squared
+gradient of the local loss at the masked weights, in the space of all weights, summed over local steps. The weights move as
+under the rule `sgd`. A model without masks gives the same from its gradients, for which knob ``gradients`` must be 1: they
+are held then.
+
+Knobs of the recipe:
+
+* ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until they are
+  sent; with 1 only this order's steps count, and of each layer whichever is smaller is held until its end: the sum, or what
+  passed through the layer in those steps, from which the sum follows in blocks of rows.
+* ``last`` (whole number, default 0): with window 1, how many of the order's last steps count; 0 for all.
+* ``send`` (0 or 1, default 0): tell the sums, and begin again at 0.
+* ``top.TENSOR`` (whole number, at least 1): tell only so many of the largest of that tensor, and no zeros; without it, all.
+* ``samples`` (whole number, default 0): train on the first so many samples; 0 for all.
+* ``measure`` (0 or 1, default 0): tell the accuracy on those samples after training.
+
+Metrics: ``theta.TENSOR``, which no weight that was not told exceeds; ``rest``, the sum of all biases of these layers (they
+are never pruned); ``seconds.TENSOR``, of a step in that layer, where this device has timed it; ``accuracy.train``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge_runtime.engines.arrays import Arrays, Floats, Labels
+from edge_runtime.kernels.importance import Passed, row_blocks, top_of, whole
+from edge_runtime.rules import Extra, Task, Trained, loop
+from wire.errors import DataError, NonFinite, SpecError
+from wire.memory import copies, holds_gradients
+from wire.messages import Recipe
+from wire.spec import Node, tensor_shapes
+
+__all__ = ["NEEDS_ENGINE", "copies", "train"]
+
+NEEDS_ENGINE = True
+_REST = "rest"
+_TOP = "top."
+
+
+def train(task: Task) -> Trained:
+    """See `edge_runtime.rules.Rule.train`.
+
+    Cost: for masked weights one dense weight gradient more per step that counts; memory as the knobs say.
+    """
+    knobs = _knobs(task.recipe)
+    if knobs.samples:
+        task = dataclasses.replace(task, x=task.x[: knobs.samples], y=task.y[: knobs.samples])
+    if not task.masks and not holds_gradients(task.recipe, task.micro_batch):
+        raise SpecError("rule importance without masks: knob gradients must be 1")
+    sums, mover = _sums(task, knobs), loop.Mover(task)
+
+    def look() -> None:
+        sums.look(task.engine.grads)
+
+    def step(x: Floats, y: Labels) -> float:
+        sums.batch = len(x)
+        seen = mover.step(x, y, watch=sums.see) if task.masks else mover.step(x, y, whole=look)
+        sums.settle()
+        return seen
+
+    try:
+        trained = loop.run(task, step)
+    except DataError as error:
+        raise NonFinite(str(error)) from None
+    metrics = dict(_timed(task))
+    if knobs.measure and len(task.x):
+        metrics["accuracy.train"] = task.engine.evaluate(task.x, task.y, task.micro_batch)[1] / len(task.x)
+    extras: dict[str, Extra] = {}
+    if knobs.send:
+        metrics[_REST] = sums.rest
+        for name in sums.nodes:
+            extras[name], metrics[f"theta.{name}"] = _told(sums, name, knobs.top.get(name))
+    own = {**sums.z, _REST: np.array([sums.rest], np.float32)} if not knobs.window and not knobs.send else {}
+    return dataclasses.replace(trained, extras=extras, metrics=metrics, own=own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Knobs:
+    window: bool
+    last: int
+    send: bool
+    samples: int
+    measure: bool
+    top: Mapping[str, int]
+
+
+def _knobs(recipe: Recipe) -> _Knobs:
+    knobs = recipe.knobs
+    names = ["window", "last", "send", "samples", "measure", "gradients"]
+    tops = [name for name in knobs if name.startswith(_TOP)]
+    for name in [*names, *tops]:
+        value = knobs.get(name, 0.0)
+        least, most = (1, math.inf) if name in tops else (0, math.inf if name in ("last", "samples") else 1)
+        if value != int(value) or not least <= value <= most:
+            raise SpecError(f"knob {name} = {value}: write a whole number" + (", 0 or 1" if most == 1 else ""))
+    numbers = [int(knobs.get(name, 0.0)) for name in names]
+    top = {name.removeprefix(_TOP): int(knobs[name]) for name in tops}
+    return _Knobs(bool(numbers[0]), numbers[1], bool(numbers[2]), numbers[3], bool(numbers[4]), top)
+
+
+def _sums(task: Task, knobs: _Knobs) -> _Sums:
+    """Go on where the last order ended."""
+    spec = task.engine.spec
+    layers = [node for node in spec.nodes if node.op in ("linear", "conv2d")]
+    shapes = tensor_shapes(spec, task.engine.structure)
+    nodes = {node.params["weight"]: node for node in layers if not task.masks or node.params["weight"] in task.masks}
+    steps = loop.count_steps(task)
+    first = max(0, steps - knobs.last) if knobs.window and knobs.last else 0
+    sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first)
+    if knobs.window:
+        return sums
+    for name, shape in sums.shapes.items():
+        found = task.own.get(name)
+        sums.z[name] = np.zeros(shape, np.float32) if found is None or found.shape != shape else found.copy()
+    sums.rest = float(task.own[_REST][0]) if _REST in task.own else 0.0
+    return sums
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squared gradients, summed over steps.
+
+    Attributes:
+        nodes: Layer of each tensor.
+        shapes: Of the tensors.
+        first: The first step that counts.
+        z: Sums that are held whole.
+        passed: What passed in the steps that count, of tensors that are not in `z`.
+        now: What passed in the current step.
+        rest: The sum over biases.
+        batch: Samples of the current step.
+        step: Number of the current step, from 0.
+    """
+
+    nodes: Mapping[str, Node]
+    shapes: Mapping[str, tuple[int, ...]]
+    first: int
+    z: Arrays = field(default_factory=dict)
+    passed: dict[str, list[Passed]] = field(default_factory=dict)
+    now: dict[str, list[tuple[Floats, Floats]]] = field(default_factory=dict)
+    rest: float = 0.0
+    batch: int = 0
+    step: int = 0
+
+    def see(self, name: str, x: Floats, dy: Floats) -> None:
+        """Take what passes through a masked layer; see `edge_runtime.kernels.Watch`."""
+        if self.step < self.first:
+            return
+        if name in self.z and len(x) == self.batch:
+            self._settle(name, [(x, dy)])  # whole already, and need not be kept until the step ends
+        else:
+            self.now.setdefault(name, []).append((x.copy(), dy.copy()))
+
+    def look(self, grads: Mapping[str, Floats]) -> None:
+        """Take the gradients of a model without masks."""
+        if self.step < self.first:
+            return
+        for name, node in self.nodes.items():
+            total = self.z.setdefault(name, np.zeros(self.shapes[name], np.float32))
+            for row, gradient in enumerate(grads[name]):
+                total[row] += gradient * gradient
+            if not np.isfinite(total).all():
+                raise NonFinite(f"the squared gradient of {name!r} is not finite")
+            self.rest += float(np.square(grads[node.params["bias"]], dtype=np.float64).sum())
+
+    def settle(self) -> None:
+        """End a step."""
+        for name, batches in self.now.items():
+            self._settle(name, batches)
+        self.now.clear()
+        self.step += 1
+
+    def _settle(self, name: str, batches: list[tuple[Floats, Floats]]) -> None:
+        bias = sum(dy.sum(axis=(0, *range(2, dy.ndim)), dtype=np.float64) for _, dy in batches)
+        self.rest += float(np.square(bias).sum())
+        passed = Passed.through(self.nodes[name], *batches)
+        if name in self.z:
+            whole(passed, self.z[name])
+            return
+        kept = self.passed.setdefault(name, [])
+        kept.append(passed)
+        if sum(x.size + dy.size for one in kept for x, dy in one.batches) > math.prod(self.shapes[name]):
+            self.z[name] = np.zeros(self.shapes[name], np.float32)
+            for one in self.passed.pop(name):
+                whole(one, self.z[name])
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
+        """Give a tensor's sums in blocks of rows."""
+        if name in self.z:
+            yield 0, self.z[name]
+            return
+        for parts in zip(*map(row_blocks, self.passed.get(name, [])), strict=True):
+            first, total = parts[0]
+            for _, block in parts[1:]:
+                total += block
+            yield first, total
+
+
+def _told(sums: _Sums, name: str, count: int | None) -> tuple[Extra, float]:
+    """Give what is told of a tensor, and what the rest of it does not exceed."""
+    size = math.prod(sums.shapes[name])
+    if count is None or count >= size:
+        total = np.zeros(sums.shapes[name], np.float32)
+        for first, block in sums.blocks(name):
+            total[first : first + len(block)] = block
+        return Extra(total), 0.0
+    places, values = top_of(sums.blocks(name), count)
+    theta = float(values[-1]) if len(values) else 0.0
+    places, values = places[values > 0], values[values > 0]
+    order = np.argsort(places)
+    return Extra(values[order], places[order]), theta
+
+
+def _timed(task: Task) -> Iterator[tuple[str, float]]:
+    """Give the seconds of a step in each masked layer, where this device timed one like it."""
+    for name, mask in task.masks.items():
+        way = task.engine.ways.get(name, "")
+        kept = int(np.count_nonzero(mask))
+        alike = [t for t in task.engine.timings() if t.layer.shape == mask.shape and way in t.seconds]
+        if alike:
+            nearest = min(alike, key=lambda timing: abs(timing.layer.kept - kept))
+            yield f"seconds.{name}", nearest.seconds[way]

@@ -1,0 +1,146 @@
+"""What rules share: the batches of an order, one ordinary update, and the loop around them that finds what runs away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from edge_runtime.engines import Update
+from edge_runtime.engines.arrays import Floats, Labels
+from edge_runtime.engines.update import Adam, apply, apply_adam, clear, finite, multiply, norm
+from edge_runtime.kernels import Watch
+from edge_runtime.rules import Task, Trained
+from wire.errors import NonFinite
+from wire.memory import holds_gradients
+
+Step = Callable[[Floats, Labels], float]
+
+
+def rng_of(task: Task) -> np.random.Generator:
+    """Give the source of all randomness of an order: of the recipe's seed and the round alone."""
+    return np.random.default_rng([task.recipe.seed, task.round])
+
+
+def count_steps(task: Task) -> int:
+    """Count the updates that the recipe asks for; none without samples."""
+    if not len(task.x):
+        return 0
+    return task.recipe.steps or task.recipe.epochs * -(-len(task.x) // task.recipe.batch)
+
+
+def batches(task: Task, rng: np.random.Generator | None = None) -> Iterator[Labels]:
+    """Yield the sample numbers of every batch: shuffled passes, each to its end, until there are as many as asked for."""
+    rng = rng or rng_of(task)
+    left = count_steps(task)
+    while left > 0:
+        order = rng.permutation(len(task.x))
+        for start in range(0, len(order), task.recipe.batch):
+            if left > 0:
+                yield order[start : start + task.recipe.batch]
+            left -= 1
+
+
+def run(task: Task, step: Step, rng: np.random.Generator | None = None) -> Trained:
+    """Call `step` for every batch and tell of progress.
+
+    Args:
+        task: The order.
+        step: Makes one update from a batch and gives its mean loss.
+        rng: Where `step` draws from the same source as the batches do.
+
+    Returns:
+        The mean loss of each pass, the last of which may be short.
+
+    Raises:
+        NonFinite: A loss, or a weight at the end, is no number.
+    """
+    total, steps, passed, seen, losses = count_steps(task), 0, 0.0, 0, []
+    with np.errstate(over="ignore", invalid="ignore"):  # what runs away is found by name, at every step and at the end
+        for rows in batches(task, rng):
+            loss = step(task.x[rows], task.y[rows])
+            steps += 1
+            if not math.isfinite(loss):
+                raise NonFinite(f"the loss of step {steps} is {loss}")
+            passed, seen = passed + loss * len(rows), seen + len(rows)
+            if seen >= len(task.x) or steps == total:
+                losses.append(passed / seen)
+                passed, seen = 0.0, 0
+            task.tell(steps / total, loss)
+        if not finite(task.engine.params):
+            raise NonFinite("a weight is no number after training")
+    return Trained(tuple(losses), steps)
+
+
+class Mover:
+    """Makes ordinary updates by the recipe, and holds what that takes from one to the next."""
+
+    __slots__ = ("_adam", "_task", "update")
+
+    def __init__(self, task: Task) -> None:
+        """Nothing has moved yet. Memory: momentum is one copy of the trained weights, Adam two."""
+        recipe, params = task.recipe, task.engine.params
+        self._task = task
+        self._adam = Adam(_zeros(params), _zeros(params)) if recipe.knobs.get("adam") else None
+        velocity = _zeros(params) if recipe.momentum and self._adam is None else None
+        momentum = 0.0 if velocity is None else recipe.momentum
+        self.update = Update(recipe.rate, momentum, recipe.decay, velocity=velocity)
+
+    def step(self, x: Floats, y: Labels, watch: Watch | None = None, whole: Callable[[], None] | None = None) -> float:
+        """Move the weights by the mean loss of one batch, in micro-batches; gives that loss before the move.
+
+        Without clipping, Adam and micro-batches the engine applies the update within its backward pass.
+
+        Args:
+            x: Inputs.
+            y: Labels.
+            watch: Shown what passes through masked layers.
+            whole: Called when the gradients are whole and not yet clipped; but not where the engine applies the update.
+        """
+        task, recipe = self._task, self._task.recipe
+        if not holds_gradients(recipe, task.micro_batch):
+            return task.engine.forward_backward(x, y, update=self.update, watch=watch, loss=recipe.loss)
+        clear(task.engine.grads)
+        loss = 0.0
+        for start in range(0, len(x), task.micro_batch):
+            part = slice(start, start + task.micro_batch)
+            share = len(x[part]) / len(x)
+            loss += share * task.engine.forward_backward(x[part], y[part], scale=share, watch=watch, loss=recipe.loss)
+        if whole is not None:
+            whole()
+        self.apply()
+        return loss
+
+    def apply(self) -> None:
+        """Clip the engine's gradients and move the weights along them.
+
+        Raises:
+            NonFinite: They have no length.
+        """
+        task = self._task
+        grads = task.engine.grads
+        clip(grads, task.recipe.clip)
+        if self._adam is None:
+            apply(task.engine.params, grads, self.update)
+        else:
+            apply_adam(task.engine.params, grads, self.update, self._adam)
+
+
+def clip(grads: Mapping[str, Floats], limit: float) -> None:
+    """Shorten gradients to the Euclidean length `limit`, all by one factor; 0 for any length.
+
+    Raises:
+        NonFinite: They have no length.
+    """
+    if not limit:
+        return
+    length = norm(grads)
+    if not math.isfinite(length):
+        raise NonFinite("the gradient is no number any more")
+    if length > limit:
+        multiply(grads, limit / length)
+
+
+def _zeros(arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: np.zeros(array.shape, np.float32) for name, array in arrays.items()}

@@ -1,0 +1,109 @@
+"""One counter of operations, held against the closed forms and against a loop over every multiplication."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.simulate import flops
+from tests.support.messages import an_order
+from wire import zoo
+from wire.messages import Recipe
+from wire.spec import Structure, node_shapes, tensor_shapes
+
+NI, NO, BATCH = 30, 20, 8
+ORDER = an_order("d1", 1)
+HIDDEN = zoo.mlp("two", (12,), NO, (NI,))
+"""A layer of 12 x 30 that nothing stands before, then the layer under test: 30 inputs, 20 outputs."""
+
+
+def masked(kept: dict[str, int]) -> Structure:
+    return Structure(masks="ab" * 32, kept=kept)
+
+
+def second(structure: Structure) -> flops.Layer:
+    return flops.layers(HIDDEN, structure)[1]
+
+
+def test_dense_is_six_and_the_first_layer_four():
+    layer = second(Structure())
+    assert BATCH * layer.flops(backward=True, dense_gradient=False) == 6 * BATCH * NI * NO
+    first = flops.layers(HIDDEN, Structure())[0]
+    assert first.first
+    assert first.flops(backward=True, dense_gradient=False) == 4 * 12 * NI
+    assert first.flops(backward=False, dense_gradient=False) == 2 * 12 * NI
+
+
+@given(st.integers(0, NI * NO))
+def test_masked_is_six_d_and_with_a_dense_gradient_two_and_four_d(kept):
+    layer, density = second(masked({"out.weight": kept})), kept / (NI * NO)
+    assert layer.flops(backward=True, dense_gradient=False) == pytest.approx(6 * density * NI * NO)
+    assert layer.flops(backward=True, dense_gradient=True) == pytest.approx((2 + 4 * density) * NI * NO)
+    assert layer.flops(backward=False, dense_gradient=True) == pytest.approx(2 * density * NI * NO)
+
+
+def test_every_multiplication_of_a_convolution_is_counted_once():
+    spec = zoo.cnn("small", (2, 5, 6), 3, (zoo.Conv(4, 3, 1), zoo.Conv(2, 3, 0)), ())
+    shapes, tensors = node_shapes(spec, Structure()), tensor_shapes(spec, Structure())
+    counted = {"forward": 0, "inputs": 0}
+    for node in ("conv1", "conv2"):
+        out, rows, columns = shapes[node]
+        _, channels, kernel, _ = tensors[f"{node}.weight"]
+        for _ in range(out * rows * columns * channels * kernel * kernel):
+            counted["forward"] += 2
+            counted["inputs"] += 0 if node == "conv1" else 2
+    linear = 2 * shapes["flatten"][0] * 3
+    assert flops.per_sample(spec, Structure(), backward=False) == counted["forward"] + linear
+    assert flops.per_sample(spec, Structure()) == 2 * counted["forward"] + counted["inputs"] + 3 * linear
+
+
+def test_conv_2_is_two_gigaflops_a_step():
+    assert 20 * flops.per_sample(zoo.by_name("conv-2"), Structure()) == pytest.approx(2.04e9, rel=0.02)
+
+
+def test_a_width_counts_what_it_has():
+    spec = zoo.mlp("wide", (10,), 4, (8,))
+    narrow = Structure(0, {"fc1": (2, 8)}, "ab" * 32)
+    assert flops.per_sample(spec, narrow, backward=False) == 2 * (10 * 2 + 2 * 4)
+
+
+def naive_passes(recipe: Recipe, samples: int, last: int = 0) -> int:
+    """Go through the batches as `edge_runtime.rules.loop.batches` makes them; through the last ones alone if asked."""
+    sizes = [len(range(samples)[i : i + recipe.batch]) for i in range(0, samples, recipe.batch)]
+    count = recipe.steps or recipe.epochs * len(sizes)
+    return sum(sizes[i % len(sizes)] for i in range(max(0, count - last) if last else 0, count)) if sizes else 0
+
+
+@given(st.integers(0, 50), st.integers(1, 20), st.integers(0, 30), st.integers(1, 3), st.integers(0, 9))
+def test_samples_that_pass_through(samples, batch, steps, epochs, last):
+    recipe = Recipe(batch=batch, steps=steps, epochs=epochs)
+    assert flops.passes(recipe, samples) == naive_passes(recipe, samples)
+    assert flops.passes_with_all_gradients(recipe, samples) == 0
+    told = replace(recipe, rule="importance", knobs={"window": 1.0, "last": float(last)})
+    assert flops.passes_with_all_gradients(told, samples) == naive_passes(recipe, samples, last)
+    always = replace(told, knobs={"window": 0.0, "last": float(last)})
+    assert flops.passes_with_all_gradients(always, samples) == naive_passes(recipe, samples)
+    some = replace(always, knobs={"samples": 7.0})
+    assert flops.passes(some, samples) == naive_passes(recipe, min(samples, 7))
+    assert flops.passes_with_all_gradients(some, samples) == naive_passes(recipe, min(samples, 7))
+
+
+def order_of(recipe: Recipe, **changes):
+    return replace(ORDER, structures=(masked({"out.weight": 60}),), recipe=recipe, **changes)
+
+
+def test_an_order_is_passes_times_a_sample_and_a_rule_says_what_it_reads():
+    first, sparse, dense = 4 * 12 * NI, 6 * 60, 2 * NI * NO + 4 * 60
+    for rule, knobs, with_all in (
+        ("sgd", {}, 0),
+        ("dpf", {}, 100),
+        ("dpf", {"dense": 0.0}, 0),
+        ("importance", {"window": 1.0, "last": 2.0}, 40),
+        ("importance", {}, 100),
+    ):
+        order = order_of(Recipe(rule=rule, batch=20, steps=5, knobs=knobs))
+        assert flops.flops(HIDDEN, order, 200) == 100 * first + (100 - with_all) * sparse + with_all * dense
+    order = order_of(Recipe(rule="score", knobs={"synflow": 100.0}), verb="score")
+    assert flops.flops(HIDDEN, order, 200) == 100 * (first + sparse)
+    assert flops.flops(HIDDEN, order_of(Recipe(epochs=9), verb="evaluate"), 10) == 10 * 2 * (12 * NI + 60)

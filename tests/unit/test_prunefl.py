@@ -1,0 +1,337 @@
+"""PruneFL's two stages by hand-made answers: when it reconfigures, with what, and what stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from coordinator.algorithm import Answer, DeviceView, rng_of
+from coordinator.algorithms import fedavg, prunefl
+from coordinator.blocks.importance import Base, Layer, solve
+from coordinator.blocks.masks import density, maskable
+from tests.support.models import random_arrays, small_cnn
+from wire import zoo
+from wire.errors import ConfigError, Malformed
+from wire.messages import Usage
+from wire.spec import Structure
+from wire.structure import masked
+
+SPEC = small_cnn()
+NAMES = maskable(SPEC)
+GREAT = 1 << 40
+DEVICES = (DeviceView("a", GREAT, 30), DeviceView("b", GREAT, 50))
+TIME = "1 0.001 0.001 0.001"
+
+
+def start(**params):
+    known = {name.replace("__", "."): value for name, value in params.items()}
+    return prunefl.init(SPEC, random_arrays(SPEC, Structure(), 9), {"time": TIME, **known})
+
+
+def planned(state, number, devices=DEVICES):
+    return prunefl.plan(state, number, devices, rng_of(0, number))
+
+
+def answer(state, device="a", samples=10, seed=0, z=None, seconds=0.0, top=None, **metrics):
+    """An answer whose importance is given, or random where `z` says ``random``; without, it told none."""
+    rng = np.random.default_rng([seed, samples])
+    update = {name: np.zeros_like(array) for name, array in state.weights.items()}
+    for name, array in update.items():
+        kept = state.masks.get(name, np.ones(array.shape, bool))
+        array[kept] = 0.01 * rng.standard_normal(int(kept.sum()))
+    extras = {}
+    if z is not None:
+        for name in NAMES:
+            line = rng.exponential(size=state.weights[name].size).astype(np.float32) if z == "random" else z[name]
+            places = np.arange(line.size)
+            if top is not None and name in top and top[name] < line.size:
+                places = np.sort(np.argsort(-line, kind="stable")[: top[name]])
+            extras[name] = (places, line[places])
+            metrics[f"theta.{name}"] = float(line[places].min()) if len(places) < line.size else 0.0
+    structure = masked(state.masks) if state.masks else Structure()
+    return Answer(device, samples, structure, metrics, Usage(seconds=seconds), update, {}, extras)
+
+
+def asked(draft):
+    return {n.removeprefix("top."): int(v) for n, v in draft.recipe.knobs.items() if n.startswith("top.")}
+
+
+def test_further_reconfigures_every_so_many_rounds_and_only_then():
+    state, changed = start(stages="further", every=3.0), []
+    for number in range(1, 11):
+        state, drafts = planned(state, number)
+        due = number % 3 == 0
+        assert [d.device for d in drafts] == ["a", "b"]
+        assert all(d.recipe.rule == "importance" for d in drafts)
+        assert all(d.recipe.knobs.get("send", 0.0) == float(due) for d in drafts)
+        assert all(d.recipe.steps == 5 for d in drafts)
+        assert all(d.structure == (masked(state.masks) if state.masks else Structure()) for d in drafts)
+        before = state.masks
+        state = prunefl.close(
+            state, [answer(state, d.device, z="random" if due else None, seed=number) for d in drafts]
+        )
+        if state.masks is not before:
+            changed.append(number)
+    assert changed == [3, 6, 9]
+    memo = state.scalars["prunefl"]
+    assert memo["reconfigured"] == 3
+    assert [fact["round"] for fact in memo["history"]] == [3, 6, 9]
+    assert set(memo["history"][0]["layers"]) == set(NAMES)
+    assert memo["certified"] == 3  # all was told
+    json.dumps(state.scalars)
+
+
+def test_a_round_that_nobody_answers_leaves_its_reconfiguration_to_the_next():
+    state = start(stages="further", every=2.0)
+    state, _ = planned(state, 2)
+    assert prunefl.close(state, []) is state
+    state, (draft, _) = planned(state, 3)
+    assert draft.recipe.knobs["send"] == 1.0
+    state = prunefl.close(state, [answer(state, z="random")])
+    assert state.scalars["prunefl"]["last"] == 3
+    assert planned(state, 4)[1][0].recipe.knobs["send"] == 1.0
+
+
+def test_the_window_of_one_round_leaves_the_others_plain():
+    state = start(stages="further", every=2.0, window="reconfiguration_round", last=1.0)
+    rules = []
+    for number in range(1, 5):
+        state, drafts = planned(state, number)
+        rules.append(drafts[0].recipe.rule)
+        due = rules[-1] == "importance"
+        if due:
+            assert {n: v for n, v in drafts[0].recipe.knobs.items() if n in ("window", "last", "send")} == {
+                "window": 1.0,
+                "last": 1.0,
+                "send": 1.0,
+            }
+        state = prunefl.close(state, [answer(state, z="random" if due else None)])
+    assert rules == ["sgd", "importance", "sgd", "importance"]
+
+
+def test_a_reconfiguration_is_algorithm_2_on_what_may_be_pruned():
+    state = start(stages="further", every=1.0)
+    for number in (1, 2):
+        state, _ = planned(state, number)
+        told = [answer(state, "a", 10, number, "random"), answer(state, "b", 30, number, "random")]
+        before, state = state, prunefl.close(state, told)
+    share = 0.3 * 0.5 ** (2 / 10000)
+    layers = []
+    for name in NAMES:
+        size = before.weights[name].size
+        kept = before.masks[name].ravel()
+        mean = before.weights[name] + sum(a.samples * a.update[name] for a in told) / np.float32(40)
+        line = np.abs(mean.ravel())
+        least = np.sort(line[kept])[int(share * kept.sum())]
+        stays = kept & (line >= least)
+        z = np.float32(10) * told[0].extras[name][1] + np.float32(30) * told[1].extras[name][1]
+        layers.append(Layer(z, stays, ~stays, 0.005))
+        assert (stays <= state.masks[name].ravel()).all()
+        assert int((kept & ~state.masks[name].ravel()).sum()) <= int(share * kept.sum())
+        assert size == kept.size
+    wanted = solve(layers, Base(5.0))
+    for name, mask in zip(NAMES, wanted.masks, strict=True):
+        assert state.masks[name].ravel().tolist() == mask.tolist()
+        grown = state.masks[name] & ~before.masks[name]
+        assert not state.weights[name][grown].any()
+        assert not state.weights[name][~state.masks[name]].any()
+    assert density(state.masks) > 0.0
+
+
+def test_masked_rounds_are_fedavg_of_the_masked_model_to_the_bit():
+    state = start(stages="further", every=1.0)
+    state, _ = planned(state, 1)
+    state = prunefl.close(state, [answer(state, z="random")])
+    state = dataclasses.replace(
+        state, round=0, scalars={**state.scalars, "params": {**state.scalars["params"], "every": 9.0}}
+    )
+    state, _ = planned(state, 2)
+    told = [answer(state, "a", 3, 1), answer(state, "b", 5, 2)]
+    after = prunefl.close(state, told)
+    plain = fedavg.close(
+        dataclasses.replace(state, masks={}), [dataclasses.replace(a, structure=Structure()) for a in told]
+    )
+    for name, array in plain.weights.items():
+        assert after.weights[name].tobytes() == array.tobytes()
+
+
+def test_initial_starts_with_accuracy_and_stops_when_the_density_is_calm():
+    state, clients = start(initial__calm=2.0, initial__rounds=20.0, every=5.0), []
+    weights = random_arrays(SPEC, Structure(), 9)
+    stages = []
+    for number in range(1, 8):
+        state, drafts = planned(state, number)
+        stages.append(state.scalars["prunefl"]["stage"])
+        if stages[-1] != "initial":
+            break
+        (draft,) = drafts
+        clients.append(draft.device)
+        knobs = draft.recipe.knobs
+        assert (draft.recipe.epochs, draft.recipe.steps, draft.recipe.rule) == (50, 0, "importance")
+        assert (knobs["samples"], knobs["measure"], knobs["window"], knobs["send"]) == (200.0, 1.0, 1.0, 1.0)
+        assert knobs.get("gradients", 0.0) == float(not state.masks)
+        seen = 0.3 if number < 3 else 0.5
+        zs = {name: np.ones(weights[name].size, np.float32) for name in NAMES}
+        told = answer(state, draft.device, 50, number, zs)
+        metrics = {**told.metrics, "accuracy.train": seen}
+        state = prunefl.close(state, [dataclasses.replace(told, metrics=metrics)])
+    memo = state.scalars["prunefl"]
+    assert clients == ["b"] * 4
+    assert stages == ["initial"] * 4 + ["further"]
+    assert (memo["since"], memo["orders"], memo["reconfigured"]) == (4, 4, 2)
+    assert not state.masks  # equal importance everywhere keeps everything
+    assert [d.device for d in planned(state, 5)[1]] == ["a", "b"]
+    assert planned(state, 8)[1][0].recipe.knobs.get("send") is None
+    assert planned(state, 9)[1][0].recipe.knobs["send"] == 1.0  # `every` rounds after the stage ended
+
+
+def test_initial_alone_ends_with_a_fixed_mask():
+    state = start(stages="initial", initial__rounds=1.0, initial__start=0.0)
+    state, (draft,) = planned(state, 1)
+    state = prunefl.close(state, [answer(state, draft.device, z="random")])
+    mask = {name: m.copy() for name, m in state.masks.items()}
+    assert mask
+    state, drafts = planned(state, 2)
+    assert [d.recipe.rule for d in drafts] == ["sgd", "sgd"]
+    state = prunefl.close(state, [answer(state, d.device) for d in drafts])
+    assert all((state.masks[name] == m).all() for name, m in mask.items())
+
+
+def test_initial_keeps_its_client_and_finds_another_when_that_one_is_away():
+    state, _ = planned(start(initial__start=9.0), 1, DEVICES[:1])
+    assert state.scalars["prunefl"]["client"] == "a"
+    assert planned(state, 2)[1][0].device == "a"
+    assert planned(state, 2, DEVICES[1:])[1][0].device == "b"
+    assert planned(state, 2, (DeviceView("a", 0, 9),))[1] == ()
+
+
+@pytest.mark.parametrize("regrow", ["yes", "no"])
+def test_initial_may_regrow_or_only_shrink(regrow):
+    state = start(initial__start=0.0, initial__regrow=regrow, initial__calm=9.0, time="1 0.01 0.01 0.01")
+    grown = 0
+    for number in range(1, 6):
+        state, (draft,) = planned(state, number)
+        before = state.masks
+        state = prunefl.close(state, [answer(state, draft.device, 10, number, "random")])
+        grown += sum(int((state.masks[n] & ~before[n]).sum()) for n in before)
+    assert (grown > 0) == (regrow == "yes")
+
+
+@pytest.mark.parametrize("cap", ["exact", "stop"])
+def test_the_cap_falls_in_a_line_and_holds(cap):
+    state = start(stages="further", every=1.0, target=0.05, horizon=8.0, cap=cap, time="1 0 0 0")
+    total = sum(state.weights[name].size for name in NAMES)
+    found = []
+    for number in range(1, 11):
+        state, _ = planned(state, number)
+        state = prunefl.close(state, [answer(state, z="random", seed=number)])
+        kept = sum(int(mask.sum()) for mask in state.masks.values())
+        assert kept <= int((1.0 + (0.05 - 1.0) * min(1.0, number / 8)) * total)
+        found.append(kept)
+    assert found[-1] == int(0.05 * total)  # weights cost nothing, so that only the cap holds back
+    assert state.scalars["prunefl"]["certified"] == (10 if cap == "exact" else 0)
+
+
+def test_too_few_told_is_found_and_widened():
+    state = start(stages="further", every=1.0, top=0.3, time="10 0.02 0.02 0.02", doubt=0.0)
+    asks = []
+    for number in range(1, 6):
+        state, (draft, _) = planned(state, number)
+        asks.append((asked(draft), state.scalars["prunefl"]["widen"]))
+        told = [answer(state, d, 10, number, "random", top=asked(draft)) for d in "ab"]
+        before, state = state, prunefl.close(state, told)
+        fact = state.scalars["prunefl"]["history"][-1]
+        wanted = before.scalars["prunefl"]["widen"] * (2.0 if fact["undecided"] else 1.0)
+        assert state.scalars["prunefl"]["widen"] == wanted
+    assert asks[0][0] == {}
+    assert asks[1][0]
+    assert asks[-1][1] > 1.0
+    for name, count in asks[1][0].items():
+        assert count < state.weights[name].size
+    dense = start(stages="further", every=1.0, importance="dense")
+    dense = dataclasses.replace(dense, masks=state.masks)
+    assert asked(planned(dense, 1)[1][0]) == {}
+
+
+def test_stale_values_may_return():
+    state = start(stages="further", every=1.0, regrown="stale", time="1 0.01 0.01 0.01")
+    for number in (1, 2):
+        state, _ = planned(state, number)
+        before, state = state, prunefl.close(state, [answer(state, z="random", seed=number)])
+    grown = {n: state.masks[n] & ~before.masks[n] for n in NAMES}
+    assert sum(int(mask.sum()) for mask in grown.values())
+    for name, mask in grown.items():
+        assert state.weights[name][mask].tolist() == before.weights[name][mask].tolist()
+        assert (state.weights[name][mask] != 0).all()
+
+
+def seconds_of(state, factor=1.0):
+    kept = [int(state.masks[n].sum()) if n in state.masks else state.weights[n].size for n in NAMES]
+    return factor * (0.5 + 1e-3 * kept[0] + 2e-4 * kept[1] + 5e-4 * kept[2])
+
+
+@pytest.mark.parametrize("time_model", ["fit", "fit devices"])
+def test_the_time_model_is_learnt_from_rounds(time_model):
+    state = start(stages="further", every=1.0, time=time_model, trust=1e-6, target=0.3, horizon=12.0)
+    for number in range(1, 16):
+        state, _ = planned(state, number)
+        told = [
+            answer(state, "a", 10, number, "random", seconds=seconds_of(state)),
+            answer(state, "b", 10, number, "random", seconds=seconds_of(state, 0.3)),
+        ]
+        state = prunefl.close(state, told)
+    fact = state.scalars["prunefl"]["history"][-1]
+    assert fact["r2"] > 0.99
+    assert len(fact["seconds"]) == (1 if time_model == "fit" else 2)
+    kept = [100, 20, 40]
+    constant, *each = fact["seconds"][0]
+    wanted = 0.5 + 0.1 + 2e-4 * 20 + 5e-4 * 40
+    assert constant + sum(t * n for t, n in zip(each, kept, strict=True)) == pytest.approx(wanted, rel=0.25)
+    assert fact["undecided"] == (0 if time_model == "fit" else -1)
+
+
+def test_slow_devices_of_another_kind_are_algorithm_3s():
+    state = start(stages="further", every=1.0, time="1 0.01 0 0; 1 0 0.01 0.01")
+    state, _ = planned(state, 1)
+    state = prunefl.close(state, [answer(state, z="random")])
+    fact = state.scalars["prunefl"]["history"][-1]
+    assert (fact["undecided"], len(fact["seconds"])) == (-1, 2)
+
+
+def test_a_link_makes_weights_dearer():
+    ends = []
+    for link in (0.0, 1e4):
+        state = start(stages="further", every=1.0, link=link, time="1 0.0001 0.0001 0.0001")
+        state, _ = planned(state, 1)
+        ends.append(prunefl.close(state, [answer(state, z="random")]))
+    assert density(ends[1].masks) < density(ends[0].masks)
+    assert ends[1].scalars["prunefl"]["history"][0]["seconds"][0][1:] == pytest.approx([5e-4 + 8e-4] * 3)
+
+
+def test_wrong_parameters_are_explained():
+    for params in ({"stages": "none"}, {"time": "1 2"}, {"every": 0.0}, {"target": 2.0}, {"top": 0.0}, {"cap": "soft"}):
+        with pytest.raises(ConfigError, match="parameter"):
+            start(**params)
+    state, _ = planned(start(stages="further"), 1)
+    with pytest.raises(Malformed, match="dev"):
+        prunefl.close(state, [dataclasses.replace(answer(state, "dev"), structure=Structure(masks="ab", kept={}))])
+
+
+def test_a_round_of_a_great_model_closes_soon():
+    spec = zoo.mlp("great", (2000,), 10, (1000,))
+    weights = random_arrays(spec, Structure(), 1)
+    names = maskable(spec)
+    state = prunefl.init(spec, weights, {"stages": "further", "every": 1.0, "target": 0.1, "time": "1 1e-7 1e-7"})
+    state, _ = prunefl.plan(state, 1, DEVICES, rng_of(0, 1))
+    z = {name: weights[name].ravel() ** 2 for name in names}
+    metrics = {f"theta.{name}": 0.0 for name in names}
+    extras = {name: (np.arange(line.size), line) for name, line in z.items()}
+    told = [Answer(d, 10, Structure(), metrics, Usage(), weights, {}, extras) for d in "ab"]
+    began = time.perf_counter()
+    state = prunefl.close(state, told)
+    assert time.perf_counter() - began < 2.0  # 0.3 s of 2 million weights on an idle machine
+    assert 0.0 < density(state.masks) < 1.0

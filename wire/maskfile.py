@@ -1,0 +1,121 @@
+"""Masks as a blob of their own, and what two sides that both hold them need not say again.
+
+Between two changes of its masks a model travels as values and nothing else, down and up: the masks are one blob, which a
+device fetches once, and everything else is written against the outline that follows from model and masks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from wire.entries import Entry
+from wire.errors import DigestMismatch, Malformed
+from wire.masks import Mask, mask_digest
+from wire.messages import BlobRef
+from wire.outline import Outline
+from wire.spec import ModelSpec, Structure, tensor_shapes
+from wire.structure import masks_digest
+from wire.tensor import Coding, open_blob, write_blob
+
+KIND = "masks"
+TOLD = "z/"
+"""Stands before a tensor's name where an update tells something about it, such as how much its weights matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The masks of a structure, as both sides hold them.
+
+    Attributes:
+        masks: By tensor name; empty when every weight is kept.
+        outline: Of the model's weights; None without masks.
+    """
+
+    masks: Mapping[str, Mask]
+    outline: Outline | None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What the outline says of every tensor; nothing without masks."""
+        return () if self.outline is None else self.outline.entries
+
+
+WHOLE = Held({}, None)
+
+
+def write_masks(path: Path, masks: Mapping[str, Mask]) -> BlobRef:
+    """Write masks, each in its cheapest code and without values. The same masks give the same bytes. Not yet durable."""
+    ones = {name: np.ones(np.count_nonzero(mask), np.float32) for name, mask in masks.items()}
+    return write_blob(path, KIND, ones, masks=masks, coding=Coding(form="ones"))
+
+
+def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
+    """Read the masks of a structure; a file that has not changed is not read again.
+
+    Args:
+        path: The blob; not looked at when the structure keeps every weight.
+        spec: The model.
+        structure: Says which masks they must be.
+
+    Raises:
+        Malformed: It is no blob of masks, or not there; or one is of another shape than its tensor; or the structure has
+            widths as well, or counts without masks.
+        DigestMismatch: They are not the masks of the structure, or do not keep as much as it says.
+    """
+    if not structure.masks:
+        if structure.kept:
+            raise Malformed("a structure says how much masks keep, and names no masks", "$.structures")
+        return WHOLE
+    if structure.widths:
+        raise Malformed("a structure has widths and masks; this runtime knows one or the other", "$.structures")
+    try:
+        status = Path(path or "nowhere/").stat()
+    except OSError as error:
+        raise Malformed(f"masks {Path(path).name!r}: {error.strerror}", "$.masks") from None
+    shapes = tuple(tensor_shapes(spec, Structure()).items())
+    held, kept, digest = _read(path, status.st_mtime_ns, status.st_size, shapes)
+    if digest != structure.masks:
+        raise DigestMismatch(f"masks {digest[:16]} where the structure names {structure.masks[:16]}")
+    if kept != structure.kept:
+        raise DigestMismatch(f"masks {digest[:16]} do not keep what the structure says")
+    return held
+
+
+@functools.lru_cache(maxsize=2)
+def _read(
+    path: str, changed: int, size: int, every: tuple[tuple[str, tuple[int, ...]], ...]
+) -> tuple[Held, dict[str, int], str]:
+    del changed, size  # they tell one content of the path from another
+    shapes = dict(every)
+    with open_blob(Path(path), elements_max=sum(map(prod, shapes.values()))) as blob:
+        if blob.kind != KIND:
+            raise Malformed(f"expected masks, got {blob.kind!r}", "$.kind")
+        for name in blob.names:
+            if shapes.get(name) != blob.entry(name).shape:
+                raise Malformed(f"a mask of {blob.entry(name).shape} for tensor {name!r}", "$[0].tensors")
+        masks = {name: blob.mask(name) for name in blob.names}
+    for mask in masks.values():
+        mask.flags.writeable = False
+    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    return Held(masks, _outline(shapes, masks)), kept, masks_digest(masks)
+
+
+def outline_of_model(spec: ModelSpec, masks: Mapping[str, Mask]) -> Outline:
+    """Describe a model's weights, of which masks keep some. Cost: one pass over the masks, to name them."""
+    return _outline(tensor_shapes(spec, Structure()), masks)
+
+
+def _outline(shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]) -> Outline:
+    entries = []
+    for index, (name, shape) in enumerate(shapes.items()):
+        mask = masks.get(name)
+        kept = prod(shape) if mask is None else int(np.count_nonzero(mask))
+        digest = "" if mask is None else mask_digest(mask)
+        entries.append(Entry(name, "float32", shape, "dense" if mask is None else "values", (index,), kept, digest))
+    return Outline(tuple(entries))

@@ -1,0 +1,170 @@
+"""The liveness walk: which arrays of one pass over a model live when, in plain Python.
+
+With N nodes, node i runs forward at instant i, the loss is taken at N, and node i runs backward at 2 N - i. An array lives
+from the instant that makes it to the last that reads it; the peak is the instant with the largest sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
+from wire.masked import FLOAT, Masked, aligned, contracted
+from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
+
+INDEX = 8
+BLOCK = 16
+HEAP = 2 << 20
+"""What the allocator keeps between its blocks, at least: the mean over measured workers."""
+
+_MAPPED = 1 << 20
+"""Blocks from this size on are mapped singly, and leave nothing behind (`edge_runtime.memory.guard`)."""
+
+_HOLES = 3
+"""Blocks below leave holes between those that live longer, a third of them at most. It is little in chains of layers, whose
+arrays die in the order opposite to that in which they were made; models with branches need it."""
+
+_CODE = 200 << 10
+"""What a convolution's own machine code and its descriptions take, which are made at the first pass and stay."""
+
+_DENSE_BLOCK = 1 << 19
+"""Bytes of a dense masked weight's gradient at a time; its mask takes as many."""
+
+_SAVES_INPUT = (
+    *("linear", "conv2d", "max_pool2d", "avg_pool2d", "group_norm"),
+    *("hard_sigmoid", "hard_swish", "mul"),
+)
+_SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
+
+Interval = tuple[int, int, int]
+"""Bytes, the first instant and the last."""
+
+
+class Walk:
+    """The sizes and homes of all arrays of one pass.
+
+    Attributes:
+        nodes: The model's steps; a stretch is one, of op ``stretch``.
+        end: The last instant.
+        size: Value name to bytes for the whole batch.
+        blocked: The same in a convolution's own layout.
+        tensors: Tensor name to bytes.
+        home: Value name to the value whose memory it shares.
+        panels: Stretch name to bytes of its values and of their gradients.
+        dense: Weights that are masked and dense.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, structure: Structure, batch: int, *, backward: bool, masked: Masked | None = None
+    ) -> None:
+        shapes = node_shapes(spec, structure)
+        self.panels: dict[str, tuple[int, int]] = {}
+        self.dense = frozenset(masked.dense) if masked is not None else frozenset()
+        self.nodes: Sequence[Node] = spec.nodes
+        if masked is not None:
+            self.nodes = contracted(spec.nodes, set(masked.kept) - self.dense, self.panels, (shapes, batch))
+        self.backward = backward
+        self.end = 2 * len(self.nodes) if backward else len(self.nodes)
+        self.size = {name: aligned((batch, *shape)) for name, shape in shapes.items()}
+        self.blocked = {name: aligned((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
+        self.tensors = {name: aligned(shape) for name, shape in tensor_shapes(spec, structure).items()}
+        self.home = _homes(self.nodes)
+
+    def back(self, i: int) -> int:
+        """Give the instant at which node i runs backward, or forward if nothing does."""
+        return 2 * len(self.nodes) - i if self.backward else i
+
+
+def peak(walk: Walk) -> int:
+    """Give the largest sum of bytes that live together, weights and whatever is held throughout left out."""
+    return _most(walk, (*_activations(walk), *_temporaries(walk), *_gradients(walk)))
+
+
+def heap(walk: Walk) -> int:
+    """Give what is taken beside the arrays: holes between blocks, and what convolutions make once and for all."""
+    small = [interval for interval in _activations(walk) if interval[0] < _MAPPED]
+    code = _CODE * sum(node.op == "conv2d" for node in walk.nodes)
+    return max(HEAP, code + _most(walk, small) // _HOLES)
+
+
+def _most(walk: Walk, intervals: Iterable[Interval]) -> int:
+    change = [0] * (walk.end + 2)
+    for size, birth, last in intervals:
+        change[birth] += size
+        change[last + 1] -= size
+    return max(accumulate(change))
+
+
+def _homes(nodes: Sequence[Node]) -> dict[str, str]:
+    """Name the value whose memory each one lives in: a flatten is a view, a relu may overwrite what only it reads."""
+    readers = [name for node in nodes for name in node.inputs]
+    made_by = {node.name: node.op for node in nodes}
+    home = {"input": "input"}
+    for node in nodes:
+        source = node.inputs[0]
+        in_place = node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1
+        home[node.name] = home[source] if node.op == "flatten" or in_place else node.name
+    return home
+
+
+def _activations(walk: Walk) -> Iterator[Interval]:
+    """Values live to their last reader, forward or (if its backward pass reads them again) backward."""
+    # The batch twice: as the rule gathered it, and the engine's aligned copy.
+    yield 2 * walk.size["input"], 0, walk.end
+    last = {"input": walk.end}
+    for i, node in enumerate(walk.nodes):
+        for name in node.inputs:
+            reads = walk.back(i) if node.op in _SAVES_INPUT else i
+            last[walk.home[name]] = max(last.get(walk.home[name], 0), reads)
+        output = walk.back(i) if node.op in _SAVES_OUTPUT else i
+        last[walk.home[node.name]] = max(last.get(walk.home[node.name], 0), output)
+        if node.op == "max_pool2d":
+            yield walk.size[node.name] * INDEX // FLOAT, i, walk.back(i)
+        if node.op == "stretch":
+            values, gradients = walk.panels[node.name]
+            yield values + gradients * walk.backward, 0, walk.end
+    for i, node in enumerate(walk.nodes):
+        if walk.home[node.name] == node.name:
+            yield walk.size[node.name], i, last[node.name]
+
+
+def _temporaries(walk: Walk) -> Iterator[Interval]:
+    """What an op needs only while it runs: a layer's new gradient before it is added, a convolution's own copies."""
+    for i, node in enumerate(walk.nodes):
+        if node.op in ("linear", "conv2d"):
+            weights = sum(walk.tensors[name] for name in node.params.values())
+            blocked = walk.blocked[node.inputs[0]] + walk.blocked[node.name]
+            workspace = weights + blocked if node.op == "conv2d" else 0
+            if node.params["weight"] in walk.dense:
+                weights = 2 * weights if node.op == "conv2d" else min(2 * weights, 2 * _DENSE_BLOCK)
+            yield workspace, i, i
+            if walk.backward:
+                yield workspace + weights, walk.back(i), walk.back(i)
+        if node.op == "mul" and walk.backward:  # a gate's gradient is as large as what it weighs, until it is summed
+            yield walk.size[node.name], walk.back(i), walk.back(i)
+
+
+def _gradients(walk: Walk) -> Iterator[Interval]:
+    """Gradients of activations live from their last reader's backward instant to their own maker's."""
+    if not walk.backward:
+        return
+    trained = {"input": False}
+    born = {walk.nodes[-1].name: len(walk.nodes)}
+    for i, node in enumerate(walk.nodes):
+        trained[node.name] = bool(node.params) or node.op == "stretch" or any(trained[name] for name in node.inputs)
+        for name in node.inputs:
+            born[name] = min(born.get(name, walk.end), walk.back(i))
+    for i, node in enumerate(walk.nodes):
+        for name in node.inputs:  # an earlier reader's share is made before it is added to the later one's
+            if trained[name] and node.op != "add" and born[name] < walk.back(i):
+                yield walk.size[name], walk.back(i), walk.back(i)
+    for i, node in enumerate(walk.nodes):
+        # A flatten hands the same memory on, so that its own gradient ends one instant before its input's begins.
+        end = walk.back(i) - (node.op == "flatten")
+        if trained[node.name]:
+            yield walk.size[node.name], min(born.get(node.name, end), end), end
+
+
+def _blocked(name: str, channels: int) -> int:
+    """Round up: convolutions take channels in blocks of 16, except the one or three of a picture."""
+    return channels if name == "input" and channels <= 3 else -(-channels // BLOCK) * BLOCK
