@@ -73,6 +73,7 @@ class RunView:
         finished: Whether it has ended.
         seconds: Wall time between the first and the last entry.
         last: Highest entry that is in here.
+        held: Device to the digests of its last order's blobs, which an agent keeps and need not fetch again.
     """
 
     about: Mapping[str, str | int | float | bool] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class RunView:
     finished: bool = False
     seconds: float = 0.0
     last: int = 0
+    held: dict[str, frozenset[str]] = field(default_factory=dict)
     _first: float = 0.0
 
     def absorb(self, entries: Iterable[Entry]) -> None:
@@ -91,15 +93,21 @@ class RunView:
             self.last = entry.seq
             self._take(entry)
 
+    def _fetched(self, order: Order) -> int:
+        """Count what a device has to fetch for an order, and note that it holds it."""
+        held = self.held.get(order.device, frozenset())
+        self.held[order.device] = frozenset(ref.digest for ref in order.blobs)
+        return sum(ref.size for ref in order.blobs if ref.digest not in held)
+
     def _take(self, entry: Entry) -> None:
         record = entry.record
         view = self.rounds.get(entry.round)
         match record:
             case RunStarted():
-                self.about, self.run, self.rounds = record.about, record.run, {}
+                self.about, self.run, self.rounds, self.held = record.about, record.run, {}, {}
             case Planned():
-                fetched = sum(ref.size for order in record.orders for ref in order.shells)
                 orders = {order.device: order for order in record.orders}
+                fetched = sum(self._fetched(order) for order in record.orders)
                 self.rounds[record.round] = RoundView(record.round, orders, bytes_down=fetched)
             case Arrived() if view is not None:
                 view.replies[record.device] = record.reply

@@ -25,12 +25,11 @@ def result(
     measured = [r for r in rounds if r.metrics]
     last = measured[-1].accuracy() if measured else {}
     curve: list[dict[str, Any]] = []
-    simulated = bool(view.about.get("simulated"))  # then every device's own fetches were counted when the round closed
     virtual = up = down = work = 0.0
     for current in rounds:
         virtual += current.seconds
         up += current.bytes_up
-        down += current.bytes_sent if simulated else current.bytes_down
+        down += current.bytes_down
         work += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
         accuracy = current.accuracy()
         curve.append(
