@@ -91,9 +91,13 @@ class Answers:
 
 
 def known_to(held: Held, blob: tensor.Blob, name: str) -> bool:
-    """Say whether a tensor is written as the values of the mask that is held; cheap, because that mask has a name already."""
+    """Say whether a tensor is written as the values of the mask that is held; cheap, because that mask has a name already.
+
+    A stranger may name the right mask and bring another number of values, which is then no such tensor.
+    """
     entry = blob.entry(name)
-    return entry.encoding == "values" and any(e.name == name and e.mask == entry.mask for e in held.entries)
+    said = (name, entry.mask, entry.kept)
+    return entry.encoding == "values" and any((e.name, e.mask, e.kept) == said for e in held.entries)
 
 
 def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -124,6 +128,6 @@ def check_update(path: Path, spec: ModelSpec, structure: Structure, held: Held =
             entry, shape = blob.entry(name), wanted.get(name.removeprefix(TOLD))
             if entry.shape != shape or entry.dtype != "float32":  # before anything of that shape is allocated
                 raise Malformed(f"tensor {name!r} is {entry.dtype}{entry.shape}, expected float32{shape}")
-            if not known_to(held, blob, name):
+            if entry.encoding != "dense" and not known_to(held, blob, name):
                 blob.sparse(name, held.masks.get(name))  # decoded once, to be sure that it can be
         blob.require_finite()

@@ -58,11 +58,12 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     spec = decode(spool.path(str(standing.started.about["spec"])).read_bytes())
     state = load_state(spool, standing.state, spec)
     structure = choose_width(spec, state, width)
+    weights = dict(state.weights)
+    weights |= {name: np.where(mask, weights[name], np.float32(0)) for name, mask in state.masks.items()}
     if width is None:
-        arrays = {name: np.ascontiguousarray(array) for name, array in state.weights.items()}
-        arrays |= {name: np.where(mask, arrays[name], np.float32(0)) for name, mask in state.masks.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
     else:
-        whole = cutting.to_wire(spec, state.weights, state.levels)
+        whole = cutting.to_wire(spec, weights, state.levels)
         arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, whole, structure).items()}
     target = folder / MODEL if file is None else file
     small = narrowed_spec(spec, structure)

@@ -38,7 +38,8 @@ class RoundView:
         replies: Device to counted reply.
         refusals: Device to refusal.
         outcome: ``open``, ``closed`` or ``abandoned: why``.
-        seconds: From issue to close.
+        began: When it was planned, by the journal's clock.
+        seconds: From issue to close, or from its plan to when it was abandoned.
         bytes_up: Bytes of the counted updates.
         bytes_down: Bytes of the blobs that the asked devices had to fetch.
         bytes_sent: Payload that left the coordinator, pieces published once for all devices.
@@ -50,6 +51,7 @@ class RoundView:
     replies: dict[str, Reply] = field(default_factory=dict)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     outcome: str = "open"
+    began: float = 0.0
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -108,7 +110,9 @@ class RunView:
             case Planned():
                 orders = {order.device: order for order in record.orders}
                 fetched = sum(self._fetched(order) for order in record.orders)
-                self.rounds[record.round] = RoundView(record.round, orders, bytes_down=fetched)
+                self.rounds[record.round] = RoundView(
+                    record.round, orders, began=entry.seconds_wall, bytes_down=fetched
+                )
             case Arrived() if view is not None:
                 view.replies[record.device] = record.reply
                 view.bytes_up += record.reply.update.size if record.reply.update else 0
@@ -117,7 +121,7 @@ class RunView:
             case Closed() if view is not None:
                 view.outcome, view.seconds, view.bytes_sent = "closed", record.seconds, record.bytes_down
             case Abandoned() if view is not None:
-                view.outcome = f"abandoned: {record.why}"
+                view.outcome, view.seconds = f"abandoned: {record.why}", max(0.0, entry.seconds_wall - view.began)
             case Evaluated() if view is not None:
                 view.metrics = dict(record.metrics)
             case Finished():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from wire.spec import ModelSpec, Structure, decode, encode, tensor_shapes
 from wire.tensor import Coding, open_blob, write_blob
 
 KIND = "keep"
+WHOLE = Structure()
 _CARRIED = "carried/"
 _OWN = "own/"
+VALUES_MAPPED = 1 << 20
 _CODING = Coding(pack=False)
 """What stays here is written for speed, not for size."""
 
@@ -60,18 +62,43 @@ def write(
     return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta, masks=personal.masks, coding=_CODING)
 
 
-def own(path: str, spec: ModelSpec) -> dict[str, Floats]:
-    """Give copies of what the rule kept; nothing of another model, or where no state is held or it cannot be read."""
+def own(path: str, spec: ModelSpec, structure: Structure = WHOLE) -> dict[str, Floats]:
+    """Give copies of what the rule kept; nothing where no state is held or it cannot be read.
+
+    Nothing of another model or width either, in which a place in a tensor is another weight. Masks may be others.
+    """
     if not path:
         return {}
     try:
         with open_blob(Path(path)) as blob:
             if blob.kind != KIND or blob.meta.get("spec") != encode(spec):
                 return {}
+            held = from_plain(Structure, blob.meta.get("structure"), path="$.meta.structure")
+            if _width(held) != _width(structure):
+                return {}
             names = [name for name in blob.names if name.startswith(_OWN)]
-            return {name.removeprefix(_OWN): blob.tensor(name).copy() for name in names}
+        return {name.removeprefix(_OWN): _copied(Path(path), name) for name in names}
     except NestlingError:
         return {}
+
+
+def _copied(path: Path, name: str) -> Floats:
+    """Copy a dense tensor, of which a few megabytes at a time are mapped: they count as resident."""
+    copy = np.empty(0, np.float32)
+    start = 0
+    while not start or start < copy.size:
+        with open_blob(path) as blob:
+            found = blob.tensor(name)
+            copy = copy if start else np.empty(found.shape, np.float32)
+            part = slice(start, start + VALUES_MAPPED)
+            copy.reshape(-1)[part] = found.reshape(-1)[part]
+            start = part.stop
+            del found  # lest the mapping outlive the blob
+    return copy
+
+
+def _width(structure: Structure) -> Structure:
+    return replace(structure, masks="", kept={})
 
 
 def add_carried(path: str, structure: Structure, update: Mapping[str, Floats]) -> None:

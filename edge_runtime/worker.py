@@ -195,7 +195,7 @@ def _trained(
     test = _part(spec, work.data, "test") if len(work.data.test[0]) else None
     if test is not None:
         metrics["accuracy.before"], metrics["loss.before"] = _score(engine, test, micro_batch)
-    own = personal.own(work.job.keep, spec)
+    own = personal.own(work.job.keep, spec, structure)
     task = rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own)
     trained = rule.train(task)
     if test is not None:

@@ -56,7 +56,10 @@ def write_masks(path: Path, masks: Mapping[str, Mask]) -> BlobRef:
 
 
 def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
-    """Read the masks of a structure; a file that has not changed is not read again.
+    """Read the masks of a structure; those of the call before are not read again.
+
+    A file is known by its name, its size and the digest of what was in it, not by its times: a bounded spool sets them to say
+    that a blob is in use.
 
     Args:
         path: The blob; not looked at when the structure keeps every weight.
@@ -69,6 +72,7 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
         DigestMismatch: They are not the masks of the structure, or do not keep as much as it says.
     """
     if not structure.masks:
+        _latest().clear()
         if structure.kept:
             raise Malformed("a structure says how much masks keep, and names no masks", "$.structures")
         return WHOLE
@@ -78,21 +82,27 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
         status = Path(path or "nowhere/").stat()
     except OSError as error:
         raise Malformed(f"masks {Path(path).name!r}: {error.strerror}", "$.masks") from None
-    shapes = tuple(tensor_shapes(spec, Structure()).items())
-    held, kept, digest = _read(path, status.st_mtime_ns, status.st_size, shapes)
-    if digest != structure.masks:
-        raise DigestMismatch(f"masks {digest[:16]} where the structure names {structure.masks[:16]}")
-    if kept != structure.kept:
-        raise DigestMismatch(f"masks {digest[:16]} do not keep what the structure says")
+    shapes, latest = tensor_shapes(spec, Structure()), _latest()
+    key = (path, status.st_size, tuple(shapes.items()), structure.masks)
+    if key not in latest:
+        latest.clear()  # before others are made
+        held, digest = _read(path, shapes)
+        if digest != structure.masks:
+            raise DigestMismatch(f"masks {digest[:16]} where the structure names {structure.masks[:16]}")
+        latest[key] = held
+    held = latest[key]
+    if {entry.name: entry.kept for entry in held.entries if entry.mask} != structure.kept:
+        raise DigestMismatch(f"masks {structure.masks[:16]} do not keep what the structure says")
     return held
 
 
-@functools.lru_cache(maxsize=2)
-def _read(
-    path: str, changed: int, size: int, every: tuple[tuple[str, tuple[int, ...]], ...]
-) -> tuple[Held, dict[str, int], str]:
-    del changed, size  # they tell one content of the path from another
-    shapes = dict(every)
+@functools.cache
+def _latest() -> dict[tuple[object, ...], Held]:
+    """Give where the masks that were read last are kept, and no others: they take a byte per weight."""
+    return {}
+
+
+def _read(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Held, str]:
     with open_blob(Path(path), elements_max=sum(map(prod, shapes.values()))) as blob:
         if blob.kind != KIND:
             raise Malformed(f"expected masks, got {blob.kind!r}", "$.kind")
@@ -102,8 +112,7 @@ def _read(
         masks = {name: blob.mask(name) for name in blob.names}
     for mask in masks.values():
         mask.flags.writeable = False
-    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
-    return Held(masks, _outline(shapes, masks)), kept, masks_digest(masks)
+    return Held(masks, _outline(shapes, masks)), masks_digest(masks)
 
 
 def outline_of_model(spec: ModelSpec, masks: Mapping[str, Mask]) -> Outline:

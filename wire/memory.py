@@ -31,6 +31,9 @@ SLACK = 8 << 20
 _SCRATCH = {2: 24, 4: 64}
 """Bytes per kept weight of a matrix or a convolution, while its index is made or its values are brought into C order."""
 
+_TOP, _LARGEST, _PLACED = "top.", 32, 12
+"""Rule `importance`: its knobs for the largest values of tensors; bytes of each of these, as they are found and after."""
+
 _WHOLE: dict[str, int] = {"topk": 3, "lottery": 4}
 """Rules that hold copies of whole tensors, masked or not, and how many."""
 
@@ -141,11 +144,13 @@ def predict(
     gradients = sizes.trained if holds_gradients(recipe, batch) else 0
     walk = Walk(spec, structure, batch, backward=True, masked=masked)
     bytes_held += whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
-    bytes_held += _passed(spec, structure, recipe)
+    bytes_held += _passed(spec, structure, recipe, batch)
     step = weights + gradients + copies(recipe) * sizes.trained + peak(walk)
     # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
-    writing = weights + (2 * sizes.trained if recipe.form else sizes.largest) + sizes.scratch
-    return _bounded(bytes_held + heap(walk) + max(step, writing, weights + sizes.masks + sizes.scratch), scale)
+    found, placed, told = _told(spec, structure, recipe)
+    writing = weights + (2 * sizes.trained if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
+    most = max(step, writing, weights + gradients + found + told, sizes.loading)
+    return _bounded(bytes_held + sizes.masks + heap(walk) + most, scale)
 
 
 def predict_evaluation(
@@ -155,7 +160,8 @@ def predict_evaluation(
     masked = masked or _masked(structure)
     sizes = _weights(spec, structure, masked)
     walk = Walk(spec, structure, batch, backward=False, masked=masked)
-    return _bounded(heap(walk) + sizes.held + max(sizes.largest, peak(walk), sizes.masks + sizes.scratch), scale)
+    most = max(sizes.held + max(sizes.largest, peak(walk)), sizes.loading)
+    return _bounded(heap(walk) + sizes.masks + most, scale)
 
 
 def fit(
@@ -194,15 +200,30 @@ def uniform(spec: ModelSpec, kept: float) -> Structure:
     return Structure(0, {g.name: (max(1, ceil(kept * g.size)),) for g in spec.groups if g.prunable})
 
 
-def _passed(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
-    """Count what rule `importance` holds of the steps in its window: of each layer their sum, or all that passed, if less."""
-    if recipe.rule != "importance" or not recipe.knobs.get("window"):
+def _passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: int) -> int:
+    """Count what rule `importance` holds of the steps in its window: of each layer their sum, or all that passed, if less.
+
+    The same of one step, where that comes in micro-batches.
+    """
+    if recipe.rule != "importance":
         return 0
-    samples = int(recipe.knobs.get("last") or recipe.steps or 1 << 40) * recipe.batch
+    steps = int(recipe.knobs.get("last") or recipe.steps or 1 << 40)
+    counts = [steps * recipe.batch] if recipe.knobs.get("window") else []
+    counts += [recipe.batch] if micro_batch < recipe.batch else []
     shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
     layers = [node for node in spec.nodes if node.params.get("weight") in structure.kept]
     sizes = [(prod(tensors[n.params["weight"]]), prod(shapes[n.inputs[0]]) + prod(shapes[n.name])) for n in layers]
-    return FLOAT * sum(min(weights, samples * values) for weights, values in sizes)
+    return FLOAT * sum(min(weights, samples * values) for samples in counts for weights, values in sizes)
+
+
+def _told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
+    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are."""
+    if recipe.rule != "importance" or not recipe.knobs.get("send"):
+        return 0, 0, 0
+    tensors = tensor_shapes(spec, structure)
+    sizes = {name: prod(shape) for name, shape in tensors.items() if _TOP + name in recipe.knobs}
+    counts = [min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()]
+    return _LARGEST * max(counts, default=0), sum(sizes.values()), _PLACED * sum(counts)
 
 
 def _masked(structure: Structure) -> Masked | None:
@@ -223,6 +244,8 @@ class _Sizes:
         largest: The largest tensor's values.
         masks: All masks as they come, a byte per weight.
         scratch: What making one index takes, at most.
+        loading: The most that there is beside the masks until the weights are in their places. At first it is the masks of
+            the order before and what was made of them.
     """
 
     held: int
@@ -230,6 +253,7 @@ class _Sizes:
     largest: int
     masks: int
     scratch: int
+    loading: int
 
 
 def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _Sizes:
@@ -243,5 +267,6 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     masks = {name: prod(shapes[name]) for name in kept}
     index = sum(index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept)
     scratch = max((_SCRATCH[len(shapes[name])] * kept[name] for name in sparse), default=0)
-    trained = sum(values.values())
-    return _Sizes(trained + index, trained, max(values.values()), sum(masks.values()), scratch)
+    trained, bits = sum(values.values()), sum(masks.values())
+    loading = index + max(trained, bits) + scratch if masks else 0
+    return _Sizes(trained + index, trained, max(values.values()), bits, scratch, loading)

@@ -8,17 +8,18 @@ at the masked ones (rule `dpf`); what is added to their loss is ``lambda_t * sum
 
 What the parameters choose between:
 
-* `mask`: ``dense`` keeps the dense mean on the coordinator, so that the error of pruning is never lost; every round's update
-  is dense, until the mask is final. ``round`` keeps the error within a round: the mask is taken from the dense mean of the
-  round that reconfigures, and pruned weights are zero in between; updates of the other rounds are sparse, which changes
-  nothing, since their pruned part is dropped. Then a weight returns only if one round carries it past the smallest kept ones,
-  which is rare while sparsity rises. ``nested`` drops the error before the mask is taken as well, so that nothing returns: so
-  does the public code, whose updates are dense for all that.
+* `mask`: ``round`` is the paper's: after every round the mean is masked, and the mask is taken from the dense mean of the
+  round that reconfigures. So the error of pruning lives within a round, and pruned weights are zero in between; updates of
+  the other rounds are sparse, which changes nothing, since their pruned part is dropped. A weight returns only if one round
+  carries it past the smallest kept ones, which is rare while sparsity rises. ``dense`` keeps the dense mean on the
+  coordinator, so that the error is never lost; every round's update is dense, until the mask is final. ``nested`` drops the
+  error before the mask is taken as well, so that nothing returns: so does the public code, whose updates are dense for all
+  that.
 * `start`: ``erk``, a random mask by layer shapes; or ``dense``, no mask before the first reconfiguration.
 * `ramp`: ``paper``, ``lambda * floor(Q t / T) / Q``; or ``code``, the public code's, which starts from 5e-4.
 * `penalty`: ``squared``, or ``norm`` for the public code's sum of layer norms.
 
-The dense mean never travels: devices are sent the kept weights, and what the others are is not needed for how they move (see
+A dense mean never travels: devices are sent the kept weights, and what the others are is not needed for how they move (see
 `edge_runtime.rules.dpf`). With sparsity 0 and no penalty this is FedAvg, to the bit.
 """
 
@@ -48,7 +49,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "sparsity_start": 0.5,
         "horizon": 200.0,
         "every": 5.0,
-        "mask": "dense",
+        "mask": "round",
         "start": "erk",
         "lambda": 1e-3,
         "segments": 20.0,

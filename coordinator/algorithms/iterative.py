@@ -56,10 +56,14 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`: the mean, then as many prunings as are due after this round.
 
+    Those of a round that nobody answered are left to the next.
+
     Raises:
         Malformed: An answer is of other masks than were asked for.
         NonFinite: A weight is no number.
     """
+    if not sum(answer.samples for answer in answers):
+        return state
     state = joined(state, answers)
     due = prunings_due(state)
     if due <= state.scalars["pruned"]:

@@ -5,7 +5,7 @@ Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Device
 * *Initial pruning*: one device trains alone on a few of its samples (`initial.samples`), an order being the `initial.passes`
   over them between two reconfigurations, at most `initial.rounds` orders. Reconfiguring starts once the accuracy there is
   `initial.start` times chance, and the stage ends when `initial.calm` of them in a row have moved the density by at most
-  `initial.stop` of itself. The device is the same as long as it is among those that were selected.
+  `initial.stop` of itself. The device is the same as long as it is among those that were selected, and answers.
 * *Further pruning*: federated averaging of the masked model, reconfigured every `every` rounds. `stages` has the ablation.
 
 A reconfiguration keeps what maximises importance per second (`coordinator.blocks.importance`), among the weights that are not
@@ -19,7 +19,7 @@ change at no other time, so that between two of them values alone travel.
   as many the next time. The mask is the one of the lower bounds. Or ``dense``.
 * `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
   none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
-  be pruned, more may be.
+  be pruned, more may be. The round in which it gets there reconfigures too.
 * `time`: ``fit``, learnt from the seconds of all rounds so far; ``fit devices``, a line for every device, a round taking as
   long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2 ...``, and after semicolons those of slower
   devices. `link`: bytes per second by which 8 bytes for every kept weight are charged as well; 0 for not at all.
@@ -42,7 +42,7 @@ from coordinator.blocks import timecost
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
-from coordinator.blocks.masks import densities, density, maskable, masked_mean, masked_weights
+from coordinator.blocks.masks import densities, density, maskable, masked_mean, masked_weights, top_global
 from coordinator.blocks.schedule import linear, progress
 from coordinator.blocks.told import Told, told
 from coordinator.recipes import Params, merged, recipe_of, scheduled
@@ -107,6 +107,9 @@ _SEEN = 200
 _HISTORY, _LINES = 12, 4
 """Reconfigurations whose facts are remembered, and kinds of devices in each of them."""
 
+_PATIENCE = 3
+"""Orders of initial pruning that a device may leave unanswered before another one is asked."""
+
 _SPEED = 4e9
 """Operations per second that the prior assumes until a round was measured; it matters beside a known `link` alone."""
 
@@ -125,6 +128,9 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
             raise ConfigError(
                 f"parameter {name} = {known[name]}: write a number that is not negative, such as {PARAMS[name]}"
             )
+    for name in ("initial.prunable", "prunable"):
+        if known[name] == 1.0:
+            raise ConfigError(f"parameter {name} = 1 protects nothing: write a number below 1, such as {PARAMS[name]}")
     names = maskable(spec)
     if not names:
         raise ConfigError(f"model {spec.name!r} has no weights that can be masked")
@@ -137,8 +143,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         "last": 0,
         "orders": 0,
     }
-    memo |= {"client": "", "started": False, "calm": 0, "reconfigured": 0, "certified": 0, "widen": 1.0}
-    memo |= {"seen": [], "layers": {}, "history": []}
+    memo |= {"client": "", "unanswered": 0, "started": False, "calm": 0, "reconfigured": 0, "certified": 0}
+    memo |= {"widen": 1.0, "seen": [], "layers": {}, "history": []}
     return State(spec, 0, dict(weights), scalars={"params": known, "prunefl": memo})
 
 
@@ -155,11 +161,20 @@ def plan(
         return state, drafted(state.spec, structure, recipe, devices, rng)
     recipe = _importance(state, recipe, send=True, window=1.0, measure=1.0, samples=float(params["initial.samples"]))
     recipe = dataclasses.replace(recipe, epochs=int(params["initial.passes"]), steps=0)
-    for device in sorted(devices, key=lambda d: (d.name != memo["client"], -d.samples, d.name)):
+    for device in _candidates(devices, memo["client"], passed_over=memo["unanswered"] >= _PATIENCE):
         drafts = drafted(state.spec, structure, recipe, (device,), rng)
         if drafts:
-            return _noted(state, client=device.name), drafts
+            before = memo["unanswered"] if device.name == memo["client"] else 0
+            return _noted(state, client=device.name, unanswered=min(before, _PATIENCE - 1) + 1), drafts
     return state, ()
+
+
+def _candidates(devices: tuple[DeviceView, ...], client: str, *, passed_over: bool) -> list[DeviceView]:
+    """Rank devices for initial pruning: most samples first, but from the client on, or from the one after it."""
+    ranked = sorted(devices, key=lambda d: (-d.samples, d.name))
+    names = [device.name for device in ranked]
+    first = names.index(client) + passed_over if client in names else 0
+    return ranked[first:] + ranked[:first]
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -199,10 +214,17 @@ def _noted(state: State, **facts: Any) -> State:
 
 def _due(state: State) -> bool:
     """Tell whether a round of further pruning reconfigures; one that could not leaves it to the next."""
-    memo, every = state.scalars["prunefl"], int(state.scalars["params"]["every"])
-    since = memo["since"]
+    memo, params = state.scalars["prunefl"], state.scalars["params"]
+    since, every = memo["since"], int(params["every"])
     last = max(memo["last"], since)
-    return bool(memo["stage"] == "further" and (state.round - since) // every > (last - since) // every)
+    regular = (state.round - since) // every > (last - since) // every
+    capped = bool(params["target"]) and memo["last"] < _ramp(params) <= state.round
+    return bool(memo["stage"] == "further" and (regular or capped))
+
+
+def _ramp(params: Params) -> int:
+    """Give the first round for which the cap is `target` itself."""
+    return math.ceil(float(params["ramp"]) * float(params["horizon"]))
 
 
 def _further(state: State, recipe: Recipe) -> Recipe:
@@ -240,8 +262,9 @@ def _initial(state: State, accuracy: float, answers: Answers | Iterable[Answer])
         grows = params["initial.regrow"] == "yes"
         state = _reconfigured(state, _told(state, answers), float(params["initial.prunable"]), grows=grows)
         still = abs(density(state.masks) / before - 1.0) <= float(params["initial.stop"]) if before else True
-        calm = calm + 1 if still else 0
-    state = _noted(state, started=going, calm=calm, orders=memo["orders"] + 1)
+        if state.scalars["prunefl"]["reconfigured"] > memo["reconfigured"]:  # who told nothing changed nothing
+            calm = calm + 1 if still else 0
+    state = _noted(state, started=going, calm=calm, orders=memo["orders"] + 1, unanswered=0)
     if calm < int(params["initial.calm"]) and memo["orders"] + 1 < int(params["initial.rounds"]):
         return state
     return _noted(state, stage="further" if params["stages"] == "both" else "fixed", since=state.round)
@@ -260,11 +283,14 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
     room = total
     if params["target"]:
         done = progress(state.round, 0, float(params["ramp"]) * float(params["horizon"]))
-        room = int(linear(float(params["target.from"]), float(params["target"]), done) * total)
+        room = max(1, int(linear(float(params["target.from"]), float(params["target"]), done) * total))
     held = sum(int(np.count_nonzero(mask)) for mask in kept.values())
     # Where the cap falls faster than weights may be pruned, as large a share of what it leaves stays protected.
     share = 1.0 - (1.0 - share) * min(1.0, room / max(1, held))
     fixed = [protected(state.weights[n].reshape(-1), kept[n], share) for n in names]
+    if sum(int(np.count_nonzero(stays)) for stays in fixed) > room:  # equal weights and rounding may protect too many
+        sizes = (np.where(s, np.abs(state.weights[n].reshape(-1)), -1.0) for n, s in zip(names, fixed, strict=True))
+        fixed = list(top_global(dict(zip(names, sizes, strict=True)), room).values())
     free = [~stays if grows else kept[n] & ~stays for n, stays in zip(names, fixed, strict=True)]
     layers = [
         Layer(heard.lower[n], stays, may, t)

@@ -64,7 +64,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"parameter share = {known['share']}: write a number from 0 to below 1")
     if not float(known["threshold"]) > 0.0:
         raise ConfigError(f"parameter threshold = {known['threshold']}: write a number above 0, such as 1e-4")
-    if float(known["interval"]) != int(float(known["interval"])) or float(known["interval"]) < 1:
+    if not float(known["interval"]).is_integer() or float(known["interval"]) < 1:
         raise ConfigError(f"parameter interval = {known['interval']}: write a whole number of rounds")
     levels = {group.name: np.zeros(group.size, np.uint8) for group in spec.groups if group.prunable}
     if not levels:
@@ -104,7 +104,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     strength = 0.0
     for answer, share in zip(_of(answers, structure), shares(samples), strict=True):
         paste_add(state.spec, total, answer.update, structure, share)
-        strength += share * answer.metrics.get("lambda", 0.0)
+        strength += share * max(0.0, answer.metrics.get("lambda", 0.0))
     moves = to_canonical(state.spec, total, state.levels)
     weights = {name: array + moves[name] for name, array in state.weights.items()}
     scalars = {**state.scalars, "lambda": state.scalars["lambda"] or strength}

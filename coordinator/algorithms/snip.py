@@ -3,9 +3,9 @@
 Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019, equation 6 and algorithm 1: with
 ``c = w * dL/dw`` on one mini-batch, the ``density`` of all weights with the largest ``|c|`` is kept, over all layers together.
 
-* ``saliency`` says whose data decide. ``one``: those of one device, the first by name that can hold the dense model (PruneFL's
-  comparison; a device with few classes may empty a whole layer at low densities). ``mean``: the mean over all devices that are
-  asked, by samples (SSFL: Ohib et al., 2024).
+* ``saliency`` says whose data decide. ``one``: those of one device, the first by name that can hold the dense model, and the
+  next one if it does not answer (PruneFL's comparison; a device with few classes may empty a whole layer at low densities).
+  ``mean``: the mean over all devices that are asked, by samples (SSFL: Ohib et al., 2024).
 * ``batches`` mini-batches of ``score_batch`` samples are looked at; 0 for all that a device has.
 * ``told`` says how many of the largest scores a device sends; 0 for all. More than are kept change nothing at one device.
 * ``guard``: ``none`` is the paper. ``layer`` also keeps the largest score of every layer, so that none can be empty.
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import shares
-from coordinator.blocks.drafts import drafted
-from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at
+from coordinator.blocks.drafts import drafted, one_of
+from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
 from coordinator.blocks.masks import maskable, top_global
 from coordinator.recipes import merged
 from wire.errors import ConfigError
@@ -82,7 +82,7 @@ def plan(
         knobs={"top": float(params["told"])},
     )
     drafts = drafted(state.spec, Structure(), recipe, devices, rng)
-    drafts = drafts[:1] if params["saliency"] == "one" else drafts
+    drafts = one_of(drafts, round_number) if params["saliency"] == "one" else drafts
     return dataclasses.replace(state, round=round_number), drafts
 
 
@@ -95,7 +95,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if state.masks:
         return joined(state, answers)
-    samples = [answer.samples for answer in answers]
+    told = told_scores(state.spec, answers)
+    samples = [answer.samples * tells for answer, tells in zip(answers, told, strict=True)]
     if not sum(samples):
         return state
     scores = mean_scores(state.spec, answers, shares(samples))

@@ -3,7 +3,8 @@
 Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", NeurIPS 2020, algorithm 1:
 ``iterations`` times, score the remaining weights by ``|w| dR/d|w|`` with ``R = 1^T |W_L| ... |W_1| 1`` and keep the largest of
 all layers together, ``density ** (k / iterations)`` of all. One device does that in round 1 (see the rule `score`), the first
-by name that can hold it; no layer is emptied before every layer is down to its last weights.
+by name that can hold it, or the next one in the next round if it does not answer; no layer is emptied before every layer is
+down to its last weights.
 
 ``R`` belongs to chains of linear layers and convolutions with ReLU and pools between them; other models are refused.
 """
@@ -17,8 +18,9 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks.drafts import drafted
-from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at
+from coordinator.blocks.aggregate import shares
+from coordinator.blocks.drafts import drafted, one_of
+from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
 from coordinator.blocks.flow import flow_order, obstacle
 from coordinator.blocks.masks import top_global
 from coordinator.recipes import merged
@@ -53,7 +55,7 @@ def plan(
     params = state.scalars["params"]
     recipe = flow_order(float(params["iterations"]), float(params["density"]))
     drafts = drafted(state.spec, Structure(), recipe, devices, rng)
-    return dataclasses.replace(state, round=round_number), drafts[:1]
+    return dataclasses.replace(state, round=round_number), one_of(drafts, round_number)
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -65,9 +67,9 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if state.masks:
         return joined(state, answers)
-    count = sum(1 for _ in answers)
-    if not count:
+    told = told_scores(state.spec, answers)
+    if not any(told):
         return state
-    scores = mean_scores(state.spec, answers, [1.0 / count] * count)
+    scores = mean_scores(state.spec, answers, shares(told))
     size = sum(array.size for array in scores.values())
     return dataclasses.replace(state, masks=top_global(scores, round(density_of(state.scalars["params"]) * size)))

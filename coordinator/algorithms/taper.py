@@ -26,9 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
-from coordinator.blocks.drafts import drafted
+from coordinator.blocks.aggregate import shares
+from coordinator.blocks.drafts import drafted, one_of
 from coordinator.blocks.erk import erk_counts
-from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at
+from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
 from coordinator.blocks.flow import flow_order, obstacle
 from coordinator.blocks.masks import maskable, masked_weights, random_masks, top_global
 from coordinator.blocks.schedule import cubic
@@ -85,7 +86,7 @@ def plan(
         params = state.scalars["params"]
         drafts = drafted(state.spec, Structure(), flow_order(float(params["iterations"]), _start(params)), devices, rng)
         if drafts or not devices:
-            return dataclasses.replace(state, round=round_number), drafts[:1]
+            return dataclasses.replace(state, round=round_number), one_of(drafts, round_number)
         state = _begun(state, _by_shape(state))
     return ask_to_train(state, round_number, devices, rng)
 
@@ -99,6 +100,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if not state.masks:
         return _scored(state, answers)
+    if not sum(answer.samples for answer in answers):
+        return state  # not even the momentum moves it
     moved = joined(state, answers).weights
     beta = np.float32(state.scalars["params"]["beta"])
     momentum: dict[str, NDArray[np.float32]] = {}
@@ -112,9 +115,10 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
 
 
 def _scored(state: State, answers: Answers | Iterable[Answer]) -> State:
-    if not sum(1 for _ in answers):
+    told = told_scores(state.spec, answers)
+    if not any(told):
         return state
-    scores = mean_scores(state.spec, answers, [1.0])
+    scores = mean_scores(state.spec, answers, shares(told))
     size = sum(array.size for array in scores.values())
     return _begun(state, top_global(scores, round(_start(state.scalars["params"]) * size)))
 

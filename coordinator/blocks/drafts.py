@@ -1,4 +1,4 @@
-"""One training order for each device that can hold it: what the plans of most algorithms end with."""
+"""One training order for each device that can hold it, or for one of these: what the plans of most algorithms end with."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def drafted(
         if fits is not None:
             drafts.append(Draft(device.name, "train", structure, seeded, fits.bytes_bound))
     return tuple(drafts)
+
+
+def one_of(drafts: Sequence[Draft], round_number: int) -> tuple[Draft, ...]:
+    """Ask one device alone: in round 1 the first, and in every round the next, so that none that fails holds up the run.
+
+    Args:
+        drafts: In the order of the devices' names.
+        round_number: From 1.
+    """
+    return (drafts[(round_number - 1) % len(drafts)],) if drafts else ()

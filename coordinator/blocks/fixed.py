@@ -76,6 +76,12 @@ def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers))
 
 
+def told_scores(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> list[bool]:
+    """Say of each answer whether it tells any score; masks must not be made of those that do not."""
+    names = maskable(spec)
+    return [not answer.extras.keys().isdisjoint(names) for answer in answers]
+
+
 def mean_scores(
     spec: ModelSpec, answers: Answers | Iterable[Answer], weights: Sequence[float]
 ) -> dict[str, NDArray[np.float32]]:

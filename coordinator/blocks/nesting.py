@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import NonFinite
-from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes
+from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
 from wire.structure import shell_blocks
 
 Masks = dict[str, NDArray[np.bool_]]
@@ -66,7 +66,8 @@ def partition(
 
     Args:
         spec: The model.
-        arrays: Arrays of `structure` in wire order; contiguous, if the views are to be written to.
+        arrays: Arrays of `structure` in wire order; contiguous, if the views are to be written to. A tensor that is left out
+            is zero.
         structure: What the arrays are.
         capacity: At most the structure's.
 
@@ -77,7 +78,8 @@ def partition(
     outer = group_sizes(spec, structure.narrowed(capacity))
     inner = group_sizes(spec, structure.narrowed(capacity - 1)) if capacity else None
     for tensor in spec.tensors:
-        whole = _expanded(tensor, arrays[tensor.name], held)
+        array = arrays.get(tensor.name)
+        whole = _expanded(tensor, np.zeros(tensor_shape(tensor, held), np.float32) if array is None else array, held)
         for box in shell_blocks(tensor, inner, outer):
             yield whole[box]
 

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers
 
+_MOST = np.float32(1e30)
+"""The most that is believed, so that no sum of it overflows whatever a device says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -49,11 +52,13 @@ def told(answers: Answers | Iterable[Answer], sizes: Mapping[str, int]) -> Told:
         if not answer.samples or not any(name.startswith("theta.") for name in answer.metrics):
             continue
         devices += 1
-        rest += answer.samples * max(0.0, answer.metrics.get("rest", 0.0))
+        rest = min(rest + answer.samples * max(0.0, answer.metrics.get("rest", 0.0)), float(_MOST))
         for name, size in sizes.items():
             places, values = answer.extras.get(name, (np.empty(0, np.int64), np.empty(0, np.float32)))
-            lower[name][places] += np.float32(answer.samples) * np.maximum(values, np.float32(0.0))
-            bound = answer.samples * max(0.0, answer.metrics.get(f"theta.{name}", 0.0))
+            with np.errstate(over="ignore"):
+                told_here = np.float32(answer.samples) * np.maximum(values, np.float32(0.0))
+                lower[name][places] = np.minimum(lower[name][places] + told_here, _MOST)
+            bound = min(answer.samples * max(0.0, answer.metrics.get(f"theta.{name}", 0.0)), float(_MOST))
             if bound and len(places) < size:
                 line = silent.setdefault(name, np.zeros(size))
                 heard = line[places]

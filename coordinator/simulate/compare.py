@@ -250,8 +250,11 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     seeds = _numbers(args.seeds, "--seeds", int)
     if set(seeds) & set(tuning):
         raise ConfigError("--tuning-seeds: write other seeds than those of --seeds")
-    if not seeds or args.jobs < 1 or args.rounds < 1:
-        raise ConfigError("--seeds, --jobs and --rounds: write at least one of each")
+    if not seeds or min(args.jobs, args.rounds, args.evaluate_every) < 1:
+        raise ConfigError("--seeds, --jobs, --rounds and --evaluate-every: write at least one of each")
+    densities = _numbers(args.densities, "--densities", float)
+    if not all(0.0 < density <= 1.0 for density in densities):
+        raise ConfigError(f"--densities {args.densities}: write numbers above 0 and at most 1, such as .2,.05")
     compare_report.target_of(args.target, [method.label for method in methods])
     return Comparison(
         base=Config(
@@ -265,7 +268,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
             terms=Terms(args.select, args.quorum, args.seconds, args.evaluate_every),
         ),
         methods=methods,
-        densities=tuple(_numbers(args.densities, "--densities", float)),
+        densities=densities,
         seeds=tuple(seeds),
         tuning_seeds=tuple(tuning),
         target=args.target,

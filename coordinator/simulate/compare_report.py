@@ -47,18 +47,15 @@ def summed_up(found: Found, target: str) -> dict[str, Any]:
     with the highest peak is in it, of its curve only the rounds that were measured. One that failed has ``error`` instead.
     """
     share, reference = target_of(target, [trial.label for trial, _ in found])
-    targets = {
-        trial.config.seed: share * (one["accuracy"]["full"] or 0.0)
-        for trial, one in found
-        if trial.label == reference and not isinstance(one, Failure)
-    }
+    targets = _targets(found, share, reference)
     runs = []
     for trial, one in found:
         about = {"label": trial.label, "density": trial.density, "params": dict(trial.config.params)}
         if isinstance(one, Failure):
             runs.append({**about, "algo": trial.config.algo, "seed": trial.config.seed, "error": one.why})
             continue
-        wanted = targets.get(trial.config.seed) if reference else share
+        seed = trial.config.seed
+        wanted = targets.get((seed, trial.density), targets.get((seed, None))) if reference else share
         curve = [point for point in one["curve"] if point["accuracy"] is not None]
         peak = sorted(one["devices"], key=lambda device: device["bytes_peak"])[-1:]
         thin = {**one, "devices": peak, "curve": curve, "target": wanted, "to_target": _to_target(curve, wanted)}
@@ -67,6 +64,21 @@ def summed_up(found: Found, target: str) -> dict[str, Any]:
     for row in rows:
         _judge(row, rows, runs)
     return {"runs": runs, "summary": rows}
+
+
+def _targets(found: Found, share: float, reference: str) -> dict[tuple[int, float | None], float]:
+    """Give a share of what the method `reference` reaches, by seed and density; None is for runs without a density.
+
+    Such runs are held against its best density, and all runs against a reference that has none itself.
+    """
+    targets: dict[tuple[int, float | None], float] = {}
+    for trial, one in found:
+        if trial.label == reference and not isinstance(one, Failure) and one["accuracy"]["full"] is not None:
+            reached = share * one["accuracy"]["full"]
+            for density in {trial.density, None}:
+                place = trial.config.seed, density
+                targets[place] = max(reached, targets.get(place, 0.0))
+    return targets
 
 
 def _to_target(curve: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, Any] | None:
@@ -157,7 +169,7 @@ def _half_width(gaps: Sequence[float]) -> float | None:
     """Give half the width of the 95 % interval of a mean; None for a single value."""
     if len(gaps) < 2:
         return None
-    quantile = _T95[len(gaps) - 2] if len(gaps) - 2 < len(_T95) else 2.2
+    quantile = _T95[len(gaps) - 2] if len(gaps) - 2 < len(_T95) else 2.228
     return quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 

@@ -18,31 +18,30 @@ Result = dict[str, Any]
 
 
 def result(
-    view: RunView, spec: ModelSpec, *, data: str, partition: str, partition_digest: str, seconds: float
+    view: RunView,
+    spec: ModelSpec,
+    *,
+    data: str,
+    partition: str,
+    partition_digest: str,
+    seconds: float,
+    structure: Structure | None = None,
 ) -> Result:
-    """Sum up a finished run in the shape of DESIGN section 6."""
+    """Sum up a finished run in the shape of DESIGN section 6; what an abandoned round cost is counted with the others.
+
+    Args:
+        view: The run.
+        spec: The model.
+        data: What it learnt from.
+        partition: How that was spread.
+        partition_digest: Name of just this spreading.
+        seconds: That the run really took.
+        structure: What is left of the model, which the last round may have changed; by default what that round was about.
+    """
     rounds = [view.rounds[n] for n in sorted(view.rounds) if view.rounds[n].outcome == "closed"]
     measured = [r for r in rounds if r.metrics]
     last = measured[-1].accuracy() if measured else {}
-    curve: list[dict[str, Any]] = []
-    virtual = up = down = work = 0.0
-    for current in rounds:
-        virtual += current.seconds
-        up += current.bytes_up
-        down += current.bytes_down
-        work += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
-        accuracy = current.accuracy()
-        curve.append(
-            {
-                "round": current.number,
-                "seconds_virtual": round(virtual, 4),
-                "accuracy": accuracy[max(accuracy)] if accuracy else None,
-                "by_width": {str(k): v for k, v in accuracy.items()},
-                "bytes_up": int(up),
-                "bytes_down": int(down),
-                "flops": int(work),
-            }
-        )
+    curve, costs = _curve(view, spec)
     final = rounds[-1].replies.values() if rounds else ()
     return {
         "algo": view.about.get("algo"),
@@ -53,7 +52,7 @@ def result(
         "seed": view.about.get("seed"),
         "rounds": len(rounds),
         "seconds": round(seconds, 3),
-        "seconds_virtual": round(virtual, 3),
+        "seconds_virtual": round(costs["seconds_virtual"], 3),
         "accuracy": {
             "full": last[max(last)] if last else None,
             "by_width": {str(k): v for k, v in last.items()},
@@ -62,13 +61,37 @@ def result(
             "before": spread([r.metrics["accuracy.before"] for r in final if "accuracy.before" in r.metrics]),
             "after": spread([r.metrics["accuracy.after"] for r in final if "accuracy.after" in r.metrics]),
         },
-        "bytes_up": int(up),
-        "bytes_down": int(down),
-        "flops": int(work),
-        "density_by_layer": densities(spec, _last_structure(rounds)),
+        "bytes_up": costs["bytes_up"],
+        "bytes_down": costs["bytes_down"],
+        "flops": costs["flops"],
+        "density_by_layer": densities(spec, structure or _last_structure(rounds)),
         "devices": _devices(view, spec),
         "curve": curve,
     }
+
+
+def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Give what was reached and paid by the end of each closed round, and all that was paid; abandoned rounds cost as well."""
+    curve: list[dict[str, Any]] = []
+    costs: dict[str, Any] = {"seconds_virtual": 0.0, "bytes_up": 0, "bytes_down": 0, "flops": 0}
+    for _, current in sorted(view.rounds.items()):
+        costs["seconds_virtual"] += current.seconds
+        costs["bytes_up"] += current.bytes_up
+        costs["bytes_down"] += current.bytes_down
+        costs["flops"] += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
+        if current.outcome != "closed":
+            continue
+        accuracy = current.accuracy()
+        curve.append(
+            {
+                "round": current.number,
+                "accuracy": accuracy[max(accuracy)] if accuracy else None,
+                "by_width": {str(k): v for k, v in accuracy.items()},
+                **costs,
+                "seconds_virtual": round(costs["seconds_virtual"], 4),
+            }
+        )
+    return curve, costs
 
 
 def densities(spec: ModelSpec, structure: Structure) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import journal
-from coordinator.advance import Head, Outcome, Task, advance
+from coordinator.advance import Head, Outcome, Task, advance, load_state, structures_of
 from coordinator.algorithm import DeviceView, Draft
 from coordinator.answers import check_update
 from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
@@ -87,6 +87,7 @@ def simulate(config: Config, progress: Callable[[RunView], None] | None = None) 
             partition=config.partition,
             partition_digest=world.digest,
             seconds=time.monotonic() - began,
+            structure=structures_of(load_state(world.spool, log.state, world.spec))[-1] if log.state else None,
         )
 
 

@@ -113,9 +113,11 @@ def experiment(config: Config, epsilon: float, fresh: int, watch: Watch | None =
         masks = load_state(world.spool, log.state, world.spec).masks
         if not masks:
             raise ConfigError(f"algorithm {config.algo!r} ended without masks, so there is no ticket to try")
-    start = by_name(config.algo).init(world.spec, initial_weights(world.spec, config.seed), config.params)
-    entrants = Entrants(masks, start.weights, initial_weights(world.spec, fresh))
-    runs = race(plain(config), entrants, watch)
+    first = initial_weights(world.spec, config.seed)
+    entrants = Entrants(masks, first, initial_weights(world.spec, fresh))
+    # An algorithm may settle a parameter at its start that nobody gave, such as a schedule by the horizon.
+    settled = by_name(config.algo).init(world.spec, first, config.params).scalars["params"]
+    runs = race(plain(dataclasses.replace(config, params=settled)), entrants, watch)
     return {
         "algo": config.algo,
         "model": config.model,

@@ -135,6 +135,7 @@ class TorchEngine:
         """See `Engine.load`."""
         self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
         self._held, self._spec, self._steps = Held(), None, ()  # the model before is gone, whatever comes
+        self._tools.release(masks or {})
         if masks:
             self._load_masked(spec, structure, masks, choice or Choice())
             if arrays is not None:

@@ -38,6 +38,10 @@ class Tools:
         """What runs stretches."""
         return open_kit(self._threads)
 
+    def release(self, masks: Mapping[str, Mask]) -> None:
+        """Let go of what was made of other masks than these, with those masks, before anything new takes memory."""
+        self._made = {name: known for name, known in self._made.items() if known[1] is masks.get(name)}
+
     def layouts(self, wanted: Mapping[str, tuple[str, Masked]]) -> dict[str, Layout]:
         """Give the layouts of a model's sparse tensors; those of the model before are used again where masks are the same.
 

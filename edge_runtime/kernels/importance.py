@@ -21,6 +21,8 @@ from wire.errors import DataError, SpecError
 from wire.spec import Node
 
 BLOCK_BYTES = 1 << 20
+LARGEST_BYTES = 32
+"""What `largest_of` takes per wanted weight, its result included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,57 +113,68 @@ def top(passed: Passed, count: int, block_bytes: int = BLOCK_BYTES) -> tuple[NDA
 
 
 def top_of(blocks: Iterable[tuple[int, Floats]], count: int) -> tuple[NDArray[np.int64], Floats]:
-    """Give the `count` largest of what blocks of rows hold, none of it negative.
-
-    Cost: beside the blocks, 24 bytes per wanted weight at most, and a few passes over the values.
-
-    Args:
-        blocks: The first row of each and its rows, as `row_blocks` gives them.
-        count: How many are wanted.
+    """Give the `count` largest of what blocks of rows hold, the largest first; see `largest_of`.
 
     Returns:
-        Positions in C order and values; the largest first, of equal values the lowest position first, exactly as a stable
-        sort of the whole would give them. All, if there are fewer than `count`.
+        Positions in C order and values; of equal values the lowest position first, exactly as a stable sort of the whole
+        would give them.
     """
-    places, values = np.empty(0, np.int64), np.empty(0, np.float32)
-    pending: list[tuple[NDArray[np.int64], Floats]] = []
-    waiting, least = 0, -1.0
-    for first, block in blocks:
-        flat = block.reshape(-1)
-        # Once there are enough, equal values that stand later lose.
-        new = np.flatnonzero(flat > least) if least >= 0 else _largest(flat, count)
-        pending.append((new + first * (block.size // len(block)), flat[new]))
-        waiting += len(new)
-        if waiting > max(count, flat.size) and count > 0:
-            places, values = _merged(places, values, pending, count)
-            waiting, least = 0, float(values.min()) if len(values) == count else -1.0
-    places, values = _merged(places, values, pending, count)
+    places, values = largest_of(blocks, count)
     order = np.argsort(-values, kind="stable")
     return places[order], values[order]
 
 
-def _merged(
-    places: NDArray[np.int64], values: Floats, pending: list[tuple[NDArray[np.int64], Floats]], count: int
-) -> tuple[NDArray[np.int64], Floats]:
-    """Give the `count` largest of what was there and of what is pending, in ascending position; empty `pending`."""
-    places = np.concatenate([places, *(place for place, _ in pending)])
-    values = np.concatenate([values, *(value for _, value in pending)])
-    pending.clear()
-    chosen = _largest(values, count)
-    return places[chosen], values[chosen]
+def largest_of(blocks: Iterable[tuple[int, Floats]], count: int) -> tuple[NDArray[np.int64], Floats]:
+    """Give the `count` largest of what blocks of rows hold, none of it negative.
+
+    Cost: beside the blocks, `LARGEST_BYTES` per wanted weight at most, and a few passes over the values.
+
+    Args:
+        blocks: The first row of each and its rows, as `row_blocks` gives them.
+        count: How many are wanted; of equal values those at the lowest positions.
+
+    Returns:
+        Positions in C order, ascending, and the values there. All, if there are fewer than `count`.
+    """
+    places, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    held, least = 0, -1.0
+    for first, block in blocks:
+        flat = block.reshape(-1)
+        # Once there are enough, equal values that stand later lose.
+        new = np.flatnonzero(flat > least) if least >= 0 else np.flatnonzero(_largest(flat, count))
+        places.append(new + first * (block.size // len(block)))
+        values.append(flat[new])
+        held += len(new)
+        if count > 0 and held > count + max(count // 4, flat.size):
+            _squeeze(places, values, count)
+            held, least = count, float(values[0].min())
+    _squeeze(places, values, count)
+    return places[0], values[0]
 
 
-def _largest(values: Floats, count: int) -> NDArray[np.int64]:
-    """Give the places of the `count` largest, ascending; of equal values the first are taken."""
+def _squeeze(places: list[NDArray[np.int64]], values: list[Floats], count: int) -> None:
+    """Leave one part in both lists, of the `count` largest; one list after the other, since they are long."""
+    line = np.concatenate(values)
+    values.clear()
+    chosen = _largest(line, count)
+    values.append(line[chosen])
+    del line
+    where = np.concatenate(places)
+    places.clear()
+    places.append(where[chosen])
+
+
+def _largest(values: Floats, count: int) -> NDArray[np.bool_]:
+    """Mark the `count` largest; of equal values the first are taken."""
     if count >= len(values):
-        return np.arange(len(values))
+        return np.ones(len(values), np.bool_)
     if count <= 0:
-        return np.empty(0, np.int64)
+        return np.zeros(len(values), np.bool_)
     least = np.partition(values, len(values) - count)[len(values) - count]
-    chosen = values > least
+    chosen: NDArray[np.bool_] = values > least
     equal = np.flatnonzero(values == least)
     chosen[equal[: count - np.count_nonzero(chosen)]] = True
-    return np.flatnonzero(chosen)
+    return chosen
 
 
 def _check(passed: Passed) -> None:

@@ -59,7 +59,8 @@ class Task:
         tell: Called after every step with the fraction that is done and the step's loss.
         masks: What is kept of which weights, in the tensors' shapes; empty when every weight is. The engine has them already.
         own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, and when
-            the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed.
+            the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed. The
+            arrays are this order's own: a rule may write to them and hand them back.
     """
 
     recipe: Recipe

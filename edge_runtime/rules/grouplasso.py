@@ -94,7 +94,7 @@ class _Pulled:
         loss, count = 0.0, len(x)
         for start in range(0, count, task.micro_batch):
             rows = slice(start, start + task.micro_batch)
-            weight = len(x[rows]) / count
+            weight = loop.share_of(task.recipe, len(x[rows]), count)
             loss += weight * engine.forward_backward(x[rows], y[rows], scale=weight, loss=task.recipe.loss)
         if not self.strength:
             self.strength = strength_of(self._share, loss, self.penalty)

@@ -26,16 +26,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
-from edge_runtime.kernels.importance import Passed, row_blocks, top_of, whole
+from edge_runtime.kernels.importance import BLOCK_BYTES, Passed, gradient_blocks, largest_of, row_blocks, whole
 from edge_runtime.rules import Extra, Task, Trained, loop
 from wire.errors import DataError, NonFinite, SpecError
 from wire.memory import copies, holds_gradients
 from wire.messages import Recipe
-from wire.spec import Node, tensor_shapes
+from wire.spec import Node, node_shapes, tensor_shapes
 
 __all__ = ["NEEDS_ENGINE", "copies", "train"]
 
@@ -118,7 +119,7 @@ def _sums(task: Task, knobs: _Knobs) -> _Sums:
         return sums
     for name, shape in sums.shapes.items():
         found = task.own.get(name)
-        sums.z[name] = np.zeros(shape, np.float32) if found is None or found.shape != shape else found.copy()
+        sums.z[name] = np.zeros(shape, np.float32) if found is None or found.shape != shape else found
     sums.rest = float(task.own[_REST][0]) if _REST in task.own else 0.0
     return sums
 
@@ -133,7 +134,9 @@ class _Sums:
         first: The first step that counts.
         z: Sums that are held whole.
         passed: What passed in the steps that count, of tensors that are not in `z`.
-        now: What passed in the current step.
+        now: What passed in the current step, of tensors that are not in `part`.
+        part: The gradient of the current step so far.
+        bias: Likewise of the layer's bias.
         rest: The sum over biases.
         batch: Samples of the current step.
         step: Number of the current step, from 0.
@@ -145,18 +148,32 @@ class _Sums:
     z: Arrays = field(default_factory=dict)
     passed: dict[str, list[Passed]] = field(default_factory=dict)
     now: dict[str, list[tuple[Floats, Floats]]] = field(default_factory=dict)
+    part: Arrays = field(default_factory=dict)
+    bias: dict[str, Any] = field(default_factory=dict)
     rest: float = 0.0
     batch: int = 0
     step: int = 0
 
     def see(self, name: str, x: Floats, dy: Floats) -> None:
-        """Take what passes through a masked layer; see `edge_runtime.kernels.Watch`."""
+        """Take what passes through a masked layer; see `edge_runtime.kernels.Watch`.
+
+        Of a step in micro-batches a layer is left with what passed, or with the gradient so far, if that is less: what the
+        whole batch takes is what micro-batches are there to avoid.
+        """
         if self.step < self.first:
             return
-        if name in self.z and len(x) == self.batch:
-            self._settle(name, [(x, dy)])  # whole already, and need not be kept until the step ends
-        else:
-            self.now.setdefault(name, []).append((x.copy(), dy.copy()))
+        self.bias[name] = self.bias.get(name, 0.0) + dy.sum(axis=(0, *range(2, dy.ndim)), dtype=np.float64)
+        if len(x) == self.batch:
+            self._settle(name, [(x, dy)])
+            return
+        batches = self.now.setdefault(name, [])
+        batches.append((x, dy))
+        if name not in self.part and self._fits(name, batches):
+            batches[-1] = x.copy(), dy.copy()
+            return
+        total = self.part.setdefault(name, np.zeros(self.shapes[name], np.float32))
+        for row, block in gradient_blocks(Passed.through(self.nodes[name], *self.now.pop(name))):
+            total[row : row + len(block)] += block
 
     def look(self, grads: Mapping[str, Floats]) -> None:
         """Take the gradients of a model without masks."""
@@ -174,27 +191,46 @@ class _Sums:
         """End a step."""
         for name, batches in self.now.items():
             self._settle(name, batches)
-        self.now.clear()
+        for name, gradient in self.part.items():
+            with np.errstate(over="ignore"):
+                np.square(gradient, out=gradient)
+            if not np.isfinite(gradient).all():
+                raise NonFinite(f"the squared gradient of {name!r} is not finite")
+            total = self._whole(name)
+            total += gradient
+        self.rest += sum(float(np.square(bias).sum()) for bias in self.bias.values())
+        for held in (self.now, self.part, self.bias):
+            held.clear()
         self.step += 1
 
     def _settle(self, name: str, batches: list[tuple[Floats, Floats]]) -> None:
-        bias = sum(dy.sum(axis=(0, *range(2, dy.ndim)), dtype=np.float64) for _, dy in batches)
-        self.rest += float(np.square(bias).sum())
+        """Add what passed in a step that is over."""
         passed = Passed.through(self.nodes[name], *batches)
-        if name in self.z:
-            whole(passed, self.z[name])
+        before = [pair for one in self.passed.get(name, []) for pair in one.batches]
+        if name in self.z or not self._fits(name, [*before, *batches]):
+            whole(passed, self._whole(name))
             return
-        kept = self.passed.setdefault(name, [])
-        kept.append(passed)
-        if sum(x.size + dy.size for one in kept for x, dy in one.batches) > math.prod(self.shapes[name]):
+        if name not in self.now:  # it is not ours yet
+            passed = Passed.through(self.nodes[name], *((x.copy(), dy.copy()) for x, dy in batches))
+        self.passed.setdefault(name, []).append(passed)
+
+    def _fits(self, name: str, batches: list[tuple[Floats, Floats]]) -> bool:
+        return sum(x.size + dy.size for x, dy in batches) <= math.prod(self.shapes[name])
+
+    def _whole(self, name: str) -> Floats:
+        """Give the sum that is held whole, begun with what had passed until now."""
+        if name not in self.z:
             self.z[name] = np.zeros(self.shapes[name], np.float32)
-            for one in self.passed.pop(name):
+            for one in self.passed.pop(name, []):
                 whole(one, self.z[name])
+        return self.z[name]
 
     def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
         """Give a tensor's sums in blocks of rows."""
         if name in self.z:
-            yield 0, self.z[name]
+            rows = max(1, BLOCK_BYTES // (4 * math.prod(self.shapes[name][1:])))
+            for first in range(0, len(self.z[name]), rows):
+                yield first, self.z[name][first : first + rows]
             return
         for parts in zip(*map(row_blocks, self.passed.get(name, [])), strict=True):
             first, total = parts[0]
@@ -206,24 +242,34 @@ class _Sums:
 def _told(sums: _Sums, name: str, count: int | None) -> tuple[Extra, float]:
     """Give what is told of a tensor, and what the rest of it does not exceed."""
     size = math.prod(sums.shapes[name])
+    if (count is None or count >= size) and name in sums.z:
+        return Extra(sums.z[name]), 0.0
     if count is None or count >= size:
         total = np.zeros(sums.shapes[name], np.float32)
         for first, block in sums.blocks(name):
             total[first : first + len(block)] = block
         return Extra(total), 0.0
-    places, values = top_of(sums.blocks(name), count)
-    theta = float(values[-1]) if len(values) else 0.0
-    places, values = places[values > 0], values[values > 0]
-    order = np.argsort(places)
-    return Extra(values[order], places[order]), theta
+    places, values = largest_of(sums.blocks(name), count)
+    theta = float(values.min()) if len(values) else 0.0
+    if not theta:
+        places, values = places[values > 0], values[values > 0]
+    return Extra(values, places), theta
 
 
 def _timed(task: Task) -> Iterator[tuple[str, float]]:
     """Give the seconds of a step in each masked layer, where this device timed one like it."""
-    for name, mask in task.masks.items():
-        way = task.engine.ways.get(name, "")
-        kept = int(np.count_nonzero(mask))
-        alike = [t for t in task.engine.timings() if t.layer.shape == mask.shape and way in t.seconds]
+    engine = task.engine
+    shapes, timings = node_shapes(engine.spec, engine.structure), engine.timings() if task.masks else ()
+    for node in engine.spec.nodes:
+        mask = task.masks.get(node.params.get("weight", ""))
+        if mask is None:
+            continue
+        name, kept = node.params["weight"], int(np.count_nonzero(mask))
+        way = engine.ways.get(name, "")
+        # Two layers may have weights of one shape, and yet not take the same.
+        wanted = (mask.shape, shapes[node.inputs[0]], tuple(value for _, value in sorted(node.attrs.items())))
+        found = [(t, (t.layer.shape, t.layer.input_shape, t.layer.details)) for t in timings if way in t.seconds]
+        alike = [timing for timing, layer in found if layer == wanted]
         if alike:
-            nearest = min(alike, key=lambda timing: abs(timing.layer.kept - kept))
-            yield f"seconds.{name}", nearest.seconds[way]
+            off = [(abs(t.layer.batch - task.micro_batch), abs(t.layer.kept - kept)) for t in alike]
+            yield f"seconds.{name}", alike[off.index(min(off))].seconds[way]

@@ -14,6 +14,7 @@ from edge_runtime.kernels import Watch
 from edge_runtime.rules import Task, Trained
 from wire.errors import NonFinite
 from wire.memory import holds_gradients
+from wire.messages import Recipe
 
 Step = Callable[[Floats, Labels], float]
 
@@ -28,6 +29,11 @@ def count_steps(task: Task) -> int:
     if not len(task.x):
         return 0
     return task.recipe.steps or task.recipe.epochs * -(-len(task.x) // task.recipe.batch)
+
+
+def share_of(recipe: Recipe, samples: int, batch: int) -> float:
+    """Give how much a micro-batch's loss and gradient count in those of its batch: means by their samples, sums in full."""
+    return 1.0 if recipe.loss == "sum" else samples / batch
 
 
 def batches(task: Task, rng: np.random.Generator | None = None) -> Iterator[Labels]:
@@ -105,7 +111,7 @@ class Mover:
         loss = 0.0
         for start in range(0, len(x), task.micro_batch):
             part = slice(start, start + task.micro_batch)
-            share = len(x[part]) / len(x)
+            share = share_of(recipe, len(x[part]), len(x))
             loss += share * task.engine.forward_backward(x[part], y[part], scale=share, watch=watch, loss=recipe.loss)
         if whole is not None:
             whole()

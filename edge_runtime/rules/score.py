@@ -35,7 +35,7 @@ from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Arrays, Floats
 from edge_runtime.engines.update import clear
 from edge_runtime.rules import Extra, Task, Trained
-from edge_runtime.rules.loop import batches, count_steps
+from edge_runtime.rules.loop import batches, count_steps, share_of
 from wire.errors import NonFinite, SpecError
 from wire.masks import Mask
 from wire.messages import Recipe
@@ -103,7 +103,7 @@ def _snip(task: Task) -> tuple[tuple[float, ...], Arrays]:
         loss = 0.0
         for start in range(0, len(rows), task.micro_batch):
             part = rows[start : start + task.micro_batch]
-            share = len(part) / len(rows)
+            share = share_of(task.recipe, len(part), len(rows))
             x, y = task.x[part], task.y[part]
             loss += share * engine.forward_backward(x, y, scale=share / count, loss=task.recipe.loss)
         if not math.isfinite(loss):

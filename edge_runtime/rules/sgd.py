@@ -62,7 +62,7 @@ class _Sandwich:
         loss = 0.0
         for start in range(0, len(x), task.micro_batch):
             part = slice(start, start + task.micro_batch)
-            share = len(x[part]) / len(x)
+            share = loop.share_of(task.recipe, len(x[part]), len(x))
             loss += share * self._pass(x[part], y[part], others, share / (1 + len(others)))
         self.mover.apply()
         return loss

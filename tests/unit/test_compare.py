@@ -187,6 +187,10 @@ def test_tuning_measures_on_a_validation_part_that_is_not_trained_on(tmp_path):
         (["--algos", "fedavg", "--seeds", "a"], "commas"),
         (["--algos", "fedavg", "--seeds", ""], "at least one"),
         (["--algos", "fedavg", "--jobs", "0"], "at least one"),
+        (["--algos", "fedavg", "--evaluate-every", "0"], "at least one"),
+        (["--algos", "snip", "--densities", ".2,0"], "--densities"),
+        (["--algos", "snip", "--densities", "20"], "--densities"),
+        (["--algos", "snip", "--densities", "nan"], "--densities"),
         (["--algos", "fedavg", "--target", "2"], "--target"),
         (["--algos", "fedavg", "--target", "0.9*nestfl"], "--target"),
         (["--algos", "nothing"], "there are"),
@@ -267,6 +271,21 @@ def test_a_target_may_be_a_share_of_a_method_seed_by_seed():
     assert [run["target"] for run in facts["runs"]] == pytest.approx([0.6, 0.75, 0.675] * 2)
     assert facts["summary"][1]["reached"] == 1
     assert facts["summary"][1]["to_target"]["round"] is None, "the median run never got there"
+
+
+def test_a_share_of_a_method_is_one_of_the_same_density():
+    accuracies = {"snip@0.2": [0.8], "snip@0.1": [0.6], "taper@0.2": [0.5], "taper@0.1": [0.5], "fedavg": [0.9]}
+    facts = compare_report.summed_up(found_of(accuracies), "0.5*snip")
+    wanted = {("snip", 0.2): 0.4, ("snip", 0.1): 0.3, ("taper", 0.2): 0.4, ("taper", 0.1): 0.3, ("fedavg", None): 0.4}
+    assert {(run["label"], run["density"]): run["target"] for run in facts["runs"]} == pytest.approx(wanted)
+
+
+def test_a_method_that_was_never_measured_sets_no_target():
+    found = found_of({"fedavg": [0.8], "b": [0.5]})
+    found[0][1]["accuracy"]["full"] = None
+    facts = compare_report.summed_up(found, "0.5*fedavg")
+    assert [run["target"] for run in facts["runs"]] == [None, None]
+    assert facts["summary"][1]["reached"] == 0
 
 
 def test_ties_by_half_a_point_or_by_the_paired_interval():

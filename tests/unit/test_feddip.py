@@ -73,6 +73,11 @@ def test_without_sparsity_and_penalty_it_is_fedavg_to_the_bit():
         assert all(one.weights[name].tobytes() == other.weights[name].tobytes() for name in one.weights)
 
 
+def test_the_paper_s_memory_is_the_default():
+    """Section 2 of the reconstruction: the mean is masked after each round, the mask is from the dense mean of a round."""
+    assert feddip.PARAMS["mask"] == "round"
+
+
 def test_the_first_mask_is_random_by_erk():
     state, drafts = feddip.plan(start(sparsity_start=0.6), 1, DEVICES, rng_of(5, 1))
     wanted = erk_counts({name: SHAPES[name] for name in NAMES}, round(0.4 * TOTAL))

@@ -3,8 +3,14 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from coordinator import algorithms
+from coordinator.algorithm import DeviceView, rng_of
+from coordinator.blocks.initial import initial_weights
+from coordinator.blocks.masks import maskable
+from coordinator.recipes import merged, recipe_of
 from coordinator.simulate import fleet, flops, measured
 from tests.house.walk import ROOT
 from tests.support.messages import an_order
@@ -137,3 +143,18 @@ def test_this_machine_is_what_the_bench_measured():
         assert took == pytest.approx(5 * rows[f"step, density {density}"] / 1e3, rel=1e-3)
     dense = min(rows["step, dense, torch.nn"], rows["step, dense, engine"])
     assert fleet.seconds_of_work(machine, CONV2, order_of(Structure()), 500) == pytest.approx(5 * dense / 1e3)
+
+
+@pytest.mark.parametrize("algo", algorithms.ALGORITHMS)
+@pytest.mark.parametrize("model", ["digits-mlp", "digits-cnn", "lenet-300-100"])
+def test_an_even_fleet_can_hold_the_whole_model_by_any_algorithm(algo, model):
+    """Even with masks that keep everything, which take more than none."""
+    spec, algorithm = zoo.by_name(model), algorithms.by_name(algo)
+    weights = initial_weights(spec, 0)
+    (machine,) = fleet.make("even", 1, spec, recipe_of(merged(algorithm.PARAMS, {})))
+    devices = (DeviceView("a", machine.bytes_budget, 100),)
+    state, drafts = algorithm.plan(algorithm.init(spec, weights, {}), 1, devices, rng_of(0, 1))
+    assert drafts
+    if not state.widths:
+        masks = {name: np.ones(weights[name].shape, np.bool_) for name in maskable(spec)}
+        assert algorithm.plan(replace(state, masks=masks), 2, devices, rng_of(0, 2))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from coordinator.blocks.masks import maskable
 from edge_runtime import rules
 from edge_runtime.engines import Choice, open_engine
+from edge_runtime.kernels.choose import Layer, Timing
 from edge_runtime.rules import importance, sgd
 from tests.support.models import batch, random_arrays, small_cnn
 from wire import memory
@@ -150,8 +152,8 @@ def test_sums_go_on_until_they_are_sent():
     _, alone = trained(recipe(knobs={"send": 1.0}), other)
     _, second = trained(recipe(knobs={"send": 1.0}), other, own=own)
     for name in NAMES:
-        np.testing.assert_allclose(whole(second, name), own[name] + whole(alone, name), rtol=1e-5, atol=1e-7)
-        assert own[name].tolist() == first.own[name].tolist()
+        np.testing.assert_allclose(whole(second, name), first.own[name] + whole(alone, name), rtol=1e-5, atol=1e-7)
+        assert whole(second, name) is own[name], "of what it was given, without a copy"
     assert second.metrics["rest"] == pytest.approx(float(own["rest"][0]) + alone.metrics["rest"], rel=1e-5)
     assert second.own == {}
 
@@ -197,6 +199,35 @@ def test_seconds_are_told_where_layers_were_timed():
     assert all(result.metrics[f"seconds.{name}"] > 0.0 for name in NAMES)
 
 
+def test_seconds_are_those_of_this_layer_and_not_of_another_with_weights_of_its_shape():
+    engine, masks = MAKE(), masks_of()
+    engine.load(SPEC, Structure(), random_arrays(SPEC, Structure(), 3), masks, Choice(ways={"": "sparse"}))
+    way, kept = engine.ways["c.weight"], int(masks["c.weight"].sum())
+    own = Layer("conv2d", SHAPES["c.weight"], (1, 6, 6), (3, 1, 1), kept - 5, 4)
+    others = [dataclasses.replace(own, input_shape=(1, 3, 3), kept=kept), dataclasses.replace(own, batch=64, kept=kept)]
+    found = [Timing(layer, {way: seconds}) for layer, seconds in zip([*others, own], (1.0, 2.0, 3.0), strict=True)]
+    engine.timings = lambda: tuple(found)
+    x, y = batch(SPEC, 10)
+    result = importance.train(rules.Task(recipe(), engine, x, y, 2, 4, lambda *_: None, masks))
+    assert {name: value for name, value in result.metrics.items() if "seconds" in name} == {"seconds.c.weight": 3.0}
+
+
+@pytest.mark.parametrize("window", [0.0, 1.0])
+def test_a_step_in_micro_batches_holds_no_more_than_the_weights(monkeypatch, window):
+    held, settle = [], importance._Sums.settle
+
+    def watched(sums):
+        for name, passed in sums.now.items():
+            held.append(sum(x.size + dy.size for x, dy in passed) <= math.prod(SHAPES[name]))
+        held.append(bool(sums.part))
+        settle(sums)
+
+    monkeypatch.setattr(importance._Sums, "settle", watched)
+    trained(recipe(batch=10, knobs={"window": window}), masks_of(), micro=2)
+    assert held
+    assert all(held)
+
+
 def test_memory_counts_the_sums_or_what_passed():
     masks = masks_of()
     structure = masked(masks)
@@ -211,5 +242,7 @@ def test_memory_counts_the_sums_or_what_passed():
     assert peak(recipe(knobs={"window": 1.0})) == plain + 4 * passed
     short = min(54, 4 * (36 + 216)) + min(648, 4 * (54 + 12)) + min(48, 4 * 16)
     assert peak(recipe(knobs={"window": 1.0, "last": 1.0})) == plain + 4 * short
+    parts = memory.predict(SPEC, structure, recipe(knobs={"window": 1.0}), 2).peak
+    assert parts == memory.predict(SPEC, structure, recipe(rule="sgd"), 2).peak + 4 * (passed + short)
     held = recipe(knobs={"gradients": 1.0, "window": 1.0})
     assert peak(held, Structure()) == peak(recipe(rule="sgd", clip=1.0), Structure()) + 4 * weights

@@ -31,6 +31,11 @@ def answer(state, device="a", seed=0):
     return Answer(device, 3, masked(state.masks), {}, Usage(), update, sent=state.masks)
 
 
+def still(state):
+    """An answer that moves nothing."""
+    return Answer("a", 3, masked(state.masks), {}, Usage(), {}, sent=state.masks)
+
+
 def round_of(state, number, module=iterative):
     state, drafts = module.plan(state, number, ALL, rng_of(0, number))
     assert [d.device for d in drafts] == ["a", "b"]
@@ -67,7 +72,7 @@ def test_the_chain_by_hand():
     kept = []
     for number in (1, 2):
         state, _ = iterative.plan(state, number, (), rng_of(0, number))
-        state = iterative.close(state, ())
+        state = iterative.close(state, (still(state),))
         kept.append(np.abs(first[state.masks["o.weight"]]).tolist())
     assert kept == [[8.0, 5.0, 6.0, 7.0], [8.0, 7.0]]
     np.testing.assert_array_equal(state.weights["o.weight"], first)
@@ -81,7 +86,8 @@ def test_whatever_the_horizon_all_prunings_are_made(prunings, horizon, density_,
     state = iterative.init(spec, random_arrays(spec, Structure()), params)
     counts = [36]
     for number in range(1, horizon + 1):
-        state = iterative.close(iterative.plan(state, number, (), rng_of(0, number))[0], ())
+        state = iterative.plan(state, number, (), rng_of(0, number))[0]
+        state = iterative.close(state, (still(state),))
         counts.append(int(state.masks["o.weight"].sum()) if state.masks else 36)
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == int(36 * density_ + 1e-9)

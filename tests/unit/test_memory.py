@@ -99,11 +99,12 @@ def test_masked_walk_by_hand():
     panels = 4 * 20 * (256 + 1024 + 2 * 1024) + 4 * 64
     b = 4 * (1024 * 16 + 16)
     weights = values + index
-    held = HEAP + weights + 2 * values
+    mask = 256 * 1024  # as it came: it is held throughout, and the order before had one as well
+    held = HEAP + mask + weights + 2 * values
     # Nodes: a and r as one, b. Instant 3, backward of b: its new gradient and those of both outputs, and what r made.
     by_b = 2 * x + panels + h + b + h + out
     by_a = 2 * x + panels + h
-    step, load = held + max(by_a, by_b), HEAP + weights + 256 * 1024 + 24 * 16_000
+    step, load = held + max(by_a, by_b), HEAP + mask + index + mask + 24 * 16_000
     assert memory.predict(spec, WHOLE, recipe, masked=masked).peak == max(step, load)
     assert by_b > by_a
 
@@ -120,7 +121,7 @@ def test_what_is_held_dense_counts_as_dense():
     whole = memory.predict(spec, WHOLE, Recipe(batch=16, momentum=0.9)).peak
     assert prices[3] == pytest.approx(whole, rel=0.15)  # a mask more, a gradient less
     evaluated = [memory.predict_evaluation(spec, WHOLE, 16, 1.0, m).peak - HEAP for m in (memory.Masked(names), None)]
-    assert evaluated[0] < evaluated[1] / 4
+    assert evaluated[0] < evaluated[1] / 3
 
 
 def test_a_chain_of_convolutions_by_hand():

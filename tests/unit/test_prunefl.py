@@ -209,6 +209,30 @@ def test_initial_keeps_its_client_and_finds_another_when_that_one_is_away():
     assert planned(state, 2, (DeviceView("a", 0, 9),))[1] == ()
 
 
+def test_initial_passes_over_a_client_that_never_answers():
+    state, asked = start(initial__start=9.0), []
+    for number in range(1, 10):
+        state, (draft,) = planned(state, number)
+        asked.append(draft.device)
+        if number == 8:
+            state = prunefl.close(state, [answer(state, draft.device)])
+    assert asked == ["b"] * 3 + ["a"] * 3 + ["b"] * 3
+    assert state.scalars["prunefl"]["unanswered"] == 1
+    alone = start(initial__start=9.0)
+    for number in range(1, 6):
+        alone, (draft,) = planned(alone, number, DEVICES[:1])
+        assert draft.device == "a"
+
+
+def test_who_tells_nothing_does_not_calm_the_initial_stage():
+    state = start(initial__start=0.0, initial__calm=1.0, initial__rounds=3.0)
+    for number in (1, 2):
+        state, (draft,) = planned(state, number)
+        state = prunefl.close(state, [answer(state, draft.device)])
+        assert state.scalars["prunefl"]["stage"] == "initial"
+    assert state.scalars["prunefl"]["calm"] == 0
+
+
 @pytest.mark.parametrize("regrow", ["yes", "no"])
 def test_initial_may_regrow_or_only_shrink(regrow):
     state = start(initial__start=0.0, initial__regrow=regrow, initial__calm=9.0, time="1 0.01 0.01 0.01")
@@ -234,6 +258,29 @@ def test_the_cap_falls_in_a_line_and_holds(cap):
         found.append(kept)
     assert found[-1] == int(0.05 * total)  # weights cost nothing, so that only the cap holds back
     assert state.scalars["prunefl"]["certified"] == (10 if cap == "exact" else 0)
+
+
+def test_the_round_in_which_the_cap_reaches_its_target_reconfigures():
+    state = start(stages="further", every=4.0, target=0.1, horizon=20.0, ramp=0.5, time="1 0 0 0")
+    total, sent = sum(state.weights[name].size for name in NAMES), []
+    for number in range(1, 14):
+        state, drafts = planned(state, number)
+        if drafts[0].recipe.knobs.get("send"):
+            sent.append(number)
+        told = "random" if number != 10 else None  # that round's importance is lost, and asked for again
+        state = prunefl.close(state, [answer(state, z=told, seed=number)])
+    assert sent == [4, 8, 10, 11, 12]
+    assert sum(int(mask.sum()) for mask in state.masks.values()) == int(0.1 * total)
+
+
+def test_the_cap_holds_even_where_all_weights_are_equal():
+    state = start(stages="further", every=1.0, target=0.1, target__from=0.1, time="1 0 0 0")
+    state = dataclasses.replace(state, weights={name: np.zeros_like(w) for name, w in state.weights.items()})
+    state, _ = planned(state, 1)
+    still = dataclasses.replace(answer(state, z="random"), update={})
+    after = prunefl.close(state, [still])
+    total = sum(mask.size for mask in after.masks.values())
+    assert sum(int(mask.sum()) for mask in after.masks.values()) == int(0.1 * total)
 
 
 def test_too_few_told_is_found_and_widened():

@@ -191,6 +191,8 @@ def test_the_strength_is_settled_once_as_the_mean():
     state, (draft,) = prunetrain.plan(state, 2, ONE, rng_of(0, 2))
     assert draft.recipe.knobs == {"lambda": pytest.approx(0.2), "share": 0.0}
     assert prunetrain.close(state, told).scalars["lambda"] == pytest.approx(0.2)
+    reward = [Answer("a", 3, whole, {"lambda": -1.0}, Usage(), none)]
+    assert prunetrain.close(prunetrain.plan(start(), 1, (), rng_of(0, 1))[0], reward).scalars["lambda"] == 0.0
 
 
 def test_channels_go_at_the_interval_and_never_come_back():
@@ -272,6 +274,8 @@ def test_what_is_wrong_is_refused():
         ({"threshold": 0.0}, "threshold"),
         ({"interval": 1.5}, "interval"),
         ({"interval": 0.0}, "interval"),
+        ({"interval": float("inf")}, "interval"),
+        ({"interval": float("nan")}, "interval"),
         ({"schedule": "steep"}, "schedule"),
     ]:
         with pytest.raises(ConfigError, match=words):

@@ -96,6 +96,27 @@ def test_a_round_without_its_quorum_is_abandoned_at_the_deadline_and_the_run_goe
     assert log.view.finished
 
 
+def test_what_an_abandoned_round_cost_is_counted(tmp_path):
+    terms = Terms(seconds=50.0)
+    storm = dataclasses.replace(STILL, devices=8, rounds=4, weather="stormy", terms=terms, fleet="even")
+    log = Log()
+    list(play(build(storm, tmp_path), log))
+    result, rounds = simulate(storm), log.view.rounds.values()
+    assert result["rounds"] == sum(r.outcome == "closed" for r in rounds) < 4
+    assert result["seconds_virtual"] == pytest.approx(log.now, abs=1e-3)
+    assert result["bytes_down"] == sum(r.bytes_down for r in rounds)
+    assert all(r.seconds for r in rounds)
+
+
+def test_the_density_is_that_of_the_model_that_was_measured():
+    """The last round ends with the mask that it was not trained under."""
+    params = {"sparsity": 0.8, "sparsity_start": 0.5, "horizon": 2.0, "every": 1.0, "recipe.epochs": 1.0}
+    result = simulate(dataclasses.replace(SMALL, algo="feddip", fleet="even", params=params))
+    sizes = {"fc1.weight": 64 * 96, "fc2.weight": 96 * 96, "out.weight": 96 * 10}
+    kept = sum(result["density_by_layer"][name] * size for name, size in sizes.items())
+    assert kept == pytest.approx(round(0.2 * sum(sizes.values())))
+
+
 def test_selection_asks_some(tmp_path):
     log = Log()
     list(play(build(dataclasses.replace(STILL, devices=6, terms=Terms("random:2")), tmp_path), log))

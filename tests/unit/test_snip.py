@@ -66,6 +66,20 @@ def test_one_is_the_first_that_can_hold_the_dense_model():
     assert draft.device == "b"
 
 
+def test_one_that_does_not_answer_is_followed_by_the_next():
+    plans = [snip.plan(start(saliency="one"), number, ALL, rng_of(0, number))[1] for number in range(1, 5)]
+    assert [draft.device for (draft,) in plans] == ["a", "b", "c", "a"]
+    assert snip.plan(start(saliency="one"), 2, (), rng_of(0, 2))[1] == ()
+
+
+def test_who_tells_no_score_has_no_say():
+    silent = dataclasses.replace(told("a", 7, 1), extras={})
+    state = start(density=0.2)
+    assert snip.close(state, (silent,)) is state
+    joined, alone = snip.close(state, (silent, told("b", 2, 2))), snip.close(state, (told("b", 2, 2),))
+    assert all((joined.masks[name] == mask).all() for name, mask in alone.masks.items())
+
+
 def test_masks_are_the_largest_mean_scores():
     answers = (told("a", 1, 1), told("b", 5, 2), told("c", 2, 3))
     after = snip.close(start(density=0.13), answers)

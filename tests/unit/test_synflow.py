@@ -86,3 +86,10 @@ def test_parameters_are_checked():
 
 def test_registry():
     assert by_name("synflow") is synflow
+
+
+def test_who_does_not_answer_is_followed_by_the_next():
+    plans = [synflow.plan(start(), number, ALL, rng_of(0, number))[1] for number in (1, 2, 3)]
+    assert [draft.device for (draft,) in plans] == ["a", "b", "a"]
+    state = start()
+    assert synflow.close(state, (Answer("a", 3, Structure(), {}, Usage(), {}),)) is state

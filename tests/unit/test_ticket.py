@@ -132,3 +132,18 @@ def test_what_makes_no_sense_is_refused(flags, why, capsys):
 def test_nothing_to_compare():
     with pytest.raises(ConfigError, match="nothing to compare"):
         ticket.holds({name: {"accuracy": None} for name in ("ticket", "fresh", "dense")}, 0.0)
+
+
+def test_the_dense_run_starts_from_all_initial_weights(planted, monkeypatch):
+    """Taper's own start is masked already, and its schedule follows the horizon."""
+    seen = {}
+
+    def race(config, entrants, watch):
+        seen["config"], seen["entrants"] = config, entrants
+        return {name: {"accuracy": 0.5} for name in ("ticket", "fresh", "dense")}
+
+    monkeypatch.setattr(ticket, "race", race)
+    params = {"first": "erk", "start": 0.5, "density": 0.5, "horizon": 2.0}
+    ticket.experiment(dataclasses.replace(planted, algo="taper", rounds=2, params=params), 0.01, 7)
+    assert all(seen["entrants"].first[name].all() for name in ("fc1.weight", "out.weight"))
+    assert seen["config"].params["schedule"] == "linear 2"

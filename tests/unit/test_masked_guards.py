@@ -1,0 +1,148 @@
+"""A mask's name in a liar's hands, what is let go of between orders, and what must not come back in another place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from coordinator import export
+from coordinator.advance import save_state
+from coordinator.algorithm import State
+from coordinator.answers import check_update
+from coordinator.journal import RunStarted
+from coordinator.standing import Standing
+from edge_runtime import personal, rules
+from edge_runtime.engines import Choice, open_engine
+from edge_runtime.kernels.importance import LARGEST_BYTES, largest_of
+from edge_runtime.worker import perform
+from tests.golden.attacks import container
+from tests.support.models import batch, random_arrays, small_cnn
+from tests.support.orders import dataset, job, some_masks
+from wire.errors import Malformed
+from wire.job import Done
+from wire.maskfile import Held, outline_of_model, read_masks, write_masks
+from wire.masks import mask_digest
+from wire.messages import Recipe
+from wire.spec import Structure, encode
+from wire.spool import Spool
+from wire.structure import masked
+
+SPEC, WHOLE = small_cnn(), Structure()
+MAKE = open_engine("torch")
+
+
+@pytest.mark.parametrize("kept", [1, 5])
+def test_an_update_that_names_the_right_mask_and_brings_another_number_of_values(tmp_path, kept):
+    masks = some_masks(SPEC)
+    mask = masks["f.weight"]
+    entry = {"name": "f.weight", "dtype": "float32", "shape": list(mask.shape), "encoding": "values", "parts": [0]}
+    entry |= {"kept": kept, "mask": mask_digest(mask)}
+    head = {"v": 1, "kind": "update", "meta": {}, "tensors": [entry]}
+    (tmp_path / "x").write_bytes(container(head, [np.ones(kept, np.float32).tobytes()]))
+    with pytest.raises(Malformed, match="values for mask"):
+        check_update(tmp_path / "x", SPEC, masked(masks), Held(masks, outline_of_model(SPEC, masks)))
+
+
+def test_masks_are_read_once_whatever_the_times_of_their_file(tmp_path):
+    masks, other = some_masks(SPEC), some_masks(SPEC, seed=9)
+    for name, some in (("a", masks), ("b", other)):
+        write_masks(tmp_path / name, some)
+    spool_like = tmp_path / "a"
+    held = read_masks(str(spool_like), SPEC, masked(masks))
+    os.utime(spool_like, (1.0, 1.0))  # as a bounded spool does with what is in use
+    assert read_masks(str(spool_like), SPEC, masked(masks)) is held
+    gone = [weakref.ref(mask) for mask in held.masks.values()]
+    del held
+    read_masks(str(tmp_path / "b"), SPEC, masked(other))
+    assert not any(mask() is not None for mask in gone), "those of the order before are let go of"
+    again = read_masks(str(spool_like), SPEC, masked(masks))
+    gone = [weakref.ref(mask) for mask in again.masks.values()]
+    del again
+    read_masks("", SPEC, WHOLE)
+    assert not any(mask() is not None for mask in gone), "an order without masks needs none"
+
+
+def test_what_was_made_of_masks_goes_with_them():
+    masks = some_masks(SPEC)
+    for mask in masks.values():
+        mask.flags.writeable = False
+    gone = [weakref.ref(mask) for mask in masks.values()]
+    MAKE().load(SPEC, WHOLE, random_arrays(SPEC, WHOLE), masks, Choice(ways={"": "sparse"}))
+    del masks, mask
+    assert all(mask() is not None for mask in gone), "the next order may have the same"
+    MAKE().load(SPEC, WHOLE, random_arrays(SPEC, WHOLE))
+    assert not any(mask() is not None for mask in gone)
+
+
+def test_what_a_rule_keeps_of_one_width_is_not_given_to_another(tmp_path):
+    widths = {group.name: (group.size // 2, group.size) for group in SPEC.groups if group.prunable}
+    wide, data = Structure(1, widths, "ab" * 32), dataset(SPEC, 24, 8, seed=1)
+    recipe, arrays = Recipe(rule="topk", batch=8, knobs={"k": 5.0}), random_arrays(SPEC, WHOLE)
+    keep = perform(job(tmp_path / "wide", SPEC, arrays, [wide], recipe), data).keep
+    assert set(personal.own(keep, SPEC, wide)) == set(arrays)
+    assert personal.own(keep, SPEC, dataclasses.replace(wide, masks="ab" * 32, kept={"f.weight": 1}))
+    for other in (wide.narrowed(0), dataclasses.replace(wide, ranking="cd" * 32), WHOLE):
+        assert personal.own(keep, SPEC, other) == {}
+    narrow = job(tmp_path / "narrow", SPEC, arrays, [wide.narrowed(0)], recipe)
+    assert isinstance(perform(dataclasses.replace(narrow, keep=keep), data), Done)
+
+
+def test_a_large_state_of_a_rule_comes_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(personal, "VALUES_MAPPED", 100)
+    own = {
+        "z": np.arange(648, dtype=np.float32).reshape(12, 54),
+        "one": np.ones(1, np.float32),
+        "none": np.zeros((0, 3)),
+    }
+    own["none"] = own["none"].astype(np.float32)
+    personal.write(tmp_path / "keep", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, WHOLE)), own=own)
+    found = personal.own(str(tmp_path / "keep"), SPEC)
+    assert {name: array.tolist() for name, array in found.items()} == {n: a.tolist() for n, a in own.items()}
+    assert found["z"].shape == (12, 54)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "grouplasso", "score"])
+def test_a_sum_over_samples_is_the_same_in_micro_batches(rule):
+    found = []
+    for micro in (8, 3):
+        engine = MAKE()
+        engine.load(SPEC, WHOLE, random_arrays(SPEC, WHOLE))
+        recipe = Recipe(rule=rule, batch=8, rate=1e-3, loss="sum")
+        trained = rules.find(rule).train(rules.Task(recipe, engine, *batch(SPEC, 16), 1, micro, lambda *_: None))
+        found.append((trained, {name: array.copy() for name, array in engine.params.items()}))
+    (whole, weights), (parts, same) = found
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+    for name, array in weights.items():
+        np.testing.assert_allclose(same[name], array, atol=1e-6)
+
+
+def test_the_largest_of_many_take_what_is_said():
+    values = np.random.default_rng(0).random((1024, 1024), np.float32)
+    count = 600_000
+    tracemalloc.start()
+    places, found = largest_of(((row, values[row : row + 64]) for row in range(0, 1024, 64)), count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < LARGEST_BYTES * count
+    wanted = np.sort(np.argsort(-values.ravel(), kind="stable")[:count])
+    assert np.array_equal(places, wanted)
+    assert np.array_equal(found, values.ravel()[wanted])
+
+
+@pytest.mark.parametrize("width", [None, 1.0])
+def test_what_is_not_kept_is_not_exported(tmp_path, monkeypatch, width):
+    spool, weights, masks = Spool(tmp_path / "spool"), random_arrays(SPEC, WHOLE), some_masks(SPEC)
+    ref = spool.add_bytes(encode(SPEC))
+    state = save_state(spool, State(SPEC, 3, weights, masks=masks))
+    standing = Standing(RunStarted("ab" * 8, about={"spec": ref.digest}), state.digest, done=3)
+    monkeypatch.setattr(export, "standing_of", lambda _: standing)
+    written, _ = export.write_model(tmp_path, width)
+    for name, array in load_file(written).items():
+        np.testing.assert_array_equal(array, weights[name] * masks.get(name, np.True_))
