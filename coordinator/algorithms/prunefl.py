@@ -232,7 +232,8 @@ def _further(state: State, recipe: Recipe) -> Recipe:
     if state.scalars["prunefl"]["stage"] == "fixed":
         return recipe
     if params["window"] == "all_rounds":
-        return _importance(state, recipe, send=due)
+        memo = state.scalars["prunefl"]
+        return _importance(state, recipe, send=due, since=float(max(memo["last"], memo["since"])))
     return _importance(state, recipe, send=True, window=1.0, last=float(params["last"])) if due else recipe
 
 

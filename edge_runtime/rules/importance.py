@@ -11,6 +11,8 @@ Knobs of the recipe:
   sent; with 1 only this order's steps count, and of each layer whichever is smaller is held until its end: the sum, or what
   passed through the layer in those steps, from which the sum follows in blocks of rows.
 * ``last`` (whole number, default 0): with window 1, how many of the order's last steps count; 0 for all.
+* ``since`` (whole number, default 0): when the coordinator last decided by such sums, in rounds; with window 0, sums that were
+  begun for another decision, which a device has that sat one out, count no more.
 * ``send`` (0 or 1, default 0): tell the sums, and begin again at 0.
 * ``top.TENSOR`` (whole number, at least 1): tell only so many of the largest of that tensor, and no zeros; without it, all.
 * ``samples`` (whole number, default 0): train on the first so many samples; 0 for all.
@@ -42,6 +44,7 @@ __all__ = ["NEEDS_ENGINE", "copies", "train"]
 
 NEEDS_ENGINE = True
 _REST = "rest"
+_SINCE = "since"
 _TOP = "top."
 
 
@@ -78,7 +81,9 @@ def train(task: Task) -> Trained:
         metrics[_REST] = sums.rest
         for name in sums.nodes:
             extras[name], metrics[f"theta.{name}"] = _told(sums, name, knobs.top.get(name))
-    own = {**sums.z, _REST: np.array([sums.rest], np.float32)} if not knobs.window and not knobs.send else {}
+    own: dict[str, Floats] = {}
+    if not knobs.window and not knobs.send:
+        own = {**sums.z, _REST: np.array([sums.rest], np.float32), _SINCE: np.array([knobs.since], np.float32)}
     return dataclasses.replace(trained, extras=extras, metrics=metrics, own=own)
 
 
@@ -89,21 +94,22 @@ class _Knobs:
     send: bool
     samples: int
     measure: bool
+    since: int
     top: Mapping[str, int]
 
 
 def _knobs(recipe: Recipe) -> _Knobs:
     knobs = recipe.knobs
-    names = ["window", "last", "send", "samples", "measure", "gradients"]
+    names = ["window", "last", "send", "samples", "measure", "gradients", "since"]
     tops = [name for name in knobs if name.startswith(_TOP)]
     for name in [*names, *tops]:
         value = knobs.get(name, 0.0)
-        least, most = (1, math.inf) if name in tops else (0, math.inf if name in ("last", "samples") else 1)
+        least, most = (1, math.inf) if name in tops else (0, math.inf if name in ("last", "samples", "since") else 1)
         if value != int(value) or not least <= value <= most:
             raise SpecError(f"knob {name} = {value}: write a whole number" + (", 0 or 1" if most == 1 else ""))
     numbers = [int(knobs.get(name, 0.0)) for name in names]
     top = {name.removeprefix(_TOP): int(knobs[name]) for name in tops}
-    return _Knobs(bool(numbers[0]), numbers[1], bool(numbers[2]), numbers[3], bool(numbers[4]), top)
+    return _Knobs(bool(numbers[0]), numbers[1], bool(numbers[2]), numbers[3], bool(numbers[4]), numbers[6], top)
 
 
 def _sums(task: Task, knobs: _Knobs) -> _Sums:
@@ -117,10 +123,11 @@ def _sums(task: Task, knobs: _Knobs) -> _Sums:
     sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first)
     if knobs.window:
         return sums
+    own = task.own if _SINCE in task.own and int(task.own[_SINCE][0]) == knobs.since else {}
     for name, shape in sums.shapes.items():
-        found = task.own.get(name)
+        found = own.get(name)
         sums.z[name] = np.zeros(shape, np.float32) if found is None or found.shape != shape else found
-    sums.rest = float(task.own[_REST][0]) if _REST in task.own else 0.0
+    sums.rest = float(own[_REST][0]) if _REST in own else 0.0
     return sums
 
 

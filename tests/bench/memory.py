@@ -6,27 +6,31 @@ the highest of the three, above the base that it had before the first. A bound t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 import os
 import queue
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge_runtime.spawn import command, surroundings
 from tests.bench import Row, outcome
 from tests.support.models import random_arrays
-from tests.support.orders import job
+from tests.support.orders import job, masked_job, some_masks
 from wire import memory, zoo
 from wire.child import Child, Ended
-from wire.job import Done, Ready
+from wire.job import Done, Failed, Job, Ready
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
+from wire.structure import masked
 
 MIB = 1 << 20
 KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -44,6 +48,17 @@ RECIPES = {
     "momentum": Recipe(clip=1.0, momentum=0.9),
     "sandwich": Recipe(clip=1.0, knobs={"widths": 1.0}),
 }
+
+
+MASKED = {
+    "sgd": {},
+    "momentum": {"momentum": 0.9},
+    "importance, all rounds": {"rule": "importance"},
+    "importance, largest, one round": {"rule": "importance", "knobs": {"window": 1.0, "send": 1.0}},
+    "dpf": {"rule": "dpf"},
+}
+"""What masked orders are measured with; the largest are as many as are kept."""
+DENSITIES = (0.2, 0.05)
 
 
 def run() -> dict[str, object]:
@@ -64,6 +79,9 @@ def run() -> dict[str, object]:
             errors.append(abs(found.peak - measured) / MIB)
             shares.append(measured / found.bound)
             peaks[case] = measured
+        sparse = list(_masked_rows(Path(folder)))
+        rows += sparse
+        shares += [row.value / row.target for row in sparse if row.target is not None]
     wide, narrow = (peaks[f"digits-cnn, batch 32, width {kept}, sandwich"] for kept in ("1", "0.2"))
     rows += [
         Row("all", "mean absolute error of the prediction", statistics.mean(errors), "MiB", "lower", 3.0),
@@ -80,6 +98,34 @@ def _cases() -> Iterator[tuple[str, int, int, str]]:
     for recipe in ("fused", "momentum", "sandwich"):
         for model, capacity in itertools.product(("conv-2", "digits-cnn"), (0, 4)):
             yield model, 32, capacity, recipe
+
+
+def _masked_rows(folder: Path) -> Iterator[Row]:
+    """Measure masked Conv-2, under each rule that holds something of its own."""
+    spec = zoo.by_name("conv-2")
+    arrays = random_arrays(spec, Structure(), scale=0.05)
+    for number, (density, (name, fields)) in enumerate(itertools.product(DENSITIES, MASKED.items())):
+        masks = some_masks(spec, density)
+        structure = masked(masks)
+        recipe = Recipe(**{"batch": 20, "steps": 3, "rate": 1e-3, **fields})
+        if recipe.knobs:
+            most = {f"top.{tensor}": float(kept) for tensor, kept in structure.kept.items()}
+            recipe = dataclasses.replace(recipe, knobs={**recipe.knobs, **most})
+        found = memory.predict(spec, structure, recipe)
+        place = folder / f"masked-{number}"
+        make = functools.partial(_masked_job, spec, arrays, masks, recipe, found.bound)
+        measured = _peak(place, spec, recipe, make)
+        case = f"conv-2, density {density:g}, batch 20, {name}"
+        yield Row(case, "peak", measured / MIB, "MiB", "lower", found.bound / MIB)
+        yield Row(case, "predicted peak", found.peak / MIB, "MiB", "lower")
+
+
+def _masked_job(
+    spec: ModelSpec, arrays: dict[str, Any], masks: dict[str, Any], recipe: Recipe, bound: int, place: Path, turn: int
+) -> Job:
+    """Grant what is predicted, as an agent does: a worker without a budget also times what is dense."""
+    made: Job = masked_job(place, spec, arrays, masks, recipe, number=turn, budget=bound)
+    return made
 
 
 def _start(folder: Path) -> list[Row]:
@@ -116,15 +162,20 @@ def _frame(heard: queue.Queue[object]) -> object:
 
 
 def _measure(folder: Path, spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
-    folder.mkdir()
     arrays = random_arrays(spec, Structure(), scale=0.05)
-    peak = 0
+    return _peak(folder, spec, recipe, lambda at, turn: job(at, spec, arrays, [structure], recipe, number=turn))
+
+
+def _peak(folder: Path, spec: ModelSpec, recipe: Recipe, make: Callable[[Path, int], Job]) -> int:
+    """Have a fresh worker do three orders, each going on from the state of the one before; give the highest peak."""
+    folder.mkdir()
+    peak, keep = 0, ""
     with _worker(_data(folder / "data.npz", spec, 3 * recipe.batch + 16), preload=True) as (child, heard, _):
         for number in range(1, 4):
-            child.send(job(folder / str(number), spec, arrays, [structure], recipe, number=number))
+            child.send(dataclasses.replace(make(folder / str(number), number), keep=keep))
             while not isinstance(frame := _frame(heard), Done):
-                pass
-            peak = max(peak, frame.usage.bytes_peak)
+                assert not isinstance(frame, Failed), frame
+            peak, keep = max(peak, frame.usage.bytes_peak), frame.keep
     return peak
 
 

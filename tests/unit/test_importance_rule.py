@@ -147,7 +147,7 @@ def test_sums_go_on_until_they_are_sent():
     masks, other = masks_of(), masks_of(seed=6)
     _, first = trained(recipe(), masks)
     assert first.extras == {}
-    assert set(first.own) == {*NAMES, "rest"}
+    assert set(first.own) == {*NAMES, "rest", "since"}
     own = {name: array.copy() for name, array in first.own.items()}
     _, alone = trained(recipe(knobs={"send": 1.0}), other)
     _, second = trained(recipe(knobs={"send": 1.0}), other, own=own)
@@ -156,6 +156,16 @@ def test_sums_go_on_until_they_are_sent():
         assert whole(second, name) is own[name], "of what it was given, without a copy"
     assert second.metrics["rest"] == pytest.approx(float(own["rest"][0]) + alone.metrics["rest"], rel=1e-5)
     assert second.own == {}
+
+
+def test_sums_for_a_decision_that_was_taken_without_this_device_count_no_more():
+    masks = masks_of()
+    _, first = trained(recipe(knobs={"since": 10.0}), masks)
+    _, alone = trained(recipe(knobs={"send": 1.0}), masks)
+    _, late = trained(recipe(knobs={"send": 1.0, "since": 20.0}), masks, own=dict(first.own))
+    for name in NAMES:
+        np.testing.assert_array_equal(whole(late, name), whole(alone, name))
+    assert late.metrics["rest"] == alone.metrics["rest"]
 
 
 @pytest.mark.parametrize("micro", [4, 3])
