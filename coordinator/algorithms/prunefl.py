@@ -93,6 +93,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults; those of training are the paper's but for the rate."""
 
+_NAME = 64 - len("seconds.")
+"""Characters that a message leaves for a tensor's name."""
 _CHOICES = {
     "stages": ("both", "initial", "further"),
     "initial.regrow": ("yes", "no"),
@@ -134,6 +136,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     names = maskable(spec)
     if not names:
         raise ConfigError(f"model {spec.name!r} has no weights that can be masked")
+    if max(map(len, names)) > _NAME:
+        raise ConfigError(f"model {spec.name!r}: what devices tell of a tensor needs a name of at most {_NAME} characters")
     if known["time"] not in ("fit", "fit devices"):
         timecost.read(str(known["time"]), len(names))
     scheduled(recipe_of(known), str(known["schedule"]), 1)
