@@ -93,8 +93,6 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults; those of training are the paper's but for the rate."""
 
-_NAME = 64 - len("seconds.")
-"""Characters that a message leaves for a tensor's name."""
 _CHOICES = {
     "stages": ("both", "initial", "further"),
     "initial.regrow": ("yes", "no"),
@@ -134,10 +132,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         if known[name] == 1.0:
             raise ConfigError(f"parameter {name} = 1 protects nothing: write a number below 1, such as {PARAMS[name]}")
     names = maskable(spec)
-    if not names:
-        raise ConfigError(f"model {spec.name!r} has no weights that can be masked")
-    if max(map(len, names)) > _NAME:
-        raise ConfigError(f"model {spec.name!r}: what devices tell of a tensor needs a name of at most {_NAME} characters")
+    if not names or max(map(len, names)) > 56:  # a message has 64 for "seconds." and the name
+        raise ConfigError(f"model {spec.name!r} has no weights that can be masked, or with names beyond 56 characters")
     if known["time"] not in ("fit", "fit devices"):
         timecost.read(str(known["time"]), len(names))
     scheduled(recipe_of(known), str(known["schedule"]), 1)

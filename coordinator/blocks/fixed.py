@@ -1,4 +1,4 @@
-"""What algorithms share that train one masked model on every device: asking, scores that come back, the mean."""
+"""What algorithms share that train one model, masked or whole, on every device: asking, scores that come back, the mean."""
 
 from __future__ import annotations
 
@@ -69,10 +69,15 @@ def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of other masks than the state's.
     """
-    wanted = masked(state.masks)
+    wanted, samples = masked(state.masks), 0
     for answer in answers:
         if answer.structure != wanted:
-            raise Malformed(f"{answer.device} answers with other masks than it was asked for")
+            raise Malformed(
+                f"{answer.device} answers about another part of the model, or other masks, than it was asked for"
+            )
+        samples += answer.samples
+    if not samples:
+        return state
     return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers))
 
 
