@@ -14,6 +14,7 @@ from coordinator.algorithms import ALGORITHMS, by_name
 from coordinator.simulate import compare, compare_report, crew, trials
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, Terms, build
+from tests.long import sparse
 from wire.errors import ConfigError
 
 SMALL = ["--model", "linear", "--devices", "2", "--rounds", "2", "--recipe", "rule=still", "--partition", "iid"]
@@ -355,3 +356,11 @@ def _short_lived(folder: Path) -> Path:
     )
     path.chmod(0o755)
     return path
+
+
+@pytest.mark.parametrize("name", sparse.TABLES)
+def test_the_committed_tables_can_be_asked_for(name, capsys):
+    comparison = asked(*sparse.TABLES[name].words()[1:])
+    assert comparison
+    assert sparse.main([name, "--show"]) == 0
+    assert capsys.readouterr().out.startswith("coordinator compare --algos")

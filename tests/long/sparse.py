@@ -1,0 +1,127 @@
+"""The sparse family side by side on real data: the comparisons whose results stand in docs/results.
+
+`python -m tests sparse` runs them all, `python -m tests sparse key conv-2` some. Each is one `coordinator compare`: finished
+runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples (and
+Fashion-MNIST for one table), see `coordinator compare --help`. Rates were chosen by `--tune` at density .05 with another seed
+on a validation part, three to six configurations for each method; what else is set stands here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator.cli import main as coordinator
+
+STEPS = {"steps": "5", "batch": "20", "momentum": "0", "clip": "0", "decay": "0"}
+PRUNEFL = {"stages": "further", "ramp": "0.5", "every": "10", "window": "reconfiguration_round"}
+RATES = {"fedavg": "0.5", "prunefl": "1", "feddip": "1", "taper": "0.5", "snip": "1", "synflow": "1", "iterative": "1"}
+RATES |= {"fixed": "1", "prunefl-both": "0.2", "dpf": "0.5", "snip-one": "1", "online": "1", "prunetrain": "0.5"}
+RATES |= {"fedavgm": "0.5", "lotteryfl": "0.5"}
+OWN = {
+    "prunefl": PRUNEFL,
+    "prunefl-both": {"every": "10"},
+    "feddip": {"mask": "round"},
+    "dpf": {"every": "4"},
+    "snip": {"saliency": "mean"},
+    "snip-one": {"saliency": "one"},
+    "fedavgm": {"start": "1", "first": "erk"},
+}
+"""What methods are told beside their rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One comparison.
+
+    Attributes:
+        algos: As `coordinator compare` takes them.
+        densities: Likewise.
+        seeds: Likewise.
+        model: In the zoo.
+        fleet: A profile.
+        rounds: How many.
+        data: Name and how it is split over how many devices.
+        recipe: Of all methods.
+        rate: Of all methods; empty for `RATES`.
+        target: Accuracy to reach.
+    """
+
+    algos: str
+    densities: str
+    seeds: str = "0"
+    model: str = "lenet-300-100"
+    fleet: str = "pi4"
+    rounds: int = 100
+    data: tuple[str, str, str] = ("mnist", "writers", "539")
+    recipe: Mapping[str, str] = field(default_factory=lambda: STEPS)
+    rate: str = ""
+    target: str = "0.97*fedavg"
+
+    def words(self) -> list[str]:
+        """Give the arguments."""
+        data, partition, devices = self.data
+        words = ["compare", "--algos", self.algos, "--densities", self.densities, "--seeds", self.seeds]
+        words += ["--model", self.model, "--fleet", self.fleet, "--rounds", str(self.rounds), "--data", data]
+        words += ["--partition", partition, "--devices", devices, "--select", "random:10", "--evaluate-every", "10"]
+        words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
+        words += ["--set", f"*.schedule=linear {self.rounds}", "--target", self.target]
+        for label in (method.partition("=")[0] for method in self.algos.split(",")):
+            told = {"recipe.rate": self.rate or RATES[label], **OWN.get(label, {})}
+            words += [word for name, value in told.items() for word in ("--set", f"{label}.{name}={value}")]
+        return words
+
+
+TABLES = {
+    "key": Table("fedavg,prunefl,feddip,taper", ".05,.01", "0,1,2"),
+    "all": Table("fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper", ".2,.1,.05,.01"),
+    "conv-2": Table(
+        "fedavg,prunefl,taper",
+        ".1",
+        model="conv-2",
+        fleet="pi4-prunefl",
+        rounds=40,
+        rate="0.1",
+        target="0.95*fedavg",
+    ),
+    "fashion": Table(
+        "fedavg,feddip,taper",
+        ".1,.05",
+        model="lenet-5",
+        data=("fashion-mnist", "dir0.5", "50"),
+        recipe={**STEPS, "steps": "20", "batch": "32"},
+        rate="0.1",
+        target="0.95",
+    ),
+    "lenet-5": Table("fedavg,prunefl,feddip,snip,iterative,taper", ".05", model="lenet-5", rate="0.3"),
+    "momentum": Table("fedavgm=taper", "1", target="0.95"),
+    "lottery": Table("lotteryfl", ".1", target="0.95"),
+    "more": Table("fedavg,prunefl-both=prunefl,dpf,snip-one=snip,online,prunetrain", ".05"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the tables that are named, or all; gives the highest exit code."""
+    parser = argparse.ArgumentParser("python -m tests sparse", description="Comparisons of the sparse methods.")
+    parser.add_argument("tables", nargs="*", help=f"which: {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--jobs", default="2", help="runs at a time (default: 2)")
+    parser.add_argument("--keep", default="nestling-compare", help="folder of finished runs")
+    parser.add_argument("--out", type=Path, default=Path("sparse-results"), help="folder for JSON and plots")
+    parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
+    options = parser.parse_args(words)
+    unknown = sorted(set(options.tables) - set(TABLES))
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}: there are {', '.join(TABLES)}")
+    code = 0
+    for name in options.tables or TABLES:
+        out = options.out / f"sparse-{name}"
+        asked = [*TABLES[name].words(), "--jobs", options.jobs, "--keep", options.keep]
+        asked += ["--json", f"{out}.json", "--plot", f"{out}.png"]
+        print(f"coordinator {shlex.join(asked)}", flush=True)
+        if not options.show:
+            options.out.mkdir(parents=True, exist_ok=True)
+            code = max(code, coordinator(asked))
+    return code
