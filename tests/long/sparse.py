@@ -10,6 +10,7 @@ what came of them, and says which of these tables have not been run to their end
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the tables that are named, or all; gives the highest exit code."""
     parser = argparse.ArgumentParser("python -m tests sparse", description="Comparisons of the sparse methods.")
     parser.add_argument("tables", nargs="*", help=f"which: {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--rounds", type=int, help="other rounds than the tables' own, such as 200")
+    parser.add_argument("--seeds", help="other seeds than the tables' own, such as 0,1,2")
     parser.add_argument("--jobs", default="2", help="runs at a time (default: 2)")
     parser.add_argument("--keep", default="nestling-compare", help="folder of finished runs")
     parser.add_argument("--out", type=Path, default=Path("sparse-results"), help="folder for JSON and plots")
@@ -118,8 +121,9 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"no table {unknown[0]!r}: there are {', '.join(TABLES)}")
     code = 0
     for name in options.tables or TABLES:
-        out = options.out / f"sparse-{name}"
-        asked = [*TABLES[name].words(), "--jobs", options.jobs, "--keep", options.keep]
+        out, table = options.out / f"sparse-{name}", TABLES[name]
+        table = dataclasses.replace(table, rounds=options.rounds or table.rounds, seeds=options.seeds or table.seeds)
+        asked = [*table.words(), "--jobs", options.jobs, "--keep", options.keep]
         asked += ["--json", f"{out}.json", "--plot", f"{out}.png"]
         print(f"coordinator {shlex.join(asked)}", flush=True)
         if not options.show:
