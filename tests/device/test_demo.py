@@ -187,7 +187,10 @@ def test_a_killed_demo_takes_everything_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["--devices", "1"], "--devices 1: a federation has at least 2"), (["--algo", "nonsense"], "fedavg, nestfl")],
+    [
+        (["--devices", "1"], "--devices 1: a federation has at least 2"),
+        (["--algo", "nonsense"], "there are dpf, fedavg"),
+    ],
 )
 def test_mistakes_are_named_before_anything_starts(tmp_path: Path, more: list[str], said: str) -> None:
     told = subprocess.run(words(tmp_path / "out", *more), capture_output=True, text=True, timeout=60, check=False)
