@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.show import MIB, table
-from coordinator.simulate.report import Result
+from coordinator.simulate.report import Result, pyplot
 from coordinator.simulate.trials import Failure, Trial
 from wire.errors import ConfigError
 
@@ -236,13 +236,7 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib: pip install 'nestling[plot]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     groups = [good for group in _groups(facts["runs"]) if (good := [run for run in group if "error" not in run])]
     densities = sorted({group[0]["density"] for group in groups if group[0]["density"] is not None}, reverse=True)
     labels = list(dict.fromkeys(group[0]["label"] for group in groups))

@@ -160,8 +160,8 @@ def text(facts: Result) -> str:
     )
 
 
-def plot(facts: Mapping[str, Any], path: Path) -> Path:
-    """Draw accuracy by round for every width.
+def pyplot() -> Any:
+    """Give what draws, without a screen.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -173,6 +173,16 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def plot(facts: Mapping[str, Any], path: Path) -> Path:
+    """Draw accuracy by round for every width.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     points = [entry for entry in facts["curve"] if entry["by_width"]]
     for width in points[-1]["by_width"] if points else ():
