@@ -69,6 +69,7 @@ class DeviceView:
         memory_scale: Measured over predicted memory, at least 1.
         seconds: Training time of its last answer; 0 when it never answered. Measured, so what depends on it cannot be
             repeated to the bit.
+        seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise.
     """
 
     name: Name
@@ -76,6 +77,7 @@ class DeviceView:
     samples: Natural = 0
     memory_scale: Amount = 1.0
     seconds: Amount = 0.0
+    seconds_turn: Amount = 0.0
 
     @staticmethod
     def of(device: Device) -> DeviceView:
@@ -86,6 +88,7 @@ class DeviceView:
             samples=0 if device.caps is None else device.caps.samples,
             memory_scale=device.memory_scale,
             seconds=0.0 if device.usage is None else device.usage.seconds,
+            seconds_turn=device.seconds_turn,
         )
 
 

@@ -36,6 +36,7 @@ class Device:
         bytes_peak: Highest memory above base in that order so far.
         memory_scale: Measured over predicted memory, at least 1; multiply predictions for this device by it.
         usage: What its last counted reply cost.
+        seconds_turn: From that order's round being issued to the reply being here.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Device:
     bytes_peak: int = 0
     memory_scale: float = 1.0
     usage: Usage | None = None
+    seconds_turn: float = 0.0
 
 
 _NOBODY: Map[str, Device] = Map()
@@ -128,11 +130,13 @@ class Fleet:
         """Forgive all silence so far: this side was away, or without its broker."""
         return replace(self, devices=Map({d.name: replace(d, seconds_seen=now) for d in self.devices.values()}))
 
-    def absorb(self, name: str, usage: Usage, bytes_predicted: int) -> Fleet:
+    def absorb(self, name: str, usage: Usage, bytes_predicted: int, seconds_turn: float = 0.0) -> Fleet:
         """Learn from what an order of `bytes_predicted` cost (see `memory_scale`); 0 predicted teaches nothing."""
         scale = memory_scale(self.scales.get(name, 1.0), usage.bytes_peak, bytes_predicted)
         known = self.devices.get(name)
-        taught = self if known is None else self._with(replace(known, usage=usage, memory_scale=scale))
+        taught = self
+        if known is not None:
+            taught = self._with(replace(known, usage=usage, memory_scale=scale, seconds_turn=seconds_turn))
         return replace(taught, scales=self.scales.set(name, scale))
 
     def online(self) -> tuple[Device, ...]:
@@ -161,4 +165,5 @@ def _alive(known: Device | None, presence: Presence, now: float) -> Device:
         return fresh
     if known.seq == presence.seq and known.boot == presence.boot:
         return replace(known, state="online", caps=presence.caps or known.caps, seconds_seen=now)
-    return replace(fresh, caps=presence.caps or known.caps, memory_scale=known.memory_scale, usage=known.usage)
+    fresh = replace(fresh, caps=presence.caps or known.caps, memory_scale=known.memory_scale)
+    return replace(fresh, usage=known.usage, seconds_turn=known.seconds_turn)

@@ -188,7 +188,8 @@ class Server:
         self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
         if order is not None:
-            self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak)
+            seconds = time.monotonic() - self._pace.issued
+            self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak, seconds)
         self._happen(Arrived(reply.device, reply.order, reply))
 
     def _refused(self, device: str, refusal: Refusal) -> None:

@@ -15,7 +15,7 @@ filled in and why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -23,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks.aggregate import add_partitions, shares
+from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
-from coordinator.blocks.nesting import kept_counts, partition, rank
+from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
 from coordinator.recipes import merged, recipe_of, scheduled
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.memory import fit
 from wire.spec import ModelSpec, Structure
-from wire.structure import ranking_digest, to_canonical, to_wire
 
 ABOUT = About("NestFL, MobiCom 2022 (poster)", "paper", "tests/unit/test_nestfl.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
@@ -59,8 +58,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
     scheduled(recipe_of(known), str(known["schedule"]), 1)
-    fractions = _fractions(str(known["fractions"]))
-    widths = {g.name: kept_counts(g.size, fractions) for g in spec.groups if g.prunable}
+    widths = widths_of(spec, _fractions(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
     levels = rank(spec, weights, widths)
@@ -76,7 +74,7 @@ def plan(
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
-    whole = _whole(state)
+    whole = whole_of(state)
     structures = [whole.narrowed(k) for k in range(whole.capacity + 1)]
     drafts = []
     for device in sorted(devices, key=lambda d: d.name):
@@ -95,56 +93,19 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of another ranking than this round's.
     """
-    whole = _whole(state)
-    seats = [_Seat(a.device, a.samples, a.structure.capacity) for a in _counted(answers, whole)]
-    if not seats:
+    whole = whole_of(state)
+    covers = covers_of(answers, whole)
+    if not covers[0]:
         return state
-    covers = [[s for s in seats if s.capacity >= k] for k in range(whole.capacity + 1)]
     total = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    _add_up(state.spec, total, _counted(answers, whole), covers, [shares([s.samples for s in c]) for c in covers])
-    angles = {a.device: _angles(state.spec, total, whole, a) for a in _counted(answers, whole)}
+    means = [shares([seat.samples for seat in cover]) if cover else [] for cover in covers]
+    add_up(state.spec, total, counted(answers, whole), covers, means)
+    angles = {a.device: _angles(state.spec, total, whole, a) for a in counted(answers, whole)}
     state = _remembered(state, covers, angles)
     for array in total.values():
         array[...] = 0.0
-    _add_up(state.spec, total, _counted(answers, whole), covers, _weights(state, covers))
-    for name, array in to_wire(state.spec, state.weights, state.levels).items():
-        total[name] += array
-    return dataclasses.replace(state, weights=to_canonical(state.spec, total, state.levels))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Seat:
-    """What weighting must know of one answer."""
-
-    device: str
-    samples: int
-    capacity: int
-
-
-_Covers = list[list[_Seat]]
-"""For each partition, narrowest first, the answers that cover it."""
-
-
-def _counted(answers: Answers | Iterable[Answer], whole: Structure) -> Iterator[Answer]:
-    for answer in answers:
-        if answer.structure != whole.narrowed(answer.structure.capacity):
-            raise Malformed(f"{answer.device} answers with a structure of another ranking")
-        if answer.samples > 0:
-            yield answer
-
-
-def _add_up(
-    spec: ModelSpec, total: Arrays, answers: Iterable[Answer], covers: _Covers, weights: list[list[float]]
-) -> None:
-    """Add every answer into `total`, on each partition with its own weight."""
-    for answer in answers:
-        own = [
-            weight
-            for cover, row in zip(covers, weights, strict=True)
-            for seat, weight in zip(cover, row, strict=True)
-            if seat.device == answer.device
-        ]
-        add_partitions(spec, total, answer.update, answer.structure, own)
+    add_up(state.spec, total, counted(answers, whole), covers, _weights(state, covers))
+    return moved(state, total)
 
 
 def _angles(spec: ModelSpec, mean: Arrays, whole: Structure, answer: Answer) -> list[float]:
@@ -161,7 +122,7 @@ def _angles(spec: ModelSpec, mean: Arrays, whole: Structure, answer: Answer) -> 
     return found
 
 
-def _remembered(state: State, covers: _Covers, angles: Mapping[str, list[float]]) -> State:
+def _remembered(state: State, covers: Covers, angles: Mapping[str, list[float]]) -> State:
     """Average each device's angles over its own rounds, partition by partition.
 
     A device that covers a partition alone *is* the mean there. Its angle of 0 says nothing about it and is not remembered.
@@ -182,7 +143,7 @@ def _remembered(state: State, covers: _Covers, angles: Mapping[str, list[float]]
     return dataclasses.replace(state, scalars=scalars, arrays={"angles": means, "rounds": counts})
 
 
-def _weights(state: State, covers: _Covers) -> list[list[float]]:
+def _weights(state: State, covers: Covers) -> list[list[float]]:
     row = {name: i for i, name in enumerate(state.scalars["clients"])}
     means, steepness = state.arrays["angles"], float(state.scalars["params"]["angle"])
     return [
@@ -194,10 +155,6 @@ def _weights(state: State, covers: _Covers) -> list[list[float]]:
 def _memory(clients: int, capacities: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Give mean angles and how many rounds they are the mean of; both ``(clients, capacities)``."""
     return np.zeros((clients, capacities), np.float64), np.zeros((clients, capacities), np.int64)
-
-
-def _whole(state: State) -> Structure:
-    return Structure(len(next(iter(state.widths.values()))) - 1, state.widths, ranking_digest(state.levels))
 
 
 def _fractions(text: str) -> tuple[float, ...]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.algorithm import State
 from wire.errors import NonFinite
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
-from wire.structure import shell_blocks
+from wire.structure import ranking_digest, shell_blocks
 
 Masks = dict[str, NDArray[np.bool_]]
 
@@ -21,10 +22,42 @@ def kept_counts(size: int, fractions: Sequence[float]) -> tuple[int, ...]:
     return tuple(max(1, math.ceil(fraction * size - 1e-9)) for fraction in fractions)
 
 
+def widths_of(spec: ModelSpec, fractions: Sequence[float]) -> dict[str, tuple[int, ...]]:
+    """Give every prunable group the channel counts of these kept fractions, which ascend."""
+    return {g.name: kept_counts(g.size, fractions) for g in spec.groups if g.prunable}
+
+
+def whole_of(state: State) -> Structure:
+    """Give the structure of a state's widest width."""
+    return Structure(len(next(iter(state.widths.values()))) - 1, state.widths, ranking_digest(state.levels))
+
+
+def prefix(spec: ModelSpec, widths: Mapping[str, Sequence[int]]) -> dict[str, NDArray[np.uint8]]:
+    """Rank channels by their index: every width is a prefix of every layer (HeteroFL, ICLR 2021; FjORD, NeurIPS 2021).
+
+    Args:
+        spec: The model.
+        widths: As for `rank`.
+
+    Returns:
+        As `rank`.
+    """
+    sizes = {g.name: g.size for g in spec.groups}
+    levels = {}
+    for group, counts in widths.items():
+        places = np.searchsorted(counts, np.arange(sizes[group]), side="right")
+        levels[group] = np.minimum(places, len(counts) - 1).astype(np.uint8)
+    return levels
+
+
 def rank(
-    spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]], widths: Mapping[str, Sequence[int]]
+    spec: ModelSpec,
+    weights: Mapping[str, NDArray[np.float32]],
+    widths: Mapping[str, Sequence[int]],
+    *,
+    progressive: bool = True,
 ) -> dict[str, NDArray[np.uint8]]:
-    """Rank channels by progressive L1 pruning (NestFL: MobiCom 2022, poster, section 2).
+    """Rank channels by L1 norm, by default progressively (NestFL: MobiCom 2022, poster, section 2).
 
     From the smallest pruning rate to the largest, each width is pruned out of the one before: a channel's score is the sum of
     the absolute weights that make it, over the inputs that are still there. Of equal scores the lower index stays.
@@ -33,6 +66,8 @@ def rank(
         spec: The model.
         weights: Whole arrays in canonical order.
         widths: For each prunable group the channel counts of all widths, ascending.
+        progressive: Whether what is pruned is left out of the next scores. False scores once, over all inputs (FedMP, ICDE
+            2022, section on model pruning).
 
     Returns:
         For each of these groups the narrowest capacity that still has each channel, uint8 of the group's size. Channels that
@@ -48,8 +83,9 @@ def rank(
     kept: Masks = {name: np.ones(size, np.bool_) for name, size in sizes.items()}
     levels = {group: np.zeros(sizes[group], np.uint8) for group in widths}
     capacities = len(next(iter(widths.values()), ()))
+    present = kept if progressive else {name: np.ones(size, np.bool_) for name, size in sizes.items()}
     for capacity in reversed(range(capacities)):
-        scores = {group: _scores(group, tables[group], kept) for group in widths}
+        scores = {group: _scores(group, tables[group], present) for group in widths}
         for group, counts in widths.items():
             order = np.lexsort((np.arange(sizes[group]), -scores[group], ~kept[group]))
             leaving = order[counts[capacity] :]

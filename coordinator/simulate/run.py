@@ -43,8 +43,9 @@ class Log:
     Attributes:
         view: All records so far, for progress and for the result.
         now: The virtual clock, seconds.
+        began: When the open round was issued.
         keeps: Device and rule to the file of the device's own state.
-        seconds: Device to the training time of its last answer.
+        seconds: Device to the training time of its last answer, and to what its whole turn took.
         held: Device to the digests of the blobs that it had for its last order, and need not be sent again.
         done: Device to what came of its order, while that is on its way up.
         state: Digest of the algorithm's state. One that is there before the run is what the run starts from.
@@ -52,8 +53,9 @@ class Log:
 
     view: RunView = field(default_factory=RunView)
     now: float = 0.0
+    began: float = 0.0
     keeps: dict[tuple[str, str], Path] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     held: dict[str, frozenset[str]] = field(default_factory=dict)
     done: dict[str, Done | Failed] = field(default_factory=dict)
     state: str = ""
@@ -110,14 +112,15 @@ def play(world: World, log: Log) -> Iterator[int]:
         log.write(number, journal.Planned(number, outcome.state, tuple(orders.values()), quorum, config.terms.seconds))
         ids = {device: order.id for device, order in orders.items()}
         current = open_round(number, world.run, ids, quorum=quorum, seconds=config.terms.seconds, earlier=current)
-        began, down = log.now, sum(fleet.bytes_down(order, log.held.get(order.device, ())) for order in orders.values())
+        log.began = log.now
+        down = sum(fleet.bytes_down(order, log.held.get(order.device, ())) for order in orders.values())
         current = _fought(world, log, current, orders)
         outcome = _advanced(world, log, outcome, number + 1, current)
         log.state = outcome.state
         if current.phase == "closed":
             devices = tuple(reply.device for reply in current.replies)
             up = sum(reply.update.size for reply in current.replies if reply.update is not None)
-            log.write(number, journal.Closed(number, outcome.state, devices, log.now - began, up, down))
+            log.write(number, journal.Closed(number, outcome.state, devices, log.now - log.began, up, down))
             if number % config.terms.evaluate_every == 0 or number == config.rounds:
                 log.write(number, journal.Evaluated(number, _measured(world, outcome, number)))
         else:
@@ -227,7 +230,7 @@ def _answered(world: World, log: Log, order: Order, made: dict[str, Path]) -> Ar
         refusal = Refusal(order.id, order.device, world.run, done.reason, done.detail, done.bytes_needed)
         return Refused(order.device, order.id, refusal)
     seconds = _seconds_of_work(world, order)
-    log.seconds[order.device] = seconds
+    log.seconds[order.device] = seconds, log.now - log.began
     if done.keep:
         made[order.device] = Path(done.keep)
     reply = Reply(
@@ -265,7 +268,7 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     """Close the round that has ended, if it is to be closed, and plan the next one."""
     config, closing = world.config, ended is not None and ended.phase == "closed"
     names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number)
-    views = tuple(_view(world.clients[name], log.seconds.get(name, 0.0)) for name in names)
+    views = tuple(_view(world.clients[name], log.seconds.get(name, (0.0, 0.0))) for name in names)
     return advance(
         Task(
             spool=str(world.spool.root),
@@ -283,9 +286,9 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     )
 
 
-def _view(client: Client, seconds: float) -> DeviceView:
-    machine = client.machine
-    return DeviceView(machine.name, machine.bytes_budget, len(client.data.train[0]), seconds=seconds)
+def _view(client: Client, seconds: tuple[float, float]) -> DeviceView:
+    machine, (work, turn) = client.machine, seconds
+    return DeviceView(machine.name, machine.bytes_budget, len(client.data.train[0]), seconds=work, seconds_turn=turn)
 
 
 def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:
