@@ -22,7 +22,7 @@ from edge_runtime.fetch import Fetcher
 from edge_runtime.keep import Keep
 from edge_runtime.life import Life, address, claim, client_id, next_seq, notify
 from edge_runtime.memory import plan as planning
-from edge_runtime.memory import probe
+from edge_runtime.memory.limit import FILE, Grant
 from edge_runtime.offer import Offers
 from edge_runtime.session import Session
 from wire import codec, link, topics
@@ -39,7 +39,6 @@ log = logging.getLogger("edge_runtime")
 
 SECONDS_SILENCE = 5.0
 _SECONDS_IDLE = 3600.0
-_SECONDS_BUDGET = 1.0
 _SECONDS_SESSION = 86_400
 _SECONDS_KEEPALIVE = 30.0
 
@@ -77,7 +76,7 @@ class Agent:
         self._desk = Desk(config, self._link.post)
         self._fetcher = Fetcher(self._link, self._spool, config.federation, config.device)
         self._spec: tuple[str, ModelSpec | None] = "", None
-        self._budget = 0.0, 0
+        self._grant = Grant(config.bytes_budget, config.bytes_reserve, root / FILE)
         self._offers = Offers(self._link, root / "out", config.federation)
 
     def run(self) -> None:
@@ -284,12 +283,7 @@ class Agent:
 
     def _granted(self) -> int:
         """What an order may take above the worker's base, as of this second; 0 means that nothing bounds it."""
-        now = time.monotonic()
-        if now >= self._budget[0]:
-            reserve = self._config.bytes_reserve + self._desk.bytes_coming
-            found = probe.budget(self._config.bytes_budget, reserve) or int(probe.available() > 0)
-            self._budget = now + _SECONDS_BUDGET, found
-        return self._budget[1]
+        return self._grant.now(self._desk.bytes_coming)
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -314,6 +308,8 @@ class Agent:
             notify("WATCHDOG=1")
 
     def _beat(self) -> None:
+        if self._grant.changed():
+            self._announce()  # the next order is to fit
         order, progress = self._session.order, self._desk.progress
         working = self._session.phase == "working"
         beat = Beat(

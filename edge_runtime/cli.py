@@ -18,6 +18,7 @@ examples:
   edge-runtime run --config pi.toml          take part in the federation until stopped
   edge-runtime predict --config pi.toml --input picture.npy
   edge-runtime keep --config pi.toml         what this device holds of its own
+  edge-runtime export-spec mypkg:factory --input 1,28,28 --out mine.spec   a torch module as a model file
 
 a configuration file, whole:
   device = "kitchen-pi"
@@ -90,7 +91,26 @@ def _parser() -> argparse.ArgumentParser:
         commands, "keep", "list or wipe what this device holds of its own", "keep --config pi.toml --wipe home", _keep
     )
     keep.add_argument("--wipe", metavar="FEDERATION", help="delete the states of this federation; 'all' for every one")
-    for command in (check, predict, keep):
+    export = _command(
+        commands,
+        "export-spec",
+        "turn a torch module into a model file, with the channels that can be cut",
+        "export-spec mypkg:factory --input 1,28,28 --out mine.spec\n  coordinator start --model mine.spec ...",
+        _export_spec,
+        config=False,
+    )
+    export.add_argument(
+        "module", metavar="MODULE:FACTORY", help="a torch.nn.Module, or what gives one; or FILE.py:FACTORY"
+    )
+    export.add_argument("--input", required=True, metavar="SHAPE", help="of one sample, without the batch: 1,28,28")
+    export.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the spec here; without it only the report is given"
+    )
+    export.add_argument(
+        "--weights", type=Path, metavar="FILE", help="write the module's own weights here, as safetensors"
+    )
+    export.add_argument("--name", default="", help="of the model (default: the module's class)")
+    for command in (check, predict, keep, export):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -101,6 +121,8 @@ def _command(
     text: str,
     example: str,
     function: Callable[[argparse.Namespace], int],
+    *,
+    config: bool = True,
 ) -> argparse.ArgumentParser:
     added: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -109,7 +131,8 @@ def _command(
         epilog=f"example:\n  edge-runtime {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    added.add_argument("--config", type=Path, required=True, metavar="FILE", help="this device's TOML file")
+    if config:
+        added.add_argument("--config", type=Path, required=True, metavar="FILE", help="this device's TOML file")
     added.set_defaults(command=function)
     return added
 
@@ -177,6 +200,13 @@ def _keep(args: argparse.Namespace) -> int:
         print(f"{kept.federation} {kept.rule}: {kept.size} bytes, {kept.path}")
     if not held:
         print("nothing yet")
+    return exits.OK
+
+
+def _export_spec(args: argparse.Namespace) -> int:
+    from edge_runtime.models.command import export_spec
+
+    export_spec(args.module, args.input, args.name, (args.out, args.weights), as_json=args.json)
     return exits.OK
 
 

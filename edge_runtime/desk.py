@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.config import Config
-from edge_runtime.memory import probe
+from edge_runtime.memory import limit, probe
 from edge_runtime.spawn import command, surroundings
 from wire.child import Child, Ended, Said
 from wire.errors import WorkerLost
@@ -92,6 +92,8 @@ class Desk:
             threads=worker.threads,
             preload=worker.mode == "warm",
             timings=str(Path(self._config.state.dir) / TIMINGS),
+            limit=str(Path(self._config.state.dir) / limit.FILE),
+            reserve=self._config.bytes_reserve,
         )
         self._since = now
         self._retry = NEVER

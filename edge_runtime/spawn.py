@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 
-def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = False, timings: str = "") -> list[str]:
+def command(
+    source: str,
+    *,
+    engine: str = "",
+    threads: int = 1,
+    preload: bool = False,
+    timings: str = "",
+    limit: str = "",
+    reserve: int = 0,
+) -> list[str]:
     """Give what follows ``python -m``.
 
     Args:
@@ -12,12 +21,18 @@ def command(source: str, *, engine: str = "", threads: int = 1, preload: bool = 
         threads: Cores that training may use.
         preload: Load the engine before the first order (a worker that is kept warm) rather than with it.
         timings: File for what workers find out about this device's speed; empty to find it out each time.
+        limit: The operator's file with what an order may take (`edge_runtime.memory.limit`); empty for none.
+        reserve: Bytes that must stay available to the rest of the machine; 0 to let orders run on as they were granted.
     """
     words = ["edge_runtime.worker", "--data", source, "--threads", str(threads)]
     if engine:
         words += ["--engine", engine]
     if timings:
         words += ["--timings", timings]
+    if limit:
+        words += ["--limit", limit]
+    if reserve:
+        words += ["--reserve", str(reserve)]
     return [*words, "--preload"] if preload else words
 
 

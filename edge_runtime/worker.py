@@ -18,24 +18,26 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 
-from edge_runtime import personal, rules
+from edge_runtime import calibrate, personal, rules
 from edge_runtime.data import Dataset, Source, load
-from edge_runtime.engines import Engine, Make, open_engine
+from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
 from edge_runtime.holding import choice, price
+from edge_runtime.inputs import part_of, read_spec
 from edge_runtime.memory import plan as planning
 from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, settle_allocator, wall
+from edge_runtime.memory.limit import Limit
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
 from edge_runtime.rules import still
-from wire import zoo
+from edge_runtime.shrink import Room, Squeezed, as_granted
+from edge_runtime.warm import warm
 from wire.child import die_with_parent
 from wire.errors import (
     BudgetExceeded,
@@ -50,14 +52,29 @@ from wire.errors import (
 )
 from wire.job import Done, Failed, Job, Progress, Ready, read_frame, write_frame
 from wire.maskfile import Held, read_masks
-from wire.messages import Reason, Recipe, Usage
+from wire.messages import Reason, Usage
 from wire.schema import from_plain
-from wire.spec import ModelSpec, Structure, decode, tensor_shapes
+from wire.spec import ModelSpec, Structure, tensor_shapes
 from wire.tensor import Coding, write_blob
 
 Report = Callable[[Progress], None]
 SECONDS_BETWEEN_REPORTS = 0.2
-WHOLE = Structure()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What an order knows of the process that it is done in; nothing in simulation, where one is many devices.
+
+    Attributes:
+        gauge: Measures it and puts up the memory wall; without it the reported peak is the predicted one.
+        timings: File for what is found out about this device's speed; None to keep it in this process only.
+    """
+
+    gauge: Gauge | None = None
+    timings: Path | None = None
+
+
+NO_PROCESS = Process()
 
 
 def perform(
@@ -66,9 +83,9 @@ def perform(
     report: Report | None = None,
     *,
     engine: str = "",
-    gauge: Gauge | None = None,
+    process: Process = NO_PROCESS,
     pinned: bool = False,
-    timings: Path | None = None,
+    room: Room = as_granted,
 ) -> Done | Failed:
     """Do one order. The same job over the same data gives the same bytes again on one thread.
 
@@ -78,17 +95,19 @@ def perform(
         data: The device's data.
         report: Told of progress at most every 0.2 s.
         engine: Which engine; empty for the best that is installed.
-        gauge: Measures this process and puts up the memory wall; without it the reported peak is the predicted one.
+        process: What is known of the process that this is done in.
         pinned: Choose how masked weights are held by their density alone, not by timing, so that the same job over the same
             data gives the same bytes with masks too.
-        timings: File for what is found out about this device's speed; None to keep it in this process only.
+        room: Looked at between batches: what the order may take by then.
     """
-    work = _Work(job, data, engine, gauge, report, _throttled(report, gauge), pinned, timings)
+    work = _Work(job, data, engine, process, report, _throttled(report, process.gauge), pinned, room)
     try:
         if job.order.verb == "train":
             return _train(work)
         if job.order.verb == "evaluate":
             return _evaluate(work)
+        if job.order.verb == "calibrate":
+            return _calibrate(work)
         return work.failed("unsupported", f"this worker cannot {job.order.verb}")
     except BudgetExceeded as error:
         return work.failed("memory", str(error))
@@ -107,7 +126,7 @@ def perform(
             reason = "data"
         return work.failed(reason, str(error))
     finally:
-        if gauge is not None:
+        if process.gauge is not None:
             wall(0)
 
 
@@ -118,33 +137,35 @@ class _Work:
     job: Job
     data: Dataset
     engine: str
-    gauge: Gauge | None
+    process: Process
     report: Report | None
     tell: Callable[[float, float], None]
-    pinned: bool = False
-    timings: Path | None = None
+    pinned: bool
+    room: Room
     started: float = 0.0
+    bytes_budget: int = 0
     bytes_needed: int = 0
     bytes_predicted: int = 0
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
+        self.bytes_budget = self.job.bytes_budget
 
     @property
     def bytes_peak(self) -> int:
-        return self.gauge.peak() if self.gauge is not None else self.bytes_predicted
+        return self.process.gauge.peak() if self.process.gauge is not None else self.bytes_predicted
 
     def failed(self, reason: Reason, detail: str) -> Failed:
         return Failed(reason, detail[:2000], self.bytes_needed, self.bytes_peak)
 
     def usage(self, micro_batch: int, engine: str) -> Usage:
-        base = self.gauge.bytes_base if self.gauge is not None else 0
+        base = self.process.gauge.bytes_base if self.process.gauge is not None else 0
         seconds = time.monotonic() - self.started
-        return Usage(base, self.bytes_peak, self.job.bytes_budget, seconds, micro_batch, engine)
+        return Usage(base, self.bytes_peak, self.bytes_budget, seconds, micro_batch, engine)
 
     def open(self) -> Engine:
         """Make an empty engine; only then is the base taken, since the first use of a library costs memory of its own."""
-        make = _warm(self.engine, self.job.threads, self.timings)
+        make = warm(self.engine, self.job.threads, self.process.timings)
         engine = make()
         self.settle(engine.name)
         if self.report is not None:
@@ -154,9 +175,26 @@ class _Work:
 
     def settle(self, engine: str) -> None:
         """Begin to measure and put up the wall."""
-        if self.gauge is not None:
-            self.gauge.begin(engine)
+        if self.process.gauge is not None:
+            self.process.gauge.begin(engine)
             wall(self.job.bytes_budget)
+
+    def squeezed(self, engine: Engine, micro_batch: int) -> Squeezed:
+        """Keep an order that is about to be trained within what it may take."""
+
+        def bound(structure: Structure) -> int:
+            """Predict, and remember: the last that is asked for is what the order will take, or would have to."""
+            prediction = price(self.job, engine.spec, structure, micro_batch)
+            self.bytes_predicted, self.bytes_needed = prediction.peak, prediction.bound
+            return prediction.bound
+
+        def settle(room: int) -> None:
+            self.bytes_budget = room
+            if self.process.gauge is not None:  # what is measured from here on is of the width that the answer names
+                self.process.gauge.begin(engine.name)
+                wall(room, self.process.gauge.bytes_mapped)
+
+        return Squeezed(engine, self.room, bound, settle, (self.bytes_budget, self.bytes_needed))
 
 
 def _train(work: _Work) -> Done:
@@ -171,12 +209,12 @@ def _train(work: _Work) -> Done:
         moves = {name: still.update(order.recipe, order.round, shape) for name, shape in shapes.items()}
         ref = write_blob(update, "update", moves, coding=Coding(form=order.recipe.form, outline=held.outline))
         return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(0, ""))
-    x, y = _part(spec, work.data, "train")
+    x, y = part_of(spec, work.data, "train")
     micro_batch = _micro_batch(work, spec)
     outgoing, received, metrics, name = _trained(work, (spec, structure), rule, (x, y), micro_batch)
     ref, keep_ref = outgoing.write(work.job.keep, received, update, keep)
     usage = work.usage(micro_batch, name)
-    return Done(structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
+    return Done(outgoing.structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
 
 
 def _trained(
@@ -192,12 +230,18 @@ def _trained(
     if not finite(engine.params):
         raise NonFinite("a weight that was received is no number")
     metrics: dict[str, float] = {}
-    test = _part(spec, work.data, "test") if len(work.data.test[0]) else None
+    test = part_of(spec, work.data, "test") if len(work.data.test[0]) else None
     if test is not None:
         metrics["accuracy.before"], metrics["loss.before"] = _score(engine, test, micro_batch)
     own = personal.own(work.job.keep, spec, structure)
-    task = rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own)
-    trained = rule.train(task)
+    engine.seed(order.recipe.seed, order.round)
+    squeeze = work.squeezed(engine, micro_batch)
+    trained = rule.train(
+        rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own, squeeze)
+    )
+    if squeeze.at is not None:
+        structure, metrics["squeezed"] = engine.structure, squeeze.at
+        received = Received(spec, structure, work.job.shells)
     if test is not None:
         metrics["accuracy.after"], metrics["loss.after"] = _score(engine, test, micro_batch)
     if trained.losses:
@@ -225,7 +269,8 @@ def _loaded(work: _Work, spec: ModelSpec, structure: Structure, micro_batch: int
         engine.write(name, values)
     dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
     if dense:
-        work.bytes_predicted = price(work.job, spec, structure, micro_batch, dense).peak
+        prediction = price(work.job, spec, structure, micro_batch, dense)
+        work.bytes_predicted, work.bytes_needed = prediction.peak, prediction.bound
     return engine, received, held
 
 
@@ -233,7 +278,7 @@ def _evaluate(work: _Work) -> Done:
     order = work.job.order
     spec = read_spec(work.job.spec)
     widest = max(order.structures, key=lambda s: s.capacity)
-    test = _part(spec, work.data, "test")
+    test = part_of(spec, work.data, "test")
     batch = _micro_batch(work, spec)
     engine, _, _ = _loaded(work, spec, widest, batch)
     metrics: dict[str, float] = {}
@@ -245,36 +290,16 @@ def _evaluate(work: _Work) -> Done:
     return Done(widest, "", None, "", "", len(test[0]), metrics, work.usage(batch, engine.name))
 
 
-def read_spec(path: str) -> ModelSpec:
-    """Read and check a model file; one that has not changed is not read again.
-
-    Raises:
-        PeerError, SpecError: It is no model that can be run.
-    """
-    status = Path(path).stat()
-    return _decoded(path, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=4)
-def _decoded(path: str, changed: int, size: int) -> ModelSpec:
-    del changed, size  # they tell one content of the path from another
-    return decode(Path(path).read_bytes())
-
-
-def _part(spec: ModelSpec, data: Dataset, name: Literal["train", "test"]) -> tuple[Floats, Labels]:
-    """Give one part of the device's data in the shape that the model wants.
-
-    Raises:
-        DataError: It is empty, or its samples or classes do not fit the model.
-    """
-    x, y = data.train if name == "train" else data.test
-    if not len(x):
-        raise DataError(f"{data.name}: the {name} part is empty")
-    if prod(data.input_shape) != prod(spec.input_shape):
-        raise DataError(f"{data.name}: a sample is {data.input_shape}, model {spec.name} wants {spec.input_shape}")
-    if data.classes > spec.classes:
-        raise DataError(f"{data.name} has {data.classes} classes, model {spec.name} tells {spec.classes} apart")
-    return x.reshape(len(x), *spec.input_shape), y
+def _calibrate(work: _Work) -> Done:
+    order, structure = work.job.order, calibrate.structure_of(work.job.order)
+    spec = read_spec(work.job.spec)
+    x, _ = part_of(spec, work.data, "train")
+    batch = _micro_batch(work, spec)
+    engine, _, _ = _loaded(work, spec, structure, batch)
+    moves = calibrate.observed(engine, x, batch, np.random.default_rng([order.recipe.seed, order.round]), work.tell)
+    path = Path(work.job.out) / f"{order.id}.update"
+    ref = write_blob(path, "update", moves)
+    return Done(structure, str(path), ref, "", "", len(x), {}, work.usage(batch, engine.name))
 
 
 def _micro_batch(work: _Work, spec: ModelSpec) -> int:
@@ -315,19 +340,6 @@ def _throttled(report: Report | None, gauge: Gauge | None) -> Callable[[float, f
     return tell
 
 
-@functools.cache
-def _warm(name: str, threads: int, timings: Path | None = None) -> Make:
-    """Load an engine and train one tiny step: the first use of each kind of layer pages in code and builds kernels."""
-    make = open_engine(name, threads, timings)
-    spec = zoo.by_name("lenet-5")
-    engine = make()
-    engine.load(spec, WHOLE, {t: np.zeros(shape, np.float32) for t, shape in tensor_shapes(spec, WHOLE).items()})
-    x, y = np.zeros((32, *spec.input_shape), np.float32), np.zeros(32, np.int64)
-    engine.evaluate(x, y)
-    rules.find("sgd").train(rules.Task(Recipe(clip=1.0), engine, x, y, 0, len(x), lambda *_: None))
-    return make
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Run the process; give its exit code: 0 at the end of the input, 2 without data, 3 after running out of memory."""
     die_with_parent(os.getppid())
@@ -341,6 +353,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default="", help="which engine; default: the best that is installed")
     parser.add_argument("--threads", type=int, default=1, help="cores that training may use")
     parser.add_argument("--timings", type=Path, help="file for what is found out about this device's speed")
+    parser.add_argument("--limit", type=Path, help="file with what an order may take, looked at while it runs")
+    parser.add_argument("--reserve", type=int, default=0, help="bytes that must stay available; 0: do not look")
     parser.add_argument("--preload", action="store_true", help="load the engine before the first order")
     options = parser.parse_args(words)
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -350,14 +364,16 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         data = load(from_plain(Source, json.loads(options.data), strict=True))
         if options.preload:
-            _warm(options.engine, options.threads, options.timings)
+            warm(options.engine, options.threads, options.timings)
     except (NestlingError, ValueError) as error:
         write_frame(answers, Failed("data" if isinstance(error, DataError) else "unsupported", str(error)[:2000], 0, 0))
         return 2
     gauge = Gauge()
     shape = tuple(data.input_shape)
     write_frame(answers, Ready(options.engine, gauge.bytes_base, len(data.train[0]), data.classes, shape))
-    work = functools.partial(perform, data=data, engine=options.engine, gauge=gauge, timings=options.timings)
+    room = Limit(options.limit, options.reserve, gauge)
+    process = Process(gauge, options.timings)
+    work = functools.partial(perform, data=data, engine=options.engine, process=process, room=room)
     return _serve(orders, answers, work, gauge)
 
 

@@ -96,9 +96,10 @@ class Draft:
         self.last, self.axis = node.name, axes[0]
 
     def convolve(self, name: str, out: AxisGroup, kernel: int, padding: int, stride: int = 1) -> None:
-        """Append a convolution and follow its shape."""
+        """Append a convolution and follow its shape; over time where samples are (channels, length)."""
         (_, *sides) = self.shape
-        self.weigh(name, "conv2d", out, (kernel, kernel), kernel=kernel, stride=stride, padding=padding)
+        op, window = f"conv{len(sides)}d", (kernel,) * len(sides)
+        self.weigh(name, op, out, window, kernel=kernel, stride=stride, padding=padding)
         self.shape = (out.size, *((side + 2 * padding - kernel) // stride + 1 for side in sides))
 
     def filter(self, name: str, kernel: int, stride: int) -> None:
@@ -214,21 +215,21 @@ def cnn(name: str, input_shape: Shape, classes: int, convs: Sequence[Conv], hidd
 
     Args:
         name: For people.
-        input_shape: (channels, height, width) of one sample.
+        input_shape: (channels, height, width) or (channels, length) of one sample.
         classes: Length of the output.
-        convs: The convolutional stages.
+        convs: The convolutional stages; over time, kernels and pools are so many steps long.
         hidden: Units of the hidden linear layers.
 
     Raises:
         SpecError: It cannot be run, for example because a pool no longer fits.
     """
-    draft = _picture(name, input_shape)
+    draft = _picture(name, input_shape) if len(input_shape) != 2 else Draft(input_shape, Axis("", input_shape[0]))
     for place, conv in enumerate(convs, 1):
         draft.convolve(f"conv{place}", AxisGroup(f"conv{place}", conv.channels), conv.kernel, conv.padding, conv.stride)
         draft.node(f"relu{place}", "relu", draft.shape)
         if conv.pool:
-            pooled = (conv.channels, draft.shape[1] // conv.pool, draft.shape[2] // conv.pool)
-            draft.node(f"pool{place}", "max_pool2d", pooled, kernel=conv.pool, stride=conv.pool)
+            pooled = (conv.channels, *(side // conv.pool for side in draft.shape[1:]))
+            draft.node(f"pool{place}", f"max_pool{len(pooled) - 1}d", pooled, kernel=conv.pool, stride=conv.pool)
     draft.dense(hidden, classes, len(convs) + 1)
     return draft.spec(name, input_shape, classes)
 

@@ -34,10 +34,10 @@ _SCRATCH = {2: 24, 4: 64}
 _TOP, _LARGEST, _PLACED = "top.", 32, 12
 """Rule `importance`: its knobs for the largest values of tensors; bytes of each of these, as they are found and after."""
 
-_WHOLE: dict[str, int] = {"topk": 3, "lottery": 4}
+_WHOLE: dict[str, int] = {"topk": 3, "lottery": 4, "maml": 2}
 """Rules that hold copies of whole tensors, masked or not, and how many."""
 
-_READS_GRADIENTS = ("score", "grouplasso")
+_READS_GRADIENTS = ("score", "grouplasso", "selfprune", "fiarse", "heterofl", "fjord", "maml")
 """Rules that add to gradients, or look at them, before weights move."""
 
 _GRADIENT_KNOBS = ("widths", "lambda", "gradients")
@@ -78,7 +78,8 @@ def copies(recipe: Recipe) -> int:
     """Count the copies of the trained weights that a rule holds beside weights and gradients, as each rule declares."""
     if recipe.rule in ("still", "score"):
         return 0
-    return (2 if recipe.knobs.get("adam") else 1 if recipe.momentum else 0) + (recipe.rule == "dpf")
+    beside = recipe.rule == "dpf" or (recipe.rule == "prox" and bool(recipe.knobs.get("mu")))
+    return (2 if recipe.knobs.get("adam") else 1 if recipe.momentum else 0) + beside
 
 
 def whole_copies(recipe: Recipe, micro_batch: int = 0, *, masked: bool = True) -> int:
@@ -96,7 +97,9 @@ def whole_copies(recipe: Recipe, micro_batch: int = 0, *, masked: bool = True) -
         return 0 if masked and recipe.knobs.get("window") else 1
     if recipe.rule == "score":
         return bool(recipe.knobs.get("synflow")) + bool(recipe.knobs.get("top"))
-    return _WHOLE.get(recipe.rule, 0)
+    if recipe.rule == "selfprune":  # places take more at the end than momentum did, which is gone by then
+        return 4 - bool(copies(recipe))
+    return _WHOLE.get(recipe.rule, 0) + (recipe.rule == "maml" and bool(recipe.knobs.get("hf")))
 
 
 def holds_gradients(recipe: Recipe, micro_batch: int) -> bool:
@@ -144,7 +147,7 @@ def predict(
     gradients = sizes.trained if holds_gradients(recipe, batch) else 0
     walk = Walk(spec, structure, batch, backward=True, masked=masked)
     bytes_held += whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
-    bytes_held += _passed(spec, structure, recipe, batch)
+    bytes_held += _passed(spec, structure, recipe, batch) + _aside(spec, structure, recipe)
     step = weights + gradients + copies(recipe) * sizes.trained + peak(walk)
     # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
     found, placed, told = _told(spec, structure, recipe)
@@ -214,6 +217,14 @@ def _passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: 
     layers = [node for node in spec.nodes if node.params.get("weight") in structure.kept]
     sizes = [(prod(tensors[n.params["weight"]]), prod(shapes[n.inputs[0]]) + prod(shapes[n.name])) for n in layers]
     return FLOAT * sum(min(weights, samples * values) for samples in counts for weights, values in sizes)
+
+
+def _aside(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
+    """Count the last layer's rows that rule `heterofl` sets aside, at most all of them, with the two places of each class."""
+    if recipe.rule != "heterofl" or not recipe.knobs.get("mask", 1.0):
+        return 0
+    shapes = tensor_shapes(spec, structure)
+    return FLOAT * sum(prod(shapes[name]) for name in spec.nodes[-1].params.values()) + _PLACED * spec.classes
 
 
 def _told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:

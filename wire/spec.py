@@ -15,6 +15,7 @@ channel's position does not change what a network computes, so a device never ne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from typing import Annotated, Literal
 
 import msgpack
 
+from wire.axes import check_axes
 from wire.errors import SpecError
+from wire.ops import OPS, STATISTICS, check_form, group_count
 from wire.schema import Limit, Name, Natural, Positive, from_plain, to_plain, unpack
 
 Shape = tuple[Positive, ...]
@@ -31,19 +34,10 @@ Counts = Annotated[tuple[Positive, ...], Limit(1, 64)]
 SPEC_BYTES = 1 << 20
 NODES_MAX = 16_384
 WEIGHTS_MAX = 1 << 31
-_SIDE_MAX = 1 << 16
 _STEP = 1_000_003
 
-OPS = (
-    *("linear", "conv2d", "group_norm", "relu", "tanh", "sigmoid", "hard_sigmoid", "hard_swish"),
-    *("max_pool2d", "avg_pool2d", "flatten", "add", "mul"),
-)
-"""The closed list. `linear`, `conv2d` and `group_norm` have the params ``weight`` and ``bias``; `conv2d` and the pools have
-the attrs ``kernel``, ``stride`` and (conv2d only) ``padding``, `group_norm` has ``groups``, `conv2d` may have it; the rest
-have neither."""
-
 NORM_EPSILON = 1e-5
-"""What `group_norm` adds to a variance before it takes the root."""
+"""What every norm adds to a variance before it takes the root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +94,9 @@ class Node:
 
     Attributes:
         name: Unique; later nodes name it as their input.
-        op: One of `OPS`.
+        op: One of `ops.OPS`.
         inputs: Names of earlier nodes, or ``input``.
-        params: Role (``weight``, ``bias``) to tensor name.
+        params: Role (``weight``, ``bias``, ...) to tensor name.
         attrs: Whole numbers such as ``kernel``, ``stride``, ``padding``.
     """
 
@@ -199,8 +193,30 @@ def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, .
 
     Raises:
         SpecError: Naming the node and what is wrong: unknown op, forward reference, shapes that do not meet.
+
+    Cost: one walk over the graph; of the same spec and sizes again, a copy.
     """
-    return _walk(spec, group_sizes(spec, structure))
+    return dict(_walked(_Same(spec), tuple(group_sizes(spec, structure).items())))
+
+
+class _Same:
+    """A spec as a key: itself and no equal one, whose comparison would take as long as a walk."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.spec is self.spec
+
+    def __hash__(self) -> int:
+        return id(self.spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _walked(same: _Same, sizes: tuple[tuple[str, int], ...]) -> dict[str, tuple[int, ...]]:
+    return _walk(same.spec, dict(sizes))
 
 
 def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -209,14 +225,19 @@ def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...
     for node in spec.nodes:
         if node.name in shapes:
             raise SpecError(f"node {node.name!r} stands twice")
-        _check_form(node)
+        if node.op not in OPS:
+            raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
+        try:
+            check_form(node.op, len(node.inputs), set(node.params), node.attrs)
+        except ValueError as error:
+            raise SpecError(f"node {node.name!r} ({node.op}): {error}") from None
         try:
             inputs = [shapes[name] for name in node.inputs]
             params = {role: tensors[name] for role, name in node.params.items()}
         except KeyError as error:
             raise SpecError(f"node {node.name!r} uses {error.args[0]!r}, which is not there yet") from None
         try:
-            shapes[node.name] = _output_shape(node, inputs, params)
+            shapes[node.name] = OPS[node.op].shape(node.attrs, inputs, params)
         except ValueError as error:
             raise SpecError(f"node {node.name!r} ({node.op}): {error}") from None
     last = shapes[spec.nodes[-1].name]
@@ -225,97 +246,23 @@ def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _check_form(node: Node) -> None:
-    """Hold a node against what `OPS` says of its op: inputs, params, attrs."""
-    if node.op not in OPS:
-        raise SpecError(f"node {node.name!r}: op {node.op!r} is not one of {', '.join(OPS)}")
-    roles = {"weight", "bias"} if node.op in ("linear", "conv2d", "group_norm") else set()
-    attrs = {"kernel", "stride"} if node.op in ("conv2d", "max_pool2d", "avg_pool2d") else set()
-    attrs = attrs | {"conv2d": {"padding"}, "group_norm": {"groups"}}.get(node.op, set())
-    free = {"groups"} if node.op == "conv2d" else set()
-    for what, wanted, found in (("params", roles, set(node.params)), ("attrs", attrs, set(node.attrs) - free)):
-        if wanted != found:
-            raise SpecError(f"node {node.name!r} ({node.op}): {what} {sorted(found)}, expected {sorted(wanted)}")
-    many = {"add": range(2, 17), "mul": range(2, 3)}.get(node.op, range(1, 2))
-    if len(node.inputs) not in many:
-        raise SpecError(f"node {node.name!r} ({node.op}): {len(node.inputs)} inputs")
-    for name in ("kernel", "stride", "groups"):
-        if name in node.attrs and not 1 <= node.attrs[name] <= _SIDE_MAX:
-            raise SpecError(f"node {node.name!r} ({node.op}): {name} {node.attrs[name]}, expected 1 to {_SIDE_MAX}")
-    if "padding" in attrs and node.attrs["padding"] >= node.attrs["kernel"]:
-        raise SpecError(f"node {node.name!r} ({node.op}): padding {node.attrs['padding']} is not below its kernel")
-
-
-def _output_shape(node: Node, inputs: list[tuple[int, ...]], params: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    first = inputs[0]
-    if node.op == "linear":
-        (out, width) = params["weight"]
-        _meet(first, (width,), "input")
-        _meet(params["bias"], (out,), "bias")
-        return (out,)
-    if node.op == "conv2d":
-        (out, channels, *kernel) = params["weight"]
-        (found, height, width) = first
-        groups = conv_groups(node, found, channels)
-        _meet((found,), (channels * groups,), "input channels")
-        if out % groups or (channels == 1 < groups and out != groups):
-            raise ValueError(f"{out} outputs do not meet {groups} groups of {channels}")
-        _meet(params["bias"], (out,), "bias")
-        _meet(tuple(kernel), (node.attrs["kernel"],) * 2, "kernel")
-        padding = node.attrs["padding"]
-        return (out, _slide(height, node, padding), _slide(width, node, padding))
-    if node.op in ("max_pool2d", "avg_pool2d"):
-        (channels, height, width) = first
-        return (channels, _slide(height, node, 0), _slide(width, node, 0))
-    if node.op == "flatten":
-        return (prod(first),)
-    if node.op == "group_norm":
-        for role, shape in params.items():
-            _meet(shape, first[:1], role)
-        if first[0] % node.attrs["groups"]:
-            raise ValueError(f"{first[0]} channels do not fall into {node.attrs['groups']} groups")
-    if node.op == "add":
-        for other in inputs[1:]:
-            _meet(other, first, "summands")
-    if node.op == "mul" and (len(first) != 3 or inputs[1] != (first[0], 1, 1)):
-        _meet(inputs[1], first, "factors")
-    return first
-
-
 def conv_groups(node: Node, channels: int, each: int) -> int:
-    """Count the groups of a convolution, within a structure too.
-
-    Args:
-        node: A `conv2d`.
-        channels: Of its input.
-        each: Second dimension of its weight.
-
-    Returns:
-        What its attribute says; but where every group is one channel there are as many as channels are left.
-    """
-    said = node.attrs.get("groups", 1)
-    return channels if said > 1 and each == 1 else said
+    """Count the groups of a convolution, within a structure too (see `ops.group_count`)."""
+    return group_count(node.attrs, channels, each)
 
 
-def _slide(length: int, node: Node, padding: int) -> int:
-    steps = (length + 2 * padding - node.attrs["kernel"]) // node.attrs["stride"] + 1
-    if steps < 1:
-        raise ValueError(f"kernel {node.attrs['kernel']} does not fit {length}")
-    return steps
-
-
-def _meet(found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
-    if found != wanted:
-        raise ValueError(f"{what} {found} does not meet {wanted}")
+def statistics(spec: ModelSpec) -> frozenset[str]:
+    """Name the tensors that no gradient moves: the running means and variances of batch norms. Cost: one step per node."""
+    return frozenset(node.params[role] for node in spec.nodes for role in STATISTICS if role in node.params)
 
 
 def check(spec: ModelSpec) -> ModelSpec:
-    """Refuse a spec that cannot be run, or that falls apart when it is cut. Cost: two walks over the graph.
+    """Refuse a spec that cannot be run, or that falls apart when it is cut. Cost: three walks over the graph.
 
     Names must be unique, groups and inputs must be there, shapes must meet, every tensor must be used. And cutting any
     prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share. Where channels stand
-    must not matter if they can be cut, so that a `group_norm` over these has one group, and a `conv2d` one or as many as
-    channels.
+    must not matter if they can be cut, so that a `group_norm` over these has one group, and a convolution one or as many as
+    channels; every axis that is cut is followed through the graph (`wire.axes`).
 
     Raises:
         SpecError: Naming the place.
@@ -328,7 +275,8 @@ def check(spec: ModelSpec) -> ModelSpec:
         for axis in tensor.axes:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
-    _check_groups(spec, node_shapes(spec, Structure()))
+    shapes = node_shapes(spec, Structure())
+    _check_groups(spec, shapes)
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))
     if unused:
         raise SpecError(f"tensor {min(unused)!r} is not used by any node")
@@ -339,6 +287,7 @@ def check(spec: ModelSpec) -> ModelSpec:
         _walk(spec, {g.name: g.size + _STEP * place * g.prunable for place, g in enumerate(spec.groups, 1)})
     except SpecError as error:
         raise SpecError(f"model {spec.name!r} falls apart when an axis group is cut: {error}") from None
+    check_axes(spec, shapes)
     return spec
 
 
@@ -352,9 +301,10 @@ def _check_groups(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Non
         if groups == 1:
             continue
         channels = shapes[node.inputs[0]][0]
-        if node.op == "conv2d" and tensors[node.params["weight"]][1] * groups != channels:
-            raise SpecError(f"node {node.name!r} (conv2d): {channels} input channels do not meet {groups} groups")
-        if node.params["weight"] in cut and not (node.op == "conv2d" and groups == channels):
+        conv = node.op in ("conv1d", "conv2d")
+        if conv and tensors[node.params["weight"]][1] * groups != channels:
+            raise SpecError(f"node {node.name!r} ({node.op}): {channels} input channels do not meet {groups} groups")
+        if node.params["weight"] in cut and not (conv and groups == channels):
             raise SpecError(f"node {node.name!r} ({node.op}): channels that can be cut form one group")
 
 

@@ -6,7 +6,7 @@ from the instant that makes it to the last that reads it; the peak is the instan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from wire.masked import FLOAT, Masked, aligned, contracted
@@ -27,14 +27,27 @@ arrays die in the order opposite to that in which they were made; models with br
 _CODE = 200 << 10
 """What a convolution's own machine code and its descriptions take, which are made at the first pass and stay."""
 
+_CODED = {"conv2d": 1, "conv1d": 1, "lstm": 10}
+"""Ops with code of their own, and how many times that."""
+
 _DENSE_BLOCK = 1 << 19
 """Bytes of a dense masked weight's gradient at a time; its mask takes as many."""
 
 _SAVES_INPUT = (
     *("linear", "conv2d", "max_pool2d", "avg_pool2d", "group_norm"),
     *("hard_sigmoid", "hard_swish", "mul"),
+    *("conv1d", "max_pool1d", "avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool1d"),
+    *("batch_norm", "layer_norm", "relu6", "gelu", "silu", "lstm", "gru", "attention"),
 )
-_SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
+_SAVES_OUTPUT = ("relu", "tanh", "sigmoid", "softmax", "lstm", "gru")
+_CONVS = {"conv2d": 1, "conv1d": 2}
+"""How often a convolution copies what it reads and makes."""
+
+_VIEWS = ("flatten", "reshape")
+"""Their output is their input's memory, and so is the gradient that they hand on; but a transposed value is copied."""
+
+OVERWRITTEN = ("linear", "conv2d", "conv1d", "batch_norm")
+"""Ops whose output a relu may overwrite if nothing else reads it: their backward passes do not read it either."""
 
 Interval = tuple[int, int, int]
 """Bytes, the first instant and the last."""
@@ -50,6 +63,7 @@ class Walk:
         blocked: The same in a convolution's own layout.
         tensors: Tensor name to bytes.
         home: Value name to the value whose memory it shares.
+        inside: Node name to bytes that are its own: saved for its backward pass, and taken by each pass while it runs.
         panels: Stretch name to bytes of its values and of their gradients.
         dense: Weights that are masked and dense.
     """
@@ -67,7 +81,9 @@ class Walk:
         self.end = 2 * len(self.nodes) if backward else len(self.nodes)
         self.size = {name: aligned((batch, *shape)) for name, shape in shapes.items()}
         self.blocked = {name: aligned((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
-        self.tensors = {name: aligned(shape) for name, shape in tensor_shapes(spec, structure).items()}
+        tensors = tensor_shapes(spec, structure)
+        self.tensors = {name: aligned(shape) for name, shape in tensors.items()}
+        self.inside = {node.name: _inside(node, shapes, tensors, batch) for node in self.nodes}
         self.home = _homes(self.nodes)
 
     def back(self, i: int) -> int:
@@ -83,7 +99,7 @@ def peak(walk: Walk) -> int:
 def heap(walk: Walk) -> int:
     """Give what is taken beside the arrays: holes between blocks, and what convolutions make once and for all."""
     small = [interval for interval in _activations(walk) if interval[0] < _MAPPED]
-    code = _CODE * sum(node.op == "conv2d" for node in walk.nodes)
+    code = _CODE * sum(_CODED.get(node.op, 0) for node in walk.nodes)
     return max(HEAP, code + _most(walk, small) // _HOLES)
 
 
@@ -102,9 +118,40 @@ def _homes(nodes: Sequence[Node]) -> dict[str, str]:
     home = {"input": "input"}
     for node in nodes:
         source = node.inputs[0]
-        in_place = node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1
-        home[node.name] = home[source] if node.op == "flatten" or in_place else node.name
+        in_place = node.op == "relu" and made_by.get(source) in OVERWRITTEN and readers.count(source) == 1
+        view = node.op in _VIEWS and made_by.get(source) != "transpose"
+        home[node.name] = home[source] if view or in_place else node.name
     return home
+
+
+def _inside(
+    node: Node, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tuple[int, ...]], batch: int
+) -> tuple[int, int, int]:
+    """Count what an op has of its own: bytes saved, bytes while it runs forward, and backward.
+
+    A recurrent layer keeps its gates and its state of every step. Attention keeps queries, keys and values, what it made of
+    them and a copy of that; odds of all pairs of steps are made in blocks, and are counted whole.
+    """
+    if node.op == "dropout":
+        return aligned((batch, *shapes[node.name])), 0, 0
+    if node.op == "embedding":
+        words = 2 * aligned((batch, *shapes[node.inputs[0]]))
+        return words, 0, 0
+    if node.op in ("max_pool2d", "max_pool1d"):
+        return aligned((batch, *shapes[node.name])) * INDEX // FLOAT, 0, 0
+    if node.op in ("lstm", "gru"):
+        (steps, hidden), rows = shapes[node.name], tensors[node.params["bias_ih"]][0]
+        gates, states = aligned((batch, steps, rows)), aligned((batch, steps, hidden))
+        weights = sum(aligned(tensors[name]) for name in node.params.values())
+        if node.op == "gru":
+            return gates + 2 * states, weights, 2 * weights + gates + 2 * states
+        # Measured: the library packs all weights for each direction, and makes the gates' gradients twice.
+        return gates + 2 * states, 2 * weights, 7 * weights // 2 + 9 * gates // 4 + 2 * states
+    if node.op == "attention":
+        steps, inner = shapes[node.name][0], tensors[node.params["weight_out"]][1]
+        each, pairs = aligned((batch, steps, inner)), aligned((batch, inner // node.attrs["head"], steps, steps))
+        return 5 * each, pairs, pairs + 6 * each
+    return 0, 0, 0
 
 
 def _activations(walk: Walk) -> Iterator[Interval]:
@@ -118,8 +165,8 @@ def _activations(walk: Walk) -> Iterator[Interval]:
             last[walk.home[name]] = max(last.get(walk.home[name], 0), reads)
         output = walk.back(i) if node.op in _SAVES_OUTPUT else i
         last[walk.home[node.name]] = max(last.get(walk.home[node.name], 0), output)
-        if node.op == "max_pool2d":
-            yield walk.size[node.name] * INDEX // FLOAT, i, walk.back(i)
+        if walk.inside[node.name][0]:
+            yield walk.inside[node.name][0], i, walk.back(i)
         if node.op == "stretch":
             values, gradients = walk.panels[node.name]
             yield values + gradients * walk.backward, 0, walk.end
@@ -131,15 +178,21 @@ def _activations(walk: Walk) -> Iterator[Interval]:
 def _temporaries(walk: Walk) -> Iterator[Interval]:
     """What an op needs only while it runs: a layer's new gradient before it is added, a convolution's own copies."""
     for i, node in enumerate(walk.nodes):
-        if node.op in ("linear", "conv2d"):
+        if node.op in ("linear", *_CONVS):
             weights = sum(walk.tensors[name] for name in node.params.values())
             blocked = walk.blocked[node.inputs[0]] + walk.blocked[node.name]
-            workspace = weights + blocked if node.op == "conv2d" else 0
+            workspace = weights + blocked * _CONVS[node.op] if node.op in _CONVS else 0
             if node.params["weight"] in walk.dense:
                 weights = 2 * weights if node.op == "conv2d" else min(2 * weights, 2 * _DENSE_BLOCK)
             yield workspace, i, i
             if walk.backward:
                 yield workspace + weights, walk.back(i), walk.back(i)
+        (_, forward, backward) = walk.inside[node.name]
+        if node.op in ("embedding", "attention"):
+            backward += sum(walk.tensors[name] for name in node.params.values())
+        yield forward, i, i
+        if walk.backward:
+            yield backward, walk.back(i), walk.back(i)
         if node.op == "mul" and walk.backward:  # a gate's gradient is as large as what it weighs, until it is summed
             yield walk.size[node.name], walk.back(i), walk.back(i)
 
@@ -160,7 +213,7 @@ def _gradients(walk: Walk) -> Iterator[Interval]:
                 yield walk.size[name], walk.back(i), walk.back(i)
     for i, node in enumerate(walk.nodes):
         # A flatten hands the same memory on, so that its own gradient ends one instant before its input's begins.
-        end = walk.back(i) - (node.op == "flatten")
+        end = walk.back(i) - (node.op in _VIEWS)
         if trained[node.name]:
             yield walk.size[node.name], min(born.get(node.name, end), end), end
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 
 from wire.builders import Bottleneck, Conv, Shape, cnn, mlp, mobilenet, resnet
 from wire.errors import ConfigError, PeerError, SpecError
-from wire.spec import SPEC_BYTES, ModelSpec, decode
+from wire.spec import SPEC_BYTES, ModelSpec, check, decode, tensor_shape
 
 Builder = Callable[[str, Shape, int], ModelSpec]
 
@@ -81,6 +82,12 @@ MODELS: Mapping[str, Entry] = {
         10,
         _cnn((Conv(6, 5, 2, 2), Conv(16, 5, 0, 2)), 120, 84),
     ),
+    "har-cnn": Entry(
+        "two convolutions over time for windows of sensors (MotionSense, UCI HAR): 78 thousand weights",
+        (9, 128),
+        6,
+        _cnn((Conv(32, 5, 2, 4), Conv(64, 5, 2, 4)), 128),
+    ),
     "conv-2": Entry("PruneFL's Conv-2 for FEMNIST: 6.6 million weights", (1, 28, 28), 62, _cnn(_FIVE, 2048)),
     "vgg-11": Entry(
         "PruneFL's VGG-11 for 32x32 pictures, without norms, layers of 512 behind: 9.8 million weights",
@@ -126,11 +133,14 @@ def by_name(name: str, input_shape: Shape | None = None, classes: int | None = N
 def load(model: str | Path) -> ModelSpec:
     """Build a model by its name, or read it from a file that `spec.encode` made.
 
+    ``NAME@FRACTION``, such as ``lenet-5@0.4``, is a narrower model of its own: that fraction of the channels of every layer.
+
     Raises:
-        ConfigError: It is neither a known name nor a file with a model that can be run.
+        ConfigError: It is neither a known name nor a file with a model that can be run, or there is no such fraction.
     """
-    if isinstance(model, str) and model in MODELS:
-        return by_name(model)
+    name, at, fraction = str(model).partition("@")
+    if isinstance(model, str) and name in MODELS:
+        return narrow(by_name(name), _fraction(model, fraction)) if at else by_name(name)
     path = Path(model)
     try:
         with path.open("rb") as file:
@@ -142,3 +152,43 @@ def load(model: str | Path) -> ModelSpec:
         raise ConfigError(f"{model}: {error.strerror}") from error
     except (PeerError, SpecError) as error:
         raise ConfigError(f"{model} is no model file: {error}") from error
+
+
+def whole(model: str) -> str:
+    """Give the name of the model that another one is a narrower one of; its own where it is none."""
+    name = model.partition("@")[0]
+    return name if name in MODELS else model
+
+
+def narrow(spec: ModelSpec, fraction: float) -> ModelSpec:
+    """Give a model of its own with a fraction of the channels of every prunable group, rounded up as `nestfl` rounds.
+
+    Its weights are as many as those of that width; it begins from other ones, which are drawn for its own layers' inputs.
+
+    Raises:
+        SpecError: It cannot be run.
+    """
+    groups = [replace(g, size=max(1, ceil(fraction * g.size - 1e-9))) if g.prunable else g for g in spec.groups]
+    before, after = ({g.name: g.size for g in found} for found in (spec.groups, groups))
+    tensors = []
+    for tensor in spec.tensors:
+        inputs = [prod(tensor_shape(tensor, sizes)[1:]) for sizes in (before, after)]
+        tensors.append(replace(tensor, fan_in=max(1, tensor.fan_in * inputs[1] // inputs[0])))
+    first = {t.name: t.axes[0].group for t in spec.tensors}
+    nodes = []
+    for node in spec.nodes:
+        group = first.get(node.params.get("weight", ""), "")
+        depthwise = node.op.startswith("conv") and node.attrs.get("groups", 1) == before.get(group) != 1
+        nodes.append(replace(node, attrs={**node.attrs, "groups": after[group]}) if depthwise else node)
+    name = f"{spec.name}-{fraction:g}"
+    return check(replace(spec, name=name, groups=tuple(groups), tensors=tuple(tensors), nodes=tuple(nodes)))
+
+
+def _fraction(model: str, text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction <= 1.0:
+        raise ConfigError(f"model {model!r}: behind the @ write a fraction above 0 and at most 1, such as @0.4")
+    return fraction

@@ -36,6 +36,9 @@ SOURCES = {
     "images": Reader("edge_runtime.data.images", "a folder with one sub-folder of pictures per class"),
     "csv": Reader("edge_runtime.data.csv", "a table: one row per sample, one column is the class"),
     "idx": Reader("edge_runtime.data.idx", "a folder of IDX files, as MNIST comes"),
+    "recordings": Reader(
+        "edge_runtime.data.recordings", "a NumPy file of sensor recordings, as MotionSense is prepared"
+    ),
 }
 """Every kind of source by name. Any other name is looked up as a folder or file, see `edge_runtime.data.resolve`."""
 

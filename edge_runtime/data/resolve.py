@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 from wire.errors import DataError
@@ -30,12 +31,18 @@ def resolve(name: str, path: str) -> Path:
     for place in places:
         for candidate in (place, *(place.with_name(place.name + end) for end in (".npz", ".csv"))):
             if candidate.exists():
-                return candidate
+                return _only_file(candidate)
     looked = "\n".join(f"  {place}" for place in places)
     raise DataError(
         f"data set {name!r} was not found; looked for\n{looked}\n"
         f"(each as a folder, .npz or .csv). Put it there, set EDGE_DATA to the folder that holds it, or write {name}=PATH"
     )
+
+
+def _only_file(place: Path) -> Path:
+    """Step into a folder that holds one .npz file, which is then the data set, whatever licence lies beside it."""
+    inside = sorted(place.glob("*.npz")) if place.is_dir() else []
+    return inside[0] if len(inside) == 1 else place
 
 
 def _roots() -> list[Path]:
@@ -57,15 +64,24 @@ def detect(path: Path) -> str:
         if any(is_picture(p) for folder in path.iterdir() if folder.is_dir() for p in folder.rglob("*")):
             return "images"
     elif path.suffix == ".npz":
-        return "npz"
+        return "recordings" if _members(path) >= {"signal.npy", "recording.npy"} else "npz"
     elif path.name.endswith((".csv", ".csv.gz")):
         return "csv"
     elif "-idx3-" in path.name:
         return "idx"
     raise DataError(
-        f"{path}: no data that are known; a data set is an .npz or .csv file, a folder of IDX files (as MNIST comes) "
-        "or a folder with one sub-folder of pictures per class"
+        f"{path}: no data that are known; a data set is an .npz or .csv file, a folder of IDX files (as MNIST comes), "
+        "a folder with one .npz file, or one with a sub-folder of pictures per class"
     )
+
+
+def _members(path: Path) -> set[str]:
+    """List what a .npz file holds; nothing for one that cannot be opened, about which its reader says more."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return set()
 
 
 def is_picture(path: Path) -> bool:

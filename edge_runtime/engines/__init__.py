@@ -103,7 +103,10 @@ class Engine(Protocol):
 
     @property
     def grads(self) -> Arrays:
-        """Gradients by tensor name; a backward pass adds to them. Made when first asked for."""
+        """Gradients by tensor name; a backward pass adds to them. Made when first asked for.
+
+        Running statistics of norms have none (`wire.spec.statistics`): a training pass of the widest width moves them.
+        """
 
     @property
     def logits(self) -> Floats:
@@ -156,8 +159,17 @@ class Engine(Protocol):
     def bytes_of_weights(self, update: Update | None = None) -> int:
         """Count what weights take: values, where they stand, gradients if there are any, and what `update` holds."""
 
+    def seed(self, *numbers: int) -> None:
+        """Say where the randomness of training passes begins: the same numbers, and as many passes since, drop the same."""
+
+    def observe(self, x: Floats, share: float) -> None:
+        """Norm inputs ``(n, *input_shape)`` by their own statistics, and move the running ones towards these by `share`.
+
+        Nothing is dropped, and no gradient is made.
+        """
+
     def forward(self, x: Floats) -> Floats:
-        """Give the logits ``(n, classes)`` of inputs ``(n, *input_shape)``."""
+        """Give the logits ``(n, classes)`` of inputs ``(n, *input_shape)``; norms use their running statistics."""
 
     def forward_backward(
         self,
@@ -186,6 +198,9 @@ class Engine(Protocol):
 
     def narrow(self, structure: Structure) -> Engine:
         """Give a narrower width of this model: its weights are views of these, its gradients add into these.
+
+        In its arrays an axis with several runs of its channels (`wire.spec.Axis.outer`) stands as two: ``(outer, rest)``. Its
+        training passes norm by their own batches and leave running statistics alone.
 
         Raises:
             SpecError: It is no prefix of what is loaded, or masks are.

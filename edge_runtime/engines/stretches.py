@@ -22,7 +22,7 @@ from edge_runtime.kernels.kits import Kit
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.messages import Loss
-from wire.spec import ModelSpec, Node
+from wire.spec import ModelSpec, Node, Structure, node_shapes
 
 Tensor = torch.Tensor
 
@@ -135,15 +135,18 @@ def check_masks(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], masks: M
 
     Raises:
         SpecError: A mask has another shape than its tensor, or that is not the weight of exactly one layer whose bias is
-            its own too, or of a convolution in groups, for which there is no sparse form.
+            its own too, or of a convolution in groups or a linear layer over many steps, for which there is no sparse form.
     """
     uses = [name for node in spec.nodes for name in node.params.values()]
     layers = {node.params["weight"]: node for node in spec.nodes if node.op in ("linear", "conv2d")}
+    inputs = node_shapes(spec, Structure())
     for name, mask in masks.items():
         if name not in layers or uses.count(name) != 1 or uses.count(layers[name].params["bias"]) != 1:
             raise SpecError(f"a mask for {name!r}, which is not the weight of one linear layer or convolution")
         if layers[name].attrs.get("groups", 1) > 1:
             raise SpecError(f"a mask for {name!r}, a convolution in groups: these stay dense")
+        if layers[name].op == "linear" and len(inputs[layers[name].name]) > 1:
+            raise SpecError(f"a mask for {name!r}, a linear layer over many steps: these stay dense")
         if mask.dtype != np.bool_ or mask.shape != shapes[name]:
             raise SpecError(
                 f"the mask of {name!r} is {mask.dtype} of shape {mask.shape}, expected bool of {shapes[name]}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,32 +24,20 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from edge_runtime.engines import Choice, Engine, Make, Update, losses
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.dense import copied
-from edge_runtime.engines.ops import RUN, Run
-from edge_runtime.engines.stretches import Held, Wires, chains, check_masks, straight, through
+from edge_runtime.engines.ops import Phase
+from edge_runtime.engines.steps import Loaded, Step, build, line
+from edge_runtime.engines.stretches import Held, Wires, check_masks, straight
 from edge_runtime.engines.update import apply
+from edge_runtime.engines.views import opened, prefix
 from edge_runtime.engines.ways import Masked, Tools, decide, step_key
-from edge_runtime.kernels import Stretch, Watch, from_c_order, to_c_order
+from edge_runtime.kernels import Watch, from_c_order, to_c_order
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.messages import Loss
-from wire.spec import ModelSpec, Node, Structure, group_sizes, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Structure, node_shapes, statistics, tensor_shapes
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One node, ready to run: `params` are leaves by role, `frees` the values that nobody reads after it.
-
-    A stretch stands as a node that has the inputs of its first node and the name of its last.
-    """
-
-    node: Node
-    run: Run
-    params: Mapping[str, Tensor]
-    frees: tuple[str, ...]
-    stretch: Stretch | None = None
 
 
 def create(threads: int, timings: Path | None = None) -> Make:
@@ -74,10 +61,11 @@ class TorchEngine:
         self._structure = Structure()
         self._leaves: dict[str, Tensor] = {}
         self._params: Arrays = {}
-        self._steps: tuple[_Step, ...] = ()
+        self._steps: tuple[Step, ...] = ()
         self._logits: Floats = np.zeros((0, 0), np.float32)
         self._wires = Wires()  # hooks and stretches hold it, lest they keep the engine alive
         self._hooked = False
+        self._phase = Phase()
 
     @property
     def spec(self) -> ModelSpec:
@@ -103,15 +91,20 @@ class TorchEngine:
     def grads(self) -> Arrays:
         """Gradients by tensor name; made of zeros when first asked for."""
         if not self._wires.grads:
-            for name, param in self._params.items():
-                leaf = self._leaves.get(name)
+            spec = self._loaded()
+            still, shapes = statistics(spec), tensor_shapes(spec, self._structure)
+            for tensor in spec.tensors:
+                name, leaf = tensor.name, self._leaves.get(tensor.name)
+                if name in still:
+                    continue
                 if leaf is None:
-                    self._wires.grads[name] = torch.zeros(param.shape).numpy()
+                    self._wires.grads[name] = torch.zeros(self._params[name].shape).numpy()
                 elif self._parent is None:
                     leaf.grad = torch.zeros_like(leaf)
                     self._wires.grads[name] = leaf.grad.numpy()
                 else:
-                    self._wires.grads[name] = self._parent.grads[name][tuple(slice(length) for length in leaf.shape)]
+                    wide = self._parent.grads[name]
+                    self._wires.grads[name] = wide.reshape(opened(tensor, wide.shape))[prefix(tensor, shapes[name])]
                     leaf.grad = torch.from_numpy(self._wires.grads[name])
         return self._wires.grads
 
@@ -134,6 +127,7 @@ class TorchEngine:
     ) -> None:
         """See `Engine.load`."""
         self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
+        self._phase = Phase(self._phase.source)
         self._held, self._spec, self._steps = Held(), None, ()  # the model before is gone, whatever comes
         self._tools.release(masks or {})
         if masks:
@@ -141,6 +135,7 @@ class TorchEngine:
             if arrays is not None:
                 self._fill(arrays, tensor_shapes(spec, structure), masks)
             return
+        still = statistics(spec)
         for name, shape in tensor_shapes(spec, structure).items():
             memory = torch.empty(shape)
             self._params[name] = memory.numpy()
@@ -149,7 +144,7 @@ class TorchEngine:
                     raise SpecError(f"weights of {name!r} have shape {arrays[name].shape}, the structure says {shape}")
                 np.copyto(self._params[name], arrays[name])
             # A tensor of its own, so that whoever keeps the array does not keep the leaf and its gradient.
-            self._leaves[name] = memory.detach().requires_grad_()
+            self._leaves[name] = memory.detach().requires_grad_(name not in still)
         self._build(spec, structure)
 
     def read(self, name: str) -> Floats:
@@ -173,6 +168,10 @@ class TorchEngine:
         else:
             param[mask] = values
 
+    def seed(self, *numbers: int) -> None:
+        """See `Engine.seed`."""
+        self._phase.source.numbers, self._phase.source.calls = numbers, 0
+
     def bytes_of_weights(self, update: Update | None = None) -> int:
         """See `Engine.bytes_of_weights`."""
         held = [self._params, self._wires.grads]
@@ -181,6 +180,16 @@ class TorchEngine:
         index = sum(layout.bytes_index for layout in self._held.layouts.values())
         masks = sum(mask.nbytes for mask in self._held.masks.values())
         return index + masks + sum(array.nbytes for arrays in held for array in arrays.values())
+
+    def observe(self, x: Floats, share: float) -> None:
+        """See `Engine.observe`."""
+        phase, before = self._phase, self._phase.follows
+        phase.training, phase.drops, phase.follows = True, False, share
+        try:
+            with torch.no_grad():
+                self._run(copied(x))
+        finally:
+            phase.training, phase.drops, phase.follows = False, True, before
 
     def forward(self, x: Floats) -> Floats:
         """See `Engine.forward`."""
@@ -209,14 +218,17 @@ class TorchEngine:
             [update] if update is not None else [],
             [watch] if watch is not None else [],
         )
+        self._phase.training = True
+        self._phase.source.calls += 1
         try:
-            if self._held.ways and (line := self._line()):
-                self._logits, seen = straight(line, self._wires, x, copied(y), (loss, scale))
+            if self._held.ways and (stretches := line(self._steps)):
+                self._logits, seen = straight(stretches, self._wires, x, copied(y), (loss, scale))
                 return seen
             output = self._run(copied(x))
             lost = losses.value(output, copied(y), loss)
             torch.autograd.backward(lost * scale if scale != 1.0 else lost)
         finally:
+            self._phase.training = False
             self._wires.update.clear()
             self._wires.watch.clear()
         self._logits = output.detach().numpy()
@@ -228,17 +240,17 @@ class TorchEngine:
         if self._held.ways:
             raise SpecError("a model with masks has no narrower widths here")
         shapes, wide = tensor_shapes(spec, structure), tensor_shapes(spec, self._structure)
-        sizes, wide_sizes = group_sizes(spec, structure), group_sizes(spec, self._structure)
+        still = statistics(spec)
         narrow = TorchEngine(self, self._tools)
+        narrow._phase = Phase(self._phase.source, follows=0.0)
         for tensor in spec.tensors:
             name, shape = tensor.name, shapes[tensor.name]
-            for axis, length, limit in zip(tensor.axes, shape, wide[name], strict=True):
-                cut = axis.group and sizes[axis.group] != wide_sizes[axis.group]
-                if length > limit or (cut and axis.outer > 1):
-                    raise SpecError(f"tensor {name!r}: {shape} is no prefix of {wide[name]}")
-            index = tuple(slice(length) for length in shape)
-            narrow._leaves[name] = self._leaves[name].detach()[index].requires_grad_()
-            narrow._params[name] = self._params[name][index]
+            if any(length > limit for length, limit in zip(shape, wide[name], strict=True)):
+                raise SpecError(f"tensor {name!r}: {shape} is no prefix of {wide[name]}")
+            index, leaf, param = prefix(tensor, shape), self._leaves[name].detach(), self._params[name]
+            leaf = leaf.reshape(opened(tensor, leaf.shape))[index]
+            narrow._leaves[name] = leaf if name in still else leaf.requires_grad_()
+            narrow._params[name] = param.reshape(opened(tensor, param.shape))[index]
         narrow._build(spec, structure)
         return narrow
 
@@ -284,7 +296,7 @@ class TorchEngine:
         self, spec: ModelSpec, structure: Structure, layers: Mapping[str, Masked], ways: Mapping[str, str]
     ) -> None:
         self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
-        sparse = {name: way for name, way in ways.items() if way != DENSE}
+        sparse, still = {name: way for name, way in ways.items() if way != DENSE}, statistics(spec)
         self._held = Held(
             ways,
             self._tools.layouts({name: (way, layers[name]) for name, way in sparse.items()}),
@@ -294,7 +306,7 @@ class TorchEngine:
             memory = torch.zeros((self._held.layouts[name].kept,) if name in sparse else shape)
             self._params[name] = memory.numpy()
             if name not in ways:
-                self._leaves[name] = memory.detach().requires_grad_()
+                self._leaves[name] = memory.detach().requires_grad_(name not in still)
         self._build(spec, structure)
 
     def _fill(
@@ -319,43 +331,9 @@ class TorchEngine:
         return lambda: self.forward_backward(x, y, update=Update(0.0))
 
     def _build(self, spec: ModelSpec, structure: Structure) -> None:
-        shapes = node_shapes(spec, structure)
-        last = {name: i for i, node in enumerate(spec.nodes) for name in node.inputs}
-        readers = [name for node in spec.nodes for name in node.inputs]
-        made_by = {node.name: node.op for node in spec.nodes}
-        found = {}
-        if self._held.ways:
-            found = {chain.first: chain for chain in chains(spec, shapes, self._tools.kit, self._held, self._params)}
-        steps, end = [], -1
-        for i, node in enumerate(spec.nodes):
-            frees = tuple({n for n in node.inputs if last[n] == i})
-            if i in found:
-                stretch, end = found[i].stretch, found[i].last
-                for name in stretch.params:
-                    self._leaves.pop(name, None)
-                stands = Node(spec.nodes[end].name, "stretch", node.inputs)
-                made_by[stands.name] = "stretch"  # it may read its output again
-                steps.append(_Step(stands, through(stretch, self._wires), {}, frees, stretch))
-            if i <= end:
-                continue
-            run = RUN[node.op]
-            # The backward of linear and conv2d does not read their output, so an only reader may overwrite it.
-            source = node.inputs[0]
-            if node.op == "relu" and made_by.get(source) in ("linear", "conv2d") and readers.count(source) == 1:
-                run = RUN["relu in place"]
-            params = {role: self._leaves[name] for role, name in node.params.items()}
-            steps.append(_Step(node, run, params, frees))
-        self._spec, self._structure, self._steps = spec, structure, tuple(steps)
-
-    def _line(self) -> list[Stretch]:
-        """Give the model's stretches if it is nothing but stretches, one behind the other."""
-        line, before = [], "input"
-        for step in self._steps:
-            if step.stretch is None or step.node.inputs != (before,):
-                return []
-            line.append(step.stretch)
-            before = step.node.name
-        return line
+        loaded = Loaded(self._params, self._held, self._wires, self._phase, lambda: self._tools.kit)
+        self._steps = build(spec, structure, self._leaves, loaded)
+        self._spec, self._structure = spec, structure
 
     def _run(self, x: Tensor) -> Tensor:
         self._loaded()
@@ -377,7 +355,8 @@ class TorchEngine:
                     apply({name: leaf.detach().numpy()}, {name: leaf.grad.numpy()}, current[0])
                     leaf.grad = None
 
-            leaf.register_post_accumulate_grad_hook(fuse)  # type: ignore[no-untyped-call] # torch left it untyped
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(fuse)  # type: ignore[no-untyped-call] # torch left it untyped
         self._hooked = True
 
 

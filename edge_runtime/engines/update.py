@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_runtime.engines import Update
-from edge_runtime.engines.arrays import Floats
+from edge_runtime.engines.arrays import Arrays, Floats
 
 BLOCK = 16_384
 """Weights per block: three blocks of float32 fit a small core's second-level cache."""
 
 
 def apply(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Update) -> None:
-    """Move `params` along `grads`, whose values are overwritten with what was applied.
+    """Move those of `params` that have gradients along these, whose values are overwritten with what was applied.
 
     Cost: one pass over the weights, 64 KiB of scratch.
     """
     scratch = np.empty(BLOCK, np.float32)
-    for name, param in params.items():
+    for name, param in _moved(params, grads):
         velocity = update.velocity[name] if update.momentum and update.velocity is not None else None
         anchor = update.anchor[name] if update.pull and update.anchor is not None else None
         moving = [_flat(array) for array in (param, grads[name], velocity, anchor) if array is not None]
@@ -28,13 +28,7 @@ def apply(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Upd
             block = [array[start : start + BLOCK] for array in moving]
             w, g = block[0], block[1]
             spare = scratch[: w.size]
-            if update.decay:
-                np.multiply(w, update.decay, out=spare)
-                g += spare
-            if anchor is not None:
-                np.subtract(w, block[-1], out=spare)
-                spare *= update.pull
-                g += spare
+            _draw(w, g, spare, update, block[-1] if anchor is not None else None)
             if velocity is not None:
                 v = block[2]
                 v *= update.momentum
@@ -57,15 +51,15 @@ class Adam:
         epsilon: Added to the root of the second.
     """
 
-    first: Mapping[str, Floats]
-    second: Mapping[str, Floats]
+    first: Arrays
+    second: Arrays
     steps: int = 0
     decays: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
 
 def apply_adam(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Update, state: Adam) -> None:
-    """Move `params` by Adam with the rate and the L2 decay of `update`; `grads` are overwritten.
+    """Move `params` by Adam with the rate, the L2 decay and the pull of `update`; `grads` are overwritten.
 
     Cost: one pass over the weights, 64 KiB of scratch.
     """
@@ -74,14 +68,13 @@ def apply_adam(params: Mapping[str, Floats], grads: Mapping[str, Floats], update
     size = update.rate / (1 - keeps**state.steps)
     root = (1 - keeps_square**state.steps) ** 0.5
     scratch = np.empty(BLOCK, np.float32)
-    for name, param in params.items():
+    for name, param in _moved(params, grads):
         arrays = [_flat(array) for array in (param, grads[name], state.first[name], state.second[name])]
+        anchor = _flat(update.anchor[name]) if update.pull and update.anchor is not None else None
         for start in range(0, param.size, BLOCK):
             w, g, m, v = (array[start : start + BLOCK] for array in arrays)
             spare = scratch[: w.size]
-            if update.decay:
-                np.multiply(w, update.decay, out=spare)
-                g += spare
+            _draw(w, g, spare, update, None if anchor is None else anchor[start : start + BLOCK])
             m *= keeps
             m += np.multiply(g, 1 - keeps, out=spare)
             v *= keeps_square
@@ -93,6 +86,22 @@ def apply_adam(params: Mapping[str, Floats], grads: Mapping[str, Floats], update
             np.divide(m, g, out=g)
             g *= size
             w -= g
+
+
+def _moved(params: Mapping[str, Floats], grads: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
+    """Give what has a gradient, in the order of `params`: running statistics have none, and are nowhere moved but there."""
+    return ((name, param) for name, param in params.items() if name in grads)
+
+
+def _draw(w: Floats, g: Floats, spare: Floats, update: Update, anchor: Floats | None) -> None:
+    """Add to a block's gradient what draws its weights to zero, and to the anchor."""
+    if update.decay:
+        np.multiply(w, update.decay, out=spare)
+        g += spare
+    if anchor is not None:
+        np.subtract(w, anchor, out=spare)
+        spare *= update.pull
+        g += spare
 
 
 def norm(grads: Mapping[str, Floats]) -> float:

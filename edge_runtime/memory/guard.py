@@ -42,11 +42,16 @@ def offer_to_oom_killer(score: int = 800) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
-def wall(bytes_budget: int) -> None:
-    """Let this process map `bytes_budget` more than it has now, plus `WALL_SLACK`. 0 takes the wall away."""
+def wall(bytes_budget: int, bytes_from: int = 0) -> None:
+    """Let this process map `bytes_budget` more than `bytes_from`, plus `WALL_SLACK`.
+
+    Args:
+        bytes_budget: 0 takes the wall away.
+        bytes_from: As `Gauge.bytes_mapped`; 0 for what is mapped now.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = hard
-    data = _field("VmData")
+    data = bytes_from or _field("VmData")
     if bytes_budget and data:
         soft = data + bytes_budget + WALL_SLACK
         if hard != resource.RLIM_INFINITY:
@@ -61,10 +66,12 @@ class Gauge:
 
     Attributes:
         bytes_base: Resident size at rest.
+        bytes_mapped: Address space at rest, as far as walls count it; 0 where the kernel does not say.
     """
 
     def __init__(self) -> None:
         self.bytes_base = 0
+        self.bytes_mapped = 0
         self._taken: set[str] = set()
         self.begin("")
 
@@ -82,6 +89,7 @@ class Gauge:
             self._taken.add(engine)
             gc.freeze()  # what the libraries hold stays for good: collecting takes a tenth of the time without it
             self.bytes_base = _field("VmRSS") or _lifetime_peak()
+            self.bytes_mapped = _field("VmData")
 
     def peak(self) -> int:
         """Give the highest resident size since the beginning, above base. Cost: about 20 us.

@@ -6,7 +6,7 @@ A rule is one module in this folder with the three things that `Rule` names, and
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.engines import Engine
-from edge_runtime.engines.arrays import Floats, Labels
+from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from wire.errors import Unsupported
 from wire.masks import Mask
 from wire.messages import Recipe
@@ -28,6 +28,12 @@ RULES: dict[str, str] = {
     "topk": "edge_runtime.rules.topk",
     "grouplasso": "edge_runtime.rules.grouplasso",
     "lottery": "edge_runtime.rules.lottery",
+    "heterofl": "edge_runtime.rules.heterofl",
+    "fjord": "edge_runtime.rules.fjord",
+    "prox": "edge_runtime.rules.prox",
+    "maml": "edge_runtime.rules.maml",
+    "selfprune": "edge_runtime.rules.selfprune",
+    "fiarse": "edge_runtime.rules.fiarse",
 }
 """Name to module."""
 
@@ -46,6 +52,27 @@ class Extra:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """What a rule holds of the weights from one step to the next, so that it can be cut to a narrower width with them.
+
+    Attributes:
+        arrays: Maps by tensor name of arrays in the weights' shapes (momentum, an anchor); their values are replaced.
+        views: Maps of whatever looks into the weights; emptied before a cut.
+    """
+
+    arrays: Sequence[Arrays] = ()
+    views: Sequence[dict[int, Engine]] = ()
+
+
+Squeeze = Callable[[float, Held], None]
+"""Looks whether the order may still take what it takes; given the fraction that is done, and what the rule holds."""
+
+
+def _never(_: float, __: Held) -> None:
+    """Let memory be as it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a rule is given.
 
@@ -61,6 +88,8 @@ class Task:
         own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, and when
             the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed. The
             arrays are this order's own: a rule may write to them and hand them back.
+        squeeze: Called by the loop between two batches. Where memory has become less, it cuts the engine and what the rule
+            holds to a narrower width, in place (`edge_runtime.shrink`); not for a rule that does not say what it holds.
     """
 
     recipe: Recipe
@@ -72,6 +101,7 @@ class Task:
     tell: Callable[[float, float], None]
     masks: Mapping[str, Mask] = field(default_factory=dict)
     own: Mapping[str, Floats] = field(default_factory=dict)
+    squeeze: Squeeze = _never
 
 
 @dataclass(frozen=True, slots=True)

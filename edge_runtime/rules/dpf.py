@@ -90,7 +90,7 @@ class _Dense:
         """Nothing has moved; `update` is that of the kept weights, whose momentum is another's."""
         recipe, engine = task.recipe, task.engine
         self._task = task
-        self._nodes = {node.params["weight"]: node for node in engine.spec.nodes if node.params}
+        self._nodes = {node.params["weight"]: node for node in engine.spec.nodes if "weight" in node.params}
         self._sent = {name: engine.read(name) for name in engine.params}
         self._moves = _zeros(task)
         velocity = _zeros(task) if update.momentum else None

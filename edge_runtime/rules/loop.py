@@ -11,7 +11,7 @@ from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import Adam, apply, apply_adam, clear, finite, multiply, norm
 from edge_runtime.kernels import Watch
-from edge_runtime.rules import Task, Trained
+from edge_runtime.rules import Held, Task, Trained
 from wire.errors import NonFinite
 from wire.memory import holds_gradients
 from wire.messages import Recipe
@@ -48,23 +48,27 @@ def batches(task: Task, rng: np.random.Generator | None = None) -> Iterator[Labe
             left -= 1
 
 
-def run(task: Task, step: Step, rng: np.random.Generator | None = None) -> Trained:
+def run(task: Task, step: Step, rng: np.random.Generator | None = None, held: Held | None = None) -> Trained:
     """Call `step` for every batch and tell of progress.
 
     Args:
         task: The order.
         step: Makes one update from a batch and gives its mean loss.
         rng: Where `step` draws from the same source as the batches do.
+        held: All that the rule holds of the weights between two steps, if it can go on with a narrower width.
 
     Returns:
         The mean loss of each pass, the last of which may be short.
 
     Raises:
         NonFinite: A loss, or a weight at the end, is no number.
+        BudgetExceeded: Memory has become less than even the narrowest width takes.
     """
     total, steps, passed, seen, losses = count_steps(task), 0, 0.0, 0, []
     with np.errstate(over="ignore", invalid="ignore"):  # what runs away is found by name, at every step and at the end
         for rows in batches(task, rng):
+            if held is not None:
+                task.squeeze(steps / total, held)
             loss = step(task.x[rows], task.y[rows])
             steps += 1
             if not math.isfinite(loss):
@@ -82,7 +86,7 @@ def run(task: Task, step: Step, rng: np.random.Generator | None = None) -> Train
 class Mover:
     """Makes ordinary updates by the recipe, and holds what that takes from one to the next."""
 
-    __slots__ = ("_adam", "_task", "update")
+    __slots__ = ("_adam", "_task", "held", "update")
 
     def __init__(self, task: Task) -> None:
         """Nothing has moved yet. Memory: momentum is one copy of the trained weights, Adam two."""
@@ -92,6 +96,9 @@ class Mover:
         velocity = _zeros(params) if recipe.momentum and self._adam is None else None
         momentum = 0.0 if velocity is None else recipe.momentum
         self.update = Update(recipe.rate, momentum, recipe.decay, velocity=velocity)
+        self.held = Held([] if velocity is None else [velocity])
+        if self._adam is not None:
+            self.held = Held([self._adam.first, self._adam.second])
 
     def step(self, x: Floats, y: Labels, watch: Watch | None = None, whole: Callable[[], None] | None = None) -> float:
         """Move the weights by the mean loss of one batch, in micro-batches; gives that loss before the move.

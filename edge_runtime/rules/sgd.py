@@ -8,10 +8,15 @@ Knobs of the recipe:
 * ``distil`` (0 to 1, default 0): share of the soft part in the narrower widths' target, which is the full width's
   softmax output taken as a constant; the labels keep the rest (in-place distillation of the same paper). Cross-entropy
   is linear in its target, so that the mixed target is the mixed loss.
+* ``upward`` (0 to 1, default 0): the same the other way round, and not together with ``distil``. The narrowest width learns
+  from the labels, and its softmax output is the soft part of all wider ones' target. Where many devices train the narrowest
+  width and few the widest, it is the one that knows the classes which those few have not. The loss that is told is then that
+  of the full width against its mixed target.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,16 +38,17 @@ def train(task: Task) -> Trained:
     """See `edge_runtime.rules.Rule.train`. The batch order depends on the recipe's seed and the round alone."""
     knobs, mover = _knobs(task.recipe), loop.Mover(task)
     if not knobs.widths or not task.engine.structure.capacity:
-        return loop.run(task, mover.step)
+        return loop.run(task, mover.step, held=mover.held)
     rng = loop.rng_of(task)
     sandwich = _Sandwich(task, knobs, mover, rng)
-    return loop.run(task, sandwich.step, rng)
+    return loop.run(task, sandwich.step, rng, dataclasses.replace(mover.held, views=[sandwich.narrow]))
 
 
 @dataclass(frozen=True, slots=True)
 class _Knobs:
     widths: int
     distil: float
+    upward: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +74,48 @@ class _Sandwich:
         return loss
 
     def _pass(self, x: Floats, y: Labels, others: list[int], scale: float) -> float:
-        engine = self.task.engine
-        kind = self.task.recipe.loss
-        loss = engine.forward_backward(x, y, scale=scale, loss=kind)
-        target = _mixed(y, engine.logits, self.knobs.distil) if self.knobs.distil else y
-        for capacity in others:
-            if capacity not in self.narrow:
-                self.narrow[capacity] = engine.narrow(engine.structure.narrowed(capacity))
-            self.narrow[capacity].forward_backward(x, target, scale=scale, loss=kind)
+        """Run all widths: the first learns from the labels, and the others may learn from it; give the full one's loss."""
+        task, knobs = self.task, self.knobs
+        top, kind = task.engine.structure.capacity, task.recipe.loss
+        soft = knobs.upward or knobs.distil
+        order = [*reversed(others), top] if knobs.upward else [top, *others]
+        target: Labels | Floats = y
+        loss = 0.0
+        for place, capacity in enumerate(order):
+            engine = self._engine(capacity)
+            found = engine.forward_backward(x, target, scale=scale, loss=kind)
+            loss = found if capacity == top else loss
+            if soft and not place:
+                target = _mixed(y, engine.logits, soft)
         return loss
 
+    def _engine(self, capacity: int) -> Engine:
+        engine = self.task.engine
+        if capacity == engine.structure.capacity:
+            return engine
+        if capacity not in self.narrow:
+            self.narrow[capacity] = engine.narrow(engine.structure.narrowed(capacity))
+        return self.narrow[capacity]
+
     def _widths(self) -> list[int]:
-        between = self.rng.permutation(np.arange(1, self.task.engine.structure.capacity))[: self.knobs.widths]
+        """Draw the other widths of a step; there are none below the narrowest, to which an order may have been cut."""
+        capacity = self.task.engine.structure.capacity
+        if not capacity:
+            return []
+        between = self.rng.permutation(np.arange(1, capacity))[: self.knobs.widths]
         return [*sorted((int(k) for k in between), reverse=True), 0]
 
 
 def _knobs(recipe: Recipe) -> _Knobs:
-    widths, distil = recipe.knobs.get("widths", 0.0), recipe.knobs.get("distil", 0.0)
+    widths, distil, upward = (recipe.knobs.get(name, 0.0) for name in ("widths", "distil", "upward"))
     if widths != int(widths) or not 0 <= widths <= 64:
         raise SpecError(f"knob widths = {widths}: write a whole number from 0 to 64")
-    if not 0 <= distil <= 1:
-        raise SpecError(f"knob distil = {distil}: write a number from 0 to 1")
-    return _Knobs(int(widths), distil)
+    for name, soft in (("distil", distil), ("upward", upward)):
+        if not 0 <= soft <= 1:
+            raise SpecError(f"knob {name} = {soft}: write a number from 0 to 1")
+    if distil and upward:
+        raise SpecError(f"knobs distil = {distil} and upward = {upward}: write 0 for one of them")
+    return _Knobs(int(widths), distil, upward)
 
 
 def _mixed(y: Labels, logits: Floats, soft: float) -> Floats:

@@ -16,7 +16,7 @@ from wire import memory
 from wire.errors import SpecError
 from wire.messages import BlobRef, Order, Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, tensor_shapes
-from wire.walk import HEAP
+from wire.walk import HEAP, Walk, heap, peak
 from wire.zoo import by_name
 
 WHOLE = Structure()
@@ -304,3 +304,53 @@ print(sorted({"numpy", "torch", "psutil", "sqlite3"} & set(sys.modules)))
 
 def test_a_linear_model_has_no_temporaries():
     assert memory.predict(linear(), WHOLE, Recipe(batch=1)).peak - HEAP < 2048
+
+
+def test_a_sequence_by_hand():
+    """lstm over 8 steps of 16 values, 64 units, then the last step and a linear layer."""
+    rows = Axis("h", outer=4)
+    tensors = (
+        *(TensorSpec("ih", (rows, Axis(inner=16))), TensorSpec("hh", (rows, Axis("h")))),
+        *(TensorSpec("bi", (rows,)), TensorSpec("bh", (rows,))),
+        *(TensorSpec("o.weight", (Axis("c"), Axis("h"))), TensorSpec("o.bias", (Axis("c"),))),
+    )
+    nodes = (
+        Node("r", "lstm", ("input",), {"weight_ih": "ih", "weight_hh": "hh", "bias_ih": "bi", "bias_hh": "bh"}),
+        Node("l", "last", ("r",)),
+        Node("o", "linear", ("l",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    spec = ModelSpec("s", (8, 16), 16, (AxisGroup("h", 64), AxisGroup("c", 16, prunable=False)), tensors, nodes)
+    count = 32
+    weights, head = 4 * (256 * 16 + 256 * 64 + 2 * 256), 4 * (16 * 64 + 16)
+    x, states, gates = 4 * count * 8 * 16, 4 * count * 8 * 64, 4 * count * 8 * 256
+    # Instant 6, backward of the layer: the batch twice, gates and states, its output and that's gradient, and its own copies.
+    held = 2 * x + gates + 2 * states + 2 * states
+    inside = 7 * weights // 2 + 9 * gates // 4 + 2 * states
+    walk = Walk(spec, WHOLE, count, backward=True)
+    assert peak(walk) == held + inside
+    found = memory.predict(spec, WHOLE, Recipe(batch=count, clip=1.0)).peak
+    assert found == heap(walk) + 2 * (weights + head) + held + inside
+    assert heap(walk) > 10 * (200 << 10), "the library's own code"
+    narrow = Structure(0, {"h": (16, 64)}, "ab" * 32)
+    assert peak(Walk(spec, narrow, count, backward=True)) < (held + inside) / 3
+
+
+def test_what_is_not_saved_is_gone_and_what_is_copied_counts():
+    def taken(*nodes, shape=(64, 256), batch=64):
+        last = ModelSpec("n", shape, prod(shape), (AxisGroup("c", 1, prunable=False),), BARE, nodes)
+        return peak(Walk(last, WHOLE, batch, backward=True))
+
+    size = 4 * 64 * 64 * 256
+    norm = Node("n", "layer_norm", ("input",), {"weight": "w", "bias": "b"})
+    plain = taken(norm, Node("f", "flatten", ("n",)))
+    assert (
+        taken(norm, Node("d", "dropout", ("n",), {}, {"permille": 100}), Node("f", "flatten", ("d",))) - plain
+        == 2 * size
+    )
+    assert taken(norm, Node("t", "reshape", ("n",), {}, {"d0": 64 * 256}), Node("f", "flatten", ("t",))) - plain == 0
+    assert (
+        taken(norm, Node("t", "transpose", ("n",), {}, {"first": 0, "second": 1}), Node("f", "flatten", ("t",))) > plain
+    )
+
+
+BARE = (TensorSpec("w", (Axis(inner=256),)), TensorSpec("b", (Axis(inner=256),)))

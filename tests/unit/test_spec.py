@@ -91,7 +91,7 @@ CONV = {"kernel": 3, "stride": 1, "padding": 1}
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        (changed("r", op="gelu"), "not one of"),
+        (changed("r", op="swiglu"), "not one of"),
         (changed("r", inputs=("p",)), "not there yet"),
         (changed("r", inputs=("c", "c")), "2 inputs"),
         (changed("r", attrs={"kernel": 1}), "attrs"),

@@ -151,7 +151,7 @@ def test_evaluate_measures_every_width(tmp_path):
 
 
 def test_still_answers_with_zeros_and_no_engine(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "open_engine", None)
+    monkeypatch.setattr(worker, "warm", None)
     still = Recipe(rule="still")
     done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [NESTED.narrowed(1)], still), dataset(SPEC))
     assert isinstance(done, Done)

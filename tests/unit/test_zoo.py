@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import ceil, prod
+
 import pytest
 
 from wire import zoo
 from wire.errors import ConfigError, SpecError
-from wire.spec import Structure, encode, group_sizes, node_shapes, parameter_count
+from wire.spec import Structure, encode, group_sizes, node_shapes, parameter_count, tensor_shape
 
 COUNTS = {
     "linear": 64 * 10 + 10,
@@ -14,6 +16,7 @@ COUNTS = {
     "digits-cnn": 9 * 32 + 32 + 32 * 9 * 64 + 64 + 1024 * 1536 + 1536 + 1536 * 10 + 10,
     "lenet-300-100": 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10,
     "lenet-5": 25 * 6 + 6 + 25 * 6 * 16 + 16 + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10,
+    "har-cnn": 5 * 9 * 32 + 32 + 5 * 32 * 64 + 64 + 512 * 128 + 128 + 128 * 6 + 6,
     "conv-2": 25 * 32 + 32 + 25 * 32 * 64 + 64 + 3136 * 2048 + 2048 + 2048 * 62 + 62,
     "vgg-11": 9 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 3 * 512 * 512)
     + (64 + 128 + 2 * 256 + 4 * 512)
@@ -97,3 +100,24 @@ def test_load_reads_names_and_files(tmp_path):
         zoo.load(path)
     with pytest.raises(ConfigError, match="directory"):
         zoo.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_a_narrower_model_has_the_weights_of_that_width_and_begins_by_its_own_inputs(name):
+    whole, narrow = zoo.by_name(name), zoo.load(f"{name}@0.5")
+    widths = {g.name: (ceil(g.size / 2),) for g in whole.groups if g.prunable}
+    assert parameter_count(narrow, Structure()) == parameter_count(whole, Structure(0, widths))
+    assert narrow.name == f"{name}-0.5"
+    for tensor in narrow.tensors:
+        if tensor.init in ("kaiming", "fan"):
+            shape = tensor_shape(tensor, group_sizes(narrow, Structure()))
+            assert tensor.fan_in == prod(shape[1:])
+    assert zoo.load(f"{name}@1").nodes == whole.nodes
+    assert zoo.whole(f"{name}@0.5") == name
+    assert zoo.whole("some/where@0.5") == "some/where@0.5"
+
+
+@pytest.mark.parametrize("word", ["", "0", "1.5", "half", "nan"])
+def test_a_narrower_model_of_no_fraction_is_refused(word):
+    with pytest.raises(ConfigError, match="behind the @"):
+        zoo.load(f"digits-mlp@{word}")

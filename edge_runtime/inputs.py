@@ -1,0 +1,45 @@
+"""What an order is done with: the model's file, read once, and the device's samples in the shape that the model wants."""
+
+from __future__ import annotations
+
+import functools
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from edge_runtime.data import Dataset
+from edge_runtime.engines.arrays import Floats, Labels
+from wire.errors import DataError
+from wire.spec import ModelSpec, decode
+
+
+def read_spec(path: str) -> ModelSpec:
+    """Read and check a model file; one that has not changed is not read again.
+
+    Raises:
+        PeerError, SpecError: It is no model that can be run.
+    """
+    status = Path(path).stat()
+    return _decoded(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _decoded(path: str, changed: int, size: int) -> ModelSpec:
+    del changed, size  # they tell one content of the path from another
+    return decode(Path(path).read_bytes())
+
+
+def part_of(spec: ModelSpec, data: Dataset, name: Literal["train", "test"]) -> tuple[Floats, Labels]:
+    """Give one part of the device's data in the shape that the model wants.
+
+    Raises:
+        DataError: It is empty, or its samples or classes do not fit the model.
+    """
+    x, y = data.train if name == "train" else data.test
+    if not len(x):
+        raise DataError(f"{data.name}: the {name} part is empty")
+    if prod(data.input_shape) != prod(spec.input_shape):
+        raise DataError(f"{data.name}: a sample is {data.input_shape}, model {spec.name} wants {spec.input_shape}")
+    if data.classes > spec.classes:
+        raise DataError(f"{data.name} has {data.classes} classes, model {spec.name} tells {spec.classes} apart")
+    return x.reshape(len(x), *spec.input_shape), y

@@ -1,0 +1,1 @@
+"""Models from elsewhere: ordinary torch modules as specs."""

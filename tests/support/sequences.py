@@ -1,0 +1,89 @@
+"""Models with gates, heads and norms of batches: for tests of whatever cuts them."""
+
+from __future__ import annotations
+
+from wire.spec import Axis, AxisGroup, ModelSpec, Node, TensorSpec, check
+
+STEPS, WIDTH, CLASSES = 5, 6, 3
+GATES = {"lstm": 4, "gru": 3}
+_HEADS, _HEAD = 4, 3
+
+
+def recurrent(op: str, hidden: int = 8, second: int = 6) -> ModelSpec:
+    """Two recurrent layers, one behind the other, and a linear one: groups a and b can be cut."""
+    tensors, nodes, before = [], [], ("input", Axis(inner=WIDTH))
+    for name in "ab":
+        rows = Axis(name, outer=GATES[op])
+        tensors += [
+            TensorSpec(f"{name}.ih", (rows, before[1]), "fan", WIDTH),
+            TensorSpec(f"{name}.hh", (rows, Axis(name)), "fan", hidden),
+            TensorSpec(f"{name}.bih", (rows,), "fan", hidden),
+            TensorSpec(f"{name}.bhh", (rows,), "fan", hidden),
+        ]
+        roles = {"weight_ih": f"{name}.ih", "weight_hh": f"{name}.hh"}
+        roles |= {"bias_ih": f"{name}.bih", "bias_hh": f"{name}.bhh"}
+        nodes.append(Node(name, op, (before[0],), roles))
+        before = (name, Axis(name))
+    tensors += [TensorSpec("o.weight", (Axis("c"), Axis("b")), "fan", second), TensorSpec("o.bias", (Axis("c"),))]
+    nodes += [Node("l", "last", ("b",)), Node("o", "linear", ("l",), {"weight": "o.weight", "bias": "o.bias"})]
+    groups = (AxisGroup("a", hidden), AxisGroup("b", second), AxisGroup("c", CLASSES, prunable=False))
+    return check(ModelSpec(op, (STEPS, WIDTH), CLASSES, groups, tuple(tensors), tuple(nodes)))
+
+
+def attended(*, cut_width: bool = False) -> ModelSpec:
+    """A linear layer for each step, attention by 4 heads of 3 beside it, a norm, and a linear layer over all steps.
+
+    Group heads can be cut; with `cut_width` also e, what each step holds, of which a flatten makes 5 runs.
+    """
+    tensors = (
+        *(TensorSpec("p.weight", (Axis("e"), Axis(inner=WIDTH)), "fan", WIDTH), TensorSpec("p.bias", (Axis("e"),))),
+        TensorSpec("m.in", (Axis("heads", _HEAD, 3), Axis("e")), "fan", 8),
+        TensorSpec("m.bin", (Axis("heads", _HEAD, 3),), "fan", 8),
+        TensorSpec("m.out", (Axis("e"), Axis("heads", _HEAD)), "fan", 12),
+        TensorSpec("m.bout", (Axis("e"),)),
+        *(TensorSpec("n.weight", (Axis("e"),), "ones"), TensorSpec("n.bias", (Axis("e"),))),
+        *(TensorSpec("o.weight", (Axis("c"), Axis("e", 1, STEPS)), "fan", 40), TensorSpec("o.bias", (Axis("c"),))),
+    )
+    roles = {"weight_in": "m.in", "bias_in": "m.bin", "weight_out": "m.out", "bias_out": "m.bout"}
+    nodes = (
+        Node("p", "linear", ("input",), {"weight": "p.weight", "bias": "p.bias"}),
+        Node("m", "attention", ("p",), roles, {"head": _HEAD}),
+        Node("s", "add", ("p", "m")),
+        Node("n", "layer_norm", ("s",), {"weight": "n.weight", "bias": "n.bias"}),
+        Node("f", "flatten", ("n",)),
+        Node("o", "linear", ("f",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    groups = (
+        AxisGroup("e", 8, prunable=cut_width),
+        AxisGroup("heads", _HEADS),
+        AxisGroup("c", CLASSES, prunable=False),
+    )
+    return check(ModelSpec("attended", (STEPS, WIDTH), CLASSES, groups, tensors, nodes))
+
+
+def normed(permille: int = 0) -> ModelSpec:
+    """A linear layer 3 -> 4, batch norm, relu, dropout, and a linear layer -> 2: group a can be cut."""
+    tensors = [
+        *(TensorSpec("a.weight", (Axis("a"), Axis(inner=3)), "fan", 3), TensorSpec("a.bias", (Axis("a"),))),
+        *(TensorSpec("n.weight", (Axis("a"),), "ones"), TensorSpec("n.bias", (Axis("a"),))),
+        *(TensorSpec("n.mean", (Axis("a"),)), TensorSpec("n.variance", (Axis("a"),), "ones")),
+        *(TensorSpec("o.weight", (Axis("c"), Axis("a")), "fan", 4), TensorSpec("o.bias", (Axis("c"),))),
+    ]
+    nodes = (
+        Node("a", "linear", ("input",), {"weight": "a.weight", "bias": "a.bias"}),
+        Node("n", "batch_norm", ("a",), {role: f"n.{role}" for role in ("weight", "bias", "mean", "variance")}),
+        Node("r", "relu", ("n",)),
+        Node("d", "dropout", ("r",), {}, {"permille": permille}),
+        Node("o", "linear", ("d",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    groups = (AxisGroup("a", 4), AxisGroup("c", 2, prunable=False))
+    return check(ModelSpec("normed", (3,), 2, groups, tuple(tensors), nodes))
+
+
+MODELS = {
+    "lstm": (recurrent("lstm"), {"a": (3, 5, 8), "b": (2, 4, 6)}),
+    "gru": (recurrent("gru"), {"a": (3, 5, 8), "b": (2, 4, 6)}),
+    "attention": (attended(), {"heads": (1, 3, 4)}),
+    "attention, all cut": (attended(cut_width=True), {"heads": (1, 3, 4), "e": (2, 5, 8)}),
+}
+"""Model and three widths of all that can be cut."""

@@ -1,0 +1,109 @@
+"""What an order may take while it runs: the operator's file, and a machine that runs short."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from edge_runtime.memory import limit
+from edge_runtime.memory.guard import Gauge
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("24 MiB", 24 * MIB),
+        ("25165824\n", 24 * MIB),
+        ("0", 0),
+        ("", 0),
+        ("lots", 0),
+        ("-5", 0),
+        ("24 MiB" + " " * 99, 24 * MIB),
+    ],
+)
+def test_the_operators_file(tmp_path, text, found):
+    path = tmp_path / limit.FILE
+    assert limit.told(path) == 0
+    path.write_text(text)
+    assert limit.told(path) == found
+
+
+@pytest.mark.parametrize(
+    ("configured", "text", "found"),
+    [(0, "", 336), (5, "", 5), (0, "7", 7), (5, "7", 5), (9, "7", 7), (5, "?", 5), (0, "999 MiB", 336)],
+)
+def test_the_least_is_granted(tmp_path, configured, text, found):
+    """Free are 500 MiB, of which 64 are a reserve and 100 are the worker's own."""
+    file = tmp_path / limit.FILE
+    file.write_text(text)
+    machine(tmp_path, 500 * MIB, resident=0)
+    grant = limit.Grant(configured, 64 * MIB, file, tmp_path)
+    assert grant.now(100 * MIB) == (336 * MIB if found == 336 else found)
+    machine(tmp_path, 1 * MIB, resident=0)
+    fresh = limit.Grant(configured, 64 * MIB, file, tmp_path)
+    assert fresh.now(0) == 1, "nothing is left, which 0 would not say"
+
+
+def test_another_word_of_the_operators_is_heard_at_once(tmp_path):
+    file = tmp_path / limit.FILE
+    machine(tmp_path, 500 * MIB, resident=0)
+    grant = limit.Grant(0, 0, file, tmp_path)
+    assert (grant.now(0), grant.changed()) == (500 * MIB, False)
+    file.write_text("48 MiB")
+    assert (grant.changed(), grant.changed(), grant.now(0)) == (True, False, 48 * MIB)
+    file.unlink()
+    assert (grant.changed(), grant.now(0)) == (True, 500 * MIB)
+
+
+def machine(root, free, resident):
+    (root / "proc" / str(os.getpid())).mkdir(parents=True, exist_ok=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 999999 kB\nMemAvailable: {free // 1024} kB\n")
+    (root / "proc" / str(os.getpid()) / "status").write_text(f"VmRSS:\t{resident // 1024} kB\n")
+
+
+def looked(root, reserve=64 * MIB, file=None, monkeypatch=None):
+    gauge = Gauge()
+    gauge.bytes_base = 100 * MIB
+    return limit.Limit(file, reserve, gauge, root)
+
+
+@pytest.mark.parametrize(
+    ("free", "room"),
+    [
+        (500 * MIB, 0),
+        (40 * MIB, 0),  # the reserve is eaten into, but not by half
+        (32 * MIB, 0),
+        (24 * MIB, 60 * MIB),  # it holds 100 MiB above base; 40 of the reserve are missing
+        (0, 0),  # the kernel does not say
+    ],
+)
+def test_half_a_reserve_left_is_made_whole(tmp_path, free, room):
+    machine(tmp_path, free, resident=200 * MIB)
+    assert looked(tmp_path)(0.5) == room
+    assert looked(tmp_path, reserve=0)(0.5) == 0
+
+
+def test_never_nothing(tmp_path):
+    machine(tmp_path, 1 * MIB, resident=120 * MIB)
+    assert looked(tmp_path)(0.5) == 1, "0 would mean that there is no limit"
+
+
+def test_the_lesser_of_both_five_times_a_second(tmp_path, monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(limit.time, "monotonic", lambda: now[0])
+    file = tmp_path / limit.FILE
+    machine(tmp_path, 24 * MIB, resident=200 * MIB)
+    look = looked(tmp_path, file=file)
+    assert look(0.1) == 60 * MIB
+    file.write_text("48 MiB")
+    now[0] += 0.19
+    assert look(0.1) == 60 * MIB, "not yet"
+    now[0] += 0.02
+    assert look(0.1) == 48 * MIB
+    file.unlink()
+    machine(tmp_path, 500 * MIB, resident=200 * MIB)
+    now[0] += 1.0
+    assert look(0.1) == 0
