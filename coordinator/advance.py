@@ -7,6 +7,7 @@ same bytes as result. New blobs lie in the spool when it returns; making them du
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -22,13 +23,14 @@ from coordinator.algorithm import DeviceView, Draft, State, rng_of
 from coordinator.algorithms import by_name
 from coordinator.answers import Answers
 from coordinator.blocks.initial import initial_weights
+from coordinator.blocks.masks import capacities_of, masks_at, structure_at
 from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
 from wire.errors import Malformed, NestlingError, SpecError
 from wire.job import read_frame, write_frame
 from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
-from wire.messages import BlobRef, Order, Reply
+from wire.messages import BlobRef, Order, Recipe, Reply
 from wire.schema import Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
@@ -77,6 +79,24 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class Sized:
+    """What one size of a model with nested masks is published as: values alone, and where they stand.
+
+    Attributes:
+        shell: The kept weights.
+        masks: The masks; None where every weight is kept.
+    """
+
+    shell: BlobRef
+    masks: BlobRef | None
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Both, or the one that there is."""
+        return (self.shell,) if self.masks is None else (self.masks, self.shell)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of it.
 
@@ -87,6 +107,7 @@ class Outcome:
         shell_of: For each capacity, how many of `shells` make it up.
         structures: Every width of the model, narrowest first; with masks the one that they make.
         masks: The masks to publish; None when every weight is kept.
+        sized: With nested masks, what each capacity is published as, instead of `shells` and `masks`.
         error: Why nothing came of it; empty when all is well.
     """
 
@@ -96,15 +117,20 @@ class Outcome:
     shell_of: tuple[Natural, ...] = ()
     structures: tuple[Structure, ...] = ()
     masks: BlobRef | None = None
+    sized: tuple[Sized, ...] = ()
     error: str = field(default="")
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
         """All blobs that devices may need of it."""
+        if self.sized:
+            return tuple(ref for one in self.sized for ref in one.blobs)
         return self.shells if self.masks is None else (self.masks, *self.shells)
 
     def order(self, draft: Draft, head: Head) -> Order:
         """Complete a draft with ids, blobs and the deadline."""
+        capacity = draft.structure.capacity
+        masks = self.sized[capacity].masks if self.sized else self.masks
         return Order(
             id=head.id,
             run=head.run,
@@ -112,13 +138,23 @@ class Outcome:
             device=draft.device,
             verb=draft.verb,
             spec=head.spec,
-            shells=self.shells[: self.shell_of[draft.structure.capacity]],
+            shells=(self.sized[capacity].shell,) if self.sized else self.shells[: self.shell_of[capacity]],
             structures=(draft.structure,),
             recipe=draft.recipe,
             bytes_peak=draft.bytes_peak,
             seconds=head.seconds,
-            masks=self.masks if draft.structure.masks else None,
+            masks=masks if draft.structure.masks else None,
         )
+
+    def evaluations(self, head: Head, recipe: Recipe) -> tuple[Order, ...]:
+        """Give the orders that measure every width: one for all, or with nested masks one for each size.
+
+        Their metrics have different names, so that all of them together are those of the model.
+        """
+        drafts = [Draft("local", "evaluate", structure, recipe) for structure in self.structures]
+        if self.sized:
+            return tuple(self.order(draft, head) for draft in drafts)
+        return (dataclasses.replace(self.order(drafts[-1], head), structures=self.structures),)
 
 
 def advance(task: Task) -> Outcome:
@@ -136,11 +172,38 @@ def advance(task: Task) -> Outcome:
         weights = initial_weights(spec, task.seed)
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
     if task.closing:
-        state = algorithm.close(state, Answers(spool, spec, task.replies, held_by(spec, state)))
+        state = algorithm.close(state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state)))
     state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
+    if state.mask_levels:
+        structures = structures_of(state)
+        sized = tuple(_sized(spool, spec, state, structure.capacity) for structure in structures)
+        return Outcome(save_state(spool, state).digest, tuple(drafts), structures=structures, sized=sized)
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
     return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks)
+
+
+def sizes_of(spec: ModelSpec, state: State) -> dict[str, Held]:
+    """Give, by the digest that a structure names, the masks of every size as its devices hold them; none without levels.
+
+    Memory: a byte per weight and size.
+    """
+    found = {}
+    for structure in structures_of(state) if state.mask_levels else ():
+        if structure.masks:
+            masks = masks_at(state.mask_levels, structure.capacity)
+            found[structure.masks] = Held(masks, outline_of_model(spec, masks))
+    return found
+
+
+def _sized(spool: Spool, spec: ModelSpec, state: State, capacity: int) -> Sized:
+    """Write one size: its values, and its masks."""
+    masks = masks_at(state.mask_levels, capacity)
+    if not masks:
+        weights = {name: np.ascontiguousarray(array, np.float32).ravel() for name, array in state.weights.items()}
+        return Sized(write(spool, "shell", weights, {"capacity": 0}), None)
+    held = Held(masks, outline_of_model(spec, masks))
+    return Sized(_masked_shell(spool, state, held), _into(spool, lambda path: write_masks(path, masks)))
 
 
 def held_by(spec: ModelSpec, state: State) -> Held:
@@ -158,7 +221,7 @@ def encode_shells(
     """
     structures = structures_of(state)
     if state.masks:
-        return (_masked_shell(spool, spec, state),), (1,), structures
+        return (_masked_shell(spool, state, held_by(spec, state)),), (1,), structures
     whole = cutting.to_wire(spec, state.weights, state.levels)
     refs: list[BlobRef] = []
     shell_of = []
@@ -171,9 +234,8 @@ def encode_shells(
     return tuple(refs), tuple(shell_of), structures
 
 
-def _masked_shell(spool: Spool, spec: ModelSpec, state: State) -> BlobRef:
+def _masked_shell(spool: Spool, state: State, held: Held) -> BlobRef:
     """Write the kept weights and nothing else; where they stand is said by the masks' own blob."""
-    held = held_by(spec, state)
     lines = {
         name: np.ascontiguousarray(array[held.masks[name]] if name in held.masks else array, np.float32)
         for name, array in state.weights.items()
@@ -184,6 +246,12 @@ def _masked_shell(spool: Spool, spec: ModelSpec, state: State) -> BlobRef:
 
 def structures_of(state: State) -> tuple[Structure, ...]:
     """Give every width of a state, narrowest first; exactly one, the whole model, when nothing is cut."""
+    if state.mask_levels:
+        if state.widths or state.masks:
+            raise SpecError(
+                "a state has nested masks, and widths or masks beside them; this runtime knows one of these"
+            )
+        return tuple(structure_at(state.mask_levels, k) for k in range(capacities_of(state.mask_levels)))
     if not state.widths:
         return (cutting.masked(state.masks) if state.masks else Structure(),)
     if state.masks:
@@ -200,6 +268,7 @@ def save_state(spool: Spool, state: State) -> BlobRef:
         **{f"l/{name}": array for name, array in state.levels.items()},
         **{f"x/{name}": array for name, array in state.arrays.items()},
         **{f"m/{name}": np.packbits(mask) for name, mask in state.masks.items()},
+        **{f"k/{name}": array for name, array in state.mask_levels.items()},
     }
     meta = {"round": state.round, "widths": {k: list(v) for k, v in state.widths.items()}, "scalars": state.scalars}
     if state.form:
@@ -212,7 +281,7 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
     blob = tensor.open_blob(spool.path(digest))
     if blob.kind != "state":
         raise Malformed(f"expected a state, got a {blob.kind!r}")
-    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}, "m": {}}
+    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}, "m": {}, "k": {}}
     for name in blob.names:
         room, _, rest = name.partition("/")
         parts[room][rest] = blob.tensor(name)
@@ -232,6 +301,7 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
         arrays=parts["x"],
         masks=masks,
         form=blob.meta.get("form", ""),
+        mask_levels=parts["k"],
     )
 
 

@@ -43,6 +43,9 @@ class State:
         masks: What is kept of which weights, by tensor name, in the tensor's whole shape; empty when every weight is kept.
             What devices are sent and what is measured are the kept weights alone; what `weights` holds elsewhere is the
             algorithm's own business. Masks and widths do not go together yet.
+        mask_levels: Nested masks, for devices of several sizes, instead of `masks`: tensor name to the narrowest capacity that
+            keeps each weight, in the tensor's shape, and 255 for a weight that none keeps. Capacity k keeps the levels up to
+            k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`).
         form: How the values of masked weights travel down, one of `wire.forms.FORMS`; what that loses is lost to the devices
             of one round, and never to `weights`.
     """
@@ -56,6 +59,7 @@ class State:
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     masks: Masks = field(default_factory=dict)
     form: str = ""
+    mask_levels: Levels = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,20 +36,28 @@ class Answers:
     """The replies of a round, as often as an algorithm likes, in the order of device names, one large update at a time.
 
     Small updates stay open from one pass to the next, because opening one costs more than reading it.
+
+    Attributes:
+        spool: Where the updates are.
+        spec: The model.
+        replies: Of the round.
+        held: The masks that all of them are about.
+        sizes: With nested masks: by the digest that a reply's structure names, those that it is about instead.
     """
 
     spool: Spool
     spec: ModelSpec
     replies: tuple[Reply, ...]
     held: Held = WHOLE
-    _open: dict[str, _Read] = field(default_factory=dict)
+    sizes: Mapping[str, Held] = field(default_factory=dict)
+    _open: dict[tuple[str, str], _Read] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Answer]:
         """Yield one `Answer` at a time; its arrays are valid until the next one."""
         for reply in sorted(self.replies, key=lambda r: r.device):
             if reply.update is None:
                 continue
-            read = self._read(reply.update)
+            read = self._read(reply.update, reply.structure.masks)
             yield Answer(
                 device=reply.device,
                 samples=reply.samples,
@@ -61,33 +69,35 @@ class Answers:
                 extras=read.extras,
             )
 
-    def _read(self, ref: BlobRef) -> _Read:
-        known = self._open.get(ref.digest)
+    def _read(self, ref: BlobRef, about: str) -> _Read:
+        known = self._open.get((ref.digest, about))
         if known is not None:
             return known
-        masks = self.held.masks
-        path, outline = self.spool.path(ref.digest), self.held.outline
+        held = self.sizes.get(about, self.held)
+        masks = held.masks
+        path, outline = self.spool.path(ref.digest), held.outline
         with tensor.open_blob(path, elements_max=2 * parameter_count(self.spec, Structure()), outline=outline) as blob:
             told = [name for name in blob.names if name.startswith(TOLD)]
             moved = [name for name in blob.names if not name.startswith(TOLD)]
             known = _Read(
-                {name: self._whole(blob, name) for name in moved},  # the views keep the file mapped
+                {name: _whole(held, blob, name) for name in moved},  # the views keep the file mapped
                 {name: _sent(blob, name, masks) for name in moved if blob.entry(name).encoding != "dense"},
                 {name.removeprefix(TOLD): blob.sparse(name) for name in told},
             )
             views = all(blob.entry(name).encoding == "dense" and not blob.entry(name).form for name in blob.names)
         if views and ref.size <= _KEPT_OPEN_BYTES:
-            self._open[ref.digest] = known
+            self._open[ref.digest, about] = known
         return known
 
-    def _whole(self, blob: tensor.Blob, name: str) -> np.ndarray[Any, Any]:
-        mask = self.held.masks.get(name)
-        if mask is None or not known_to(self.held, blob, name):
-            return blob.tensor(name, mask)
-        whole = np.zeros(mask.shape, np.float32)
-        whole[mask] = blob.values(name)
-        whole.flags.writeable = False
-        return whole
+
+def _whole(held: Held, blob: tensor.Blob, name: str) -> np.ndarray[Any, Any]:
+    mask = held.masks.get(name)
+    if mask is None or not known_to(held, blob, name):
+        return blob.tensor(name, mask)
+    whole = np.zeros(mask.shape, np.float32)
+    whole[mask] = blob.values(name)
+    whole.flags.writeable = False
+    return whole
 
 
 def known_to(held: Held, blob: tensor.Blob, name: str) -> bool:

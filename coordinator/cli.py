@@ -184,7 +184,9 @@ def _add_flags(parser: argparse.ArgumentParser, algo: str, fleet: str) -> None:
     parser.add_argument("--partition", default="dir0.5", help="how the data are split (default: dir0.5)")
     parser.add_argument("--fleet", default=fleet, help=f"profile of the virtual devices (default: {fleet})")
     parser.add_argument(
-        "--weather", default="fair", help="fair, gusty or stormy: slow and lost devices (default: fair)"
+        "--weather",
+        default="fair",
+        help="fair, gusty, stormy: slow and lost devices; squeezed: less memory (default: fair)",
     )
     parser.add_argument("--devices", type=int, default=5, help="virtual devices (default: 5)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
@@ -218,7 +220,7 @@ def _add_compare(commands: _Commands) -> None:
     compare.add_argument("--data", default="digits", metavar="NAME[=PATH]", help="data set (default: digits)")
     compare.add_argument("--partition", default="dir0.5", help="how the data are split (default: dir0.5)")
     compare.add_argument("--fleet", default="even", help="profile of the virtual devices, or a file (default: even)")
-    compare.add_argument("--weather", default="fair", help="fair, gusty or stormy (default: fair)")
+    compare.add_argument("--weather", default="fair", help="fair, gusty, stormy or squeezed (default: fair)")
     compare.add_argument("--devices", type=int, default=5, help="virtual devices (default: 5)")
     compare.add_argument("--select", default="all", help="who is asked: all, random:10, random:0.2 (default: all)")
     compare.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")

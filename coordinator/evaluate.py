@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.advance import Outcome
+from coordinator.advance import Head, Outcome
 from wire.child import Child, Ended, Said
 from wire.errors import WorkerLost
 from wire.job import Done, Failed, Job
-from wire.messages import BlobRef, Order, Recipe
+from wire.messages import BlobRef, Recipe
 from wire.spool import Spool
 
 _FAILURES_MAX = 3
@@ -42,14 +42,15 @@ class Evaluator:
         self._data = data
         self._spool = spool
         self._child: Child | None = None
-        self._waiting: Job | None = None
-        self._running: Job | None = None
+        self._waiting: tuple[Job, ...] = ()
+        self._running: tuple[Job, ...] = ()
+        self._found: list[dict[str, float]] = []
         self._failures = 0
 
     @property
     def idle(self) -> bool:
         """Whether everything that was asked has been measured (or given up)."""
-        return self._waiting is None and self._running is None
+        return not self._waiting and not self._running
 
     def start(self) -> None:
         """Start the worker ahead of the first model, so that loading its engine costs no round any time."""
@@ -58,28 +59,20 @@ class Evaluator:
 
     def measure(self, round_number: int, order_id: str, run: str, spec: BlobRef, outcome: Outcome) -> None:
         """Have all widths of a model measured."""
-        order = Order(
-            id=order_id,
-            run=run,
-            round=round_number,
-            device="local",
-            verb="evaluate",
-            spec=spec,
-            shells=outcome.shells,
-            structures=outcome.structures,
-            recipe=Recipe(batch=256),
-            masks=outcome.masks,
-        )
-        self._waiting = Job(
-            order=order,
-            spec=str(self._spool.path(spec.digest)),
-            shells=tuple(str(self._spool.path(s.digest)) for s in outcome.shells),
-            out=str(self._spool.root),
-            keep="",
-            bytes_budget=_BUDGET,
-            micro_batch=0,
-            threads=1,
-            masks="" if outcome.masks is None else str(self._spool.path(outcome.masks.digest)),
+        orders = outcome.evaluations(Head(order_id, run, round_number, spec, 0.0), Recipe(batch=256))
+        self._waiting = tuple(
+            Job(
+                order=order,
+                spec=str(self._spool.path(spec.digest)),
+                shells=tuple(str(self._spool.path(s.digest)) for s in order.shells),
+                out=str(self._spool.root),
+                keep="",
+                bytes_budget=_BUDGET,
+                micro_batch=0,
+                threads=1,
+                masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
+            )
+            for order in orders
         )
         self.start()
         self._feed()
@@ -95,17 +88,24 @@ class Evaluator:
             return None
         if not isinstance(event.frame, (Done, Failed)):
             return None
-        job, self._running = self._running, None
-        self._feed()
-        if isinstance(event.frame, Failed) or job is None:
+        jobs = self._running
+        if isinstance(event.frame, Failed) or not jobs:
+            self._running = ()
+            self._feed()
             return event.frame if isinstance(event.frame, Failed) else None
         self._failures = 0
-        return Measured(job.order.round, dict(event.frame.metrics))
+        self._found.append(dict(event.frame.metrics))
+        if len(self._found) < len(jobs):
+            self._send(jobs[len(self._found)])
+            return None
+        found = {name: value for metrics in self._found for name, value in metrics.items()}
+        self._running = ()
+        self._feed()
+        return Measured(jobs[0].order.round, found)
 
     def needs(self) -> set[str]:
         """Name the blobs that are still to be read."""
-        jobs = [job for job in (self._waiting, self._running) if job is not None]
-        return {ref.digest for job in jobs for ref in job.order.blobs}
+        return {ref.digest for job in (*self._waiting, *self._running) for ref in job.order.blobs}
 
     def stop(self) -> None:
         """End the worker."""
@@ -117,18 +117,22 @@ class Evaluator:
     def _retry(self) -> None:
         self._failures += 1
         self._waiting = self._waiting or self._running
-        self._running = None
+        self._running = ()
         if self._failures >= _FAILURES_MAX:
-            self._waiting = None
-        elif self._waiting is not None:
+            self._waiting = ()
+        elif self._waiting:
             self.start()
             self._feed()
 
     def _feed(self) -> None:
-        if self._child is None or self._running is not None or self._waiting is None:
+        if self._child is None or self._running or not self._waiting:
             return
-        job, self._waiting = self._waiting, None
-        self._running = job
+        self._running, self._waiting, self._found = self._waiting, (), []
+        self._send(self._running[0])
+
+    def _send(self, job: Job) -> None:
+        if self._child is None:
+            return
         try:
             self._child.send(job)
         except WorkerLost:

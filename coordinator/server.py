@@ -167,7 +167,8 @@ class Server:
     def _unusable(self, reply: Reply) -> str:
         order = self._standing.orders.get(reply.device)
         asked = order.structures[0] if order is not None else reply.structure
-        if reply.structure.capacity > asked.capacity or reply.structure != asked.narrowed(reply.structure.capacity):
+        narrower = asked.narrowed(reply.structure.capacity) if asked.widths else asked  # masks of a size are its own
+        if reply.structure.capacity > asked.capacity or reply.structure != narrower:
             return "the reply is for a structure that was not asked"
         if reply.update is None:
             return "the reply brings no update"

@@ -26,6 +26,7 @@ from wire.messages import Order, Refusal, Reply
 from wire.schema import to_plain
 
 MIB = 1 << 20
+_TIERS = ("paper", "ours", "baseline")
 
 
 @dataclass(slots=True)
@@ -325,9 +326,13 @@ def show_algorithms(name: str | None, *, as_json: bool) -> int:
         print(json.dumps({"algorithms": facts}))
         return 0
     if name is None:
-        rows = [[key, about["tier"], about["paper"], about["tests"]] for key, about in facts.items()]
-        print(table(["algorithm", "tier", "paper", "held to it by"], rows))
-        print("\ncoordinator algos NAME explains one")
+        ranked = sorted(facts.items(), key=lambda item: _TIERS.index(item[1]["tier"]))
+        rows = [
+            [key, about["tier"], about["paper"], Path(about["tests"]).stem.removeprefix("test_")]
+            for key, about in ranked
+        ]
+        print(table(["algorithm", "tier", "paper", "tests"], rows))
+        print("\ncoordinator algos NAME explains one; its tests are in tests/unit/test_TESTS.py")
         return 0
     about = facts[name]
     print(f"{name}: {about['summary']}\n\n{about['text']}\n")

@@ -24,6 +24,15 @@ ALGORITHMS: dict[str, str] = {
     "iterative": "coordinator.algorithms.iterative",
     "fixed": "coordinator.algorithms.fixed",
     "taper": "coordinator.algorithms.taper",
+    "heterofl": "coordinator.algorithms.heterofl",
+    "fjord": "coordinator.algorithms.fjord",
+    "fedmp": "coordinator.algorithms.fedmp",
+    "flexcom": "coordinator.algorithms.flexcom",
+    "hermes": "coordinator.algorithms.hermes",
+    "fedprox": "coordinator.algorithms.fedprox",
+    "perfedavg": "coordinator.algorithms.perfedavg",
+    "fiarse": "coordinator.algorithms.fiarse",
+    "fledge": "coordinator.algorithms.fledge",
 }
 """Name to module."""
 

@@ -8,27 +8,30 @@ filled in and why.
 * Joining goes partition by partition, from the narrowest width outward. On each, a device's weight is its samples times a
   function of the angle between its update and the mean update of all that cover the partition (FedAdp; ``angle`` is that
   function's steepness, and 0 leaves only the samples), the angle being averaged over the device's own rounds.
+* A device trains the widest width that its memory holds and, where ``deadline`` (seconds; 0 for memory alone) is set, whose
+  turn is over by then, judged by the turns that were measured there. A device that drops to a narrower width while it trains
+  is joined on what it then covers.
 * The recipe's ``widths`` and ``distil`` train narrower widths inside each device as well (see the rule `sgd`). The poster has
-  nothing like it; without it the narrow widths, and now and then the whole model, fail on uneven data.
+  nothing like it; without it (``recipe.widths`` 0) the narrow widths, and now and then the whole model, fail on uneven data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks import pace
 from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
+from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError
-from wire.memory import fit
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("NestFL, MobiCom 2022 (poster)", "paper", "tests/unit/test_nestfl.py")
@@ -37,6 +40,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
         "angle": 5.0,
+        "deadline": 0.0,
         "schedule": "constant",
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
@@ -51,16 +55,16 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults. The recipe was tuned on digits; docs/decisions/nestfl.md has the figures."""
 
-_WIDTHS_MAX = 64
-
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
     scheduled(recipe_of(known), str(known["schedule"]), 1)
-    widths = widths_of(spec, _fractions(str(known["fractions"])))
+    widths = widths_of(spec, fractions_of(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
+    if not float(known["deadline"]) >= 0.0:
+        raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
     levels = rank(spec, weights, widths)
     scalars = {"params": known, "clients": []}
     return State(spec, 0, dict(weights), levels, widths, scalars)
@@ -69,20 +73,12 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
 def plan(
     state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
 ) -> tuple[State, tuple[Draft, ...]]:
-    """See `coordinator.algorithm.Algorithm.plan`: rank, then give each device the widest structure that it can hold."""
+    """See `coordinator.algorithm.Algorithm.plan`: rank, then give each device the widest that it can hold, and in time."""
     params = state.scalars["params"]
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
-    whole = whole_of(state)
-    structures = [whole.narrowed(k) for k in range(whole.capacity + 1)]
-    drafts = []
-    for device in sorted(devices, key=lambda d: d.name):
-        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        fits = fit(state.spec, structures, seeded, device.bytes_budget, device.memory_scale)
-        if fits is not None:
-            drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))
-    return dataclasses.replace(state, round=round_number), tuple(drafts)
+    return pace.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng, float(params["deadline"]))
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -93,6 +89,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of another ranking than this round's.
     """
+    if state.scalars["params"]["deadline"]:
+        state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
     whole = whole_of(state)
     covers = covers_of(answers, whole)
     if not covers[0]:
@@ -155,14 +153,3 @@ def _weights(state: State, covers: Covers) -> list[list[float]]:
 def _memory(clients: int, capacities: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Give mean angles and how many rounds they are the mean of; both ``(clients, capacities)``."""
     return np.zeros((clients, capacities), np.float64), np.zeros((clients, capacities), np.int64)
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        fractions = tuple(float(word) for word in text.split())
-    except ValueError:
-        fractions = ()
-    rising = all(low < high for low, high in pairwise((0.0, *fractions)))
-    if not rising or not 1 <= len(fractions) <= _WIDTHS_MAX or fractions[-1] != 1.0:
-        raise ConfigError(f"parameter fractions = {text!r}: write rising numbers that end with 1, such as '0.25 0.5 1'")
-    return fractions

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.algorithm import Answer, Answers, Arrays, Masks
+from coordinator.algorithm import Answer, Answers, Arrays, Levels, Masks
 from coordinator.blocks.aggregate import shares
 from wire.errors import NonFinite
-from wire.spec import ModelSpec, Structure
-from wire.structure import paste_add
+from wire.spec import ModelSpec, Structure, node_shapes
+from wire.structure import masked, paste_add
 
 Scores = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
+
+NEVER = 255
+"""Level of a weight that no capacity keeps."""
 
 
 def maskable(spec: ModelSpec) -> tuple[str, ...]:
     """Name the tensors that may be masked, in the spec's order.
 
     They are the weights of linear layers and convolutions that one node alone uses, with a bias that it alone uses: what
-    engines take. Biases, norms and convolutions in groups are never masked.
+    engines take. Biases, norms, convolutions in groups and linear layers over many steps are never masked.
     """
     uses = [name for node in spec.nodes for name in node.params.values()]
+    shapes = node_shapes(spec, Structure())
     plain = (node for node in spec.nodes if node.op in ("linear", "conv2d") and node.attrs.get("groups", 1) == 1)
-    layers = [node.params for node in plain]
+    layers = [node.params for node in plain if node.op == "conv2d" or len(shapes[node.name]) == 1]
     found = {roles["weight"] for roles in layers if all(uses.count(name) == 1 for name in roles.values())}
     return tuple(tensor.name for tensor in spec.tensors if tensor.name in found)
 
@@ -93,6 +98,40 @@ def density(masks: Masks) -> float:
 def densities(masks: Masks) -> dict[str, float]:
     """Give the kept fraction by tensor name."""
     return {name: density({name: mask}) for name, mask in masks.items()}
+
+
+def nested_levels(sizes: Sequence[Masks]) -> dict[str, NDArray[np.uint8]]:
+    """Give the narrowest capacity that keeps each weight (`coordinator.algorithm.State.mask_levels`).
+
+    Args:
+        sizes: The masks of every capacity, narrowest first, each of the same tensors and each within the next.
+
+    Raises:
+        ValueError: One is not within the next.
+    """
+    levels = {name: np.full(mask.shape, NEVER, np.uint8) for name, mask in sizes[-1].items()}
+    for capacity in reversed(range(len(sizes))):
+        for name, mask in sizes[capacity].items():
+            if (levels[name][mask] != (capacity + 1 if capacity + 1 < len(sizes) else NEVER)).any():
+                raise ValueError(f"capacity {capacity} keeps weights of {name} that the next one does not")
+            levels[name][mask] = capacity
+    return levels
+
+
+def capacities_of(levels: Levels) -> int:
+    """Count the sizes of nested masks; 0 when there are none. Cost: one pass."""
+    return 1 + max((int(level[level != NEVER].max(initial=0)) for level in levels.values()), default=-1)
+
+
+def masks_at(levels: Levels, capacity: int) -> dict[str, Mask]:
+    """Give the masks of one size of nested ones; none at all where that keeps every weight."""
+    masks = {name: level <= capacity for name, level in levels.items()}
+    return {} if all(mask.all() for mask in masks.values()) else masks
+
+
+def structure_at(levels: Levels, capacity: int) -> Structure:
+    """Give what a device of that size is asked for. Cost: one pass over the masks, to name them."""
+    return dataclasses.replace(masked(masks_at(levels, capacity)), capacity=capacity)
 
 
 def masked_mean(

@@ -35,6 +35,8 @@ PARAM_OF_DENSITY: Mapping[str, str] = {"prunefl": "target", "lotteryfl": "recipe
 for the fraction that goes, ``sparsity``."""
 ROUNDS = "horizon"
 """The parameter that tells an algorithm how many rounds there will be."""
+OWN = ("run.model", "run.fleet")
+"""What a method may have of its own, as if they were parameters: one that cannot cut, a narrower model."""
 
 Params = Mapping[str, float | str]
 _SECONDS_BETWEEN = 30.0
@@ -98,12 +100,16 @@ class Comparison:
         known = algorithms.by_name(method.algo).PARAMS
         horizon = {ROUNDS: float(self.base.rounds)} if ROUNDS in known else {}
         full: dict[str, float | str] = {**horizon, **({} if density is None else method.keeping(density)), **params}
+        model, fleet = (
+            str(full.pop(name, kept)) for name, kept in zip(OWN, (self.base.model, self.base.fleet), strict=True)
+        )
         try:
             merged(known, full)
         except ConfigError as error:
             raise ConfigError(f"{method.label}: {error}") from None
         terms = dataclasses.replace(self.base.terms, tuning=tuning)
-        config = dataclasses.replace(self.base, algo=method.algo, seed=seed, params=full, terms=terms)
+        base = dataclasses.replace(self.base, model=model, fleet=fleet)
+        config = dataclasses.replace(base, algo=method.algo, seed=seed, params=full, terms=terms)
         return Trial(method.label, density, config)
 
 
@@ -300,7 +306,7 @@ def _methods(text: str, sets: Params, recipe: Params, configs: Path | None) -> t
         shared = {f"recipe.{name}": value for name, value in recipe.items()}
         for who in ("*", label):
             own = {key.partition(".")[2]: value for key, value in sets.items() if key.partition(".")[0] == who}
-            shared |= {k: v for k, v in own.items() if who == label or k in known or k.startswith("recipe.")}
+            shared |= {k: v for k, v in own.items() if who == label or k in (*known, *OWN) or k.startswith("recipe.")}
         options = tried.get(label, tried.get("*", [{}]))
         methods.append(Method(label, algo, tuple({**shared, **option} for option in options)))
     return tuple(methods)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.show import MIB, table
+from coordinator.simulate import compare_widths
+from coordinator.simulate.compare_widths import COSTS, accuracy, extent, median, median_cost, to_target, worst
 from coordinator.simulate.report import Result, pyplot
 from coordinator.simulate.trials import Failure, Trial
 from wire.errors import ConfigError
@@ -18,7 +20,6 @@ TIED = 0.005
 """Two methods whose accuracies differ by no more are tied."""
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
-_COSTS = ("round", "seconds_virtual", "bytes_up", "bytes_down", "flops")
 
 Found = Sequence[tuple[Trial, Result | Failure]]
 
@@ -58,8 +59,8 @@ def summed_up(found: Found, target: str) -> dict[str, Any]:
         wanted = targets.get((seed, trial.density), targets.get((seed, None))) if reference else share
         curve = [point for point in one["curve"] if point["accuracy"] is not None]
         peak = sorted(one["devices"], key=lambda device: device["bytes_peak"])[-1:]
-        thin = {**one, "devices": peak, "curve": curve, "target": wanted, "to_target": _to_target(curve, wanted)}
-        runs.append({**about, **thin})
+        thin = {**one, "devices": peak, "curve": curve, "target": wanted, "to_target": to_target(curve, wanted)}
+        runs.append({**about, **thin, "to_target_worst": to_target(curve, wanted, worst)})
     rows = [_row(group) for group in _groups(runs)]
     for row in rows:
         _judge(row, rows, runs)
@@ -79,14 +80,6 @@ def _targets(found: Found, share: float, reference: str) -> dict[tuple[int, floa
                 place = trial.config.seed, density
                 targets[place] = max(reached, targets.get(place, 0.0))
     return targets
-
-
-def _to_target(curve: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, Any] | None:
-    """Give what a run had cost when it was first measured at its target; None when it never was."""
-    if target is None:
-        return None
-    point = next((p for p in curve if p["accuracy"] >= target), None)
-    return None if point is None else {name: point[name] for name in _COSTS}
 
 
 def _groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -111,24 +104,15 @@ def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "runs": len(group),
         "failed": len(group) - len(good),
         "error": next((run["error"] for run in group if "error" in run), ""),
-        "accuracy": {
-            "median": statistics.median(accuracies) if accuracies else None,
-            "least": min(accuracies, default=None),
-            "most": max(accuracies, default=None),
-        },
-        **{name: _median([run[name] for run in good]) for name in _COSTS[1:]},
-        "target": _median([run["target"] for run in good if run["target"] is not None]),
+        "accuracy": extent(accuracies),
+        **{name: median([run[name] for run in good]) for name in COSTS[1:]},
+        "target": median([run["target"] for run in good if run["target"] is not None]),
         "reached": sum(one is not None for one in reached),
-        "to_target": {name: _median([one[name] if one else math.inf for one in reached]) for name in _COSTS},
+        "to_target": median_cost(reached),
+        **compare_widths.summed_up(good),
         "bytes_peak": max(peaks, default=None),
         "density_by_layer": first.get("density_by_layer", {}),
     }
-
-
-def _median(values: Sequence[float]) -> float | None:
-    """Give the median; None when there is none, or when too few runs got there."""
-    middle = statistics.median(values) if values else math.inf
-    return None if math.isinf(middle) else middle
 
 
 def _judge(row: dict[str, Any], rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> None:
@@ -179,6 +163,8 @@ def text(facts: Mapping[str, Any]) -> str:
     head += ["peak MiB", "target", "reached", "in round", "in s", "in MB", "in GFLOP"]
     rows = sorted(facts["summary"], key=lambda r: (-(r["density"] or 2.0), -(r["accuracy"]["median"] or 0.0)))
     lines = [table(head, [_cells(row) for row in rows])]
+    widths = compare_widths.text(rows, _number)
+    lines += [widths] if widths else []
     lines += [
         f"{row['label']}: {row['failed']} of {row['runs']} runs FAILED: {_last_line(row)}"
         for row in rows
@@ -233,6 +219,8 @@ _AXES: tuple[tuple[str, Callable[[Mapping[str, Any]], float]], ...] = (
 def plot(facts: Mapping[str, Any], path: Path) -> Path:
     """Draw accuracy against virtual time, bytes and operations, a line of plots for each density: medians over the seeds.
 
+    Where there are widths, a line more: the worst width against virtual time and bytes, and every width at the end.
+
     Raises:
         ConfigError: matplotlib is not installed.
     """
@@ -241,22 +229,40 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     densities = sorted({group[0]["density"] for group in groups if group[0]["density"] is not None}, reverse=True)
     labels = list(dict.fromkeys(group[0]["label"] for group in groups))
     colours = {label: plt.get_cmap("tab20")(place % 20) for place, label in enumerate(labels)}
+    nested = [group for group in groups if all(worst(run["accuracy"]) is not None for run in group)]
     rows = densities or [None]
-    size = (15, 4 * len(rows) + 0.6)
-    figure, axes = plt.subplots(len(rows), len(_AXES), figsize=size, squeeze=False, layout="constrained")
-    for line, density in zip(axes, rows, strict=True):
+    size = (15, 4 * (len(rows) + bool(nested)) + 0.6)
+    grid = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(rows) + bool(nested), len(_AXES), **grid)
+    for line, density in zip(axes, rows, strict=False):
         for axis, (name, cost) in zip(line, _AXES, strict=True):
             for group in groups:
                 if group[0]["density"] in (density, None):
-                    points = _median_curve(group, cost)
+                    points = _median_curve(group, cost, accuracy)
                     axis.plot(*points, label=group[0]["label"], color=colours[group[0]["label"]], linewidth=1.2)
             axis.set(xlabel=name, ylabel="test accuracy", xscale="log")
             axis.set_title("" if density is None else f"density {density:g}", fontsize=9)
             axis.grid(alpha=0.3)
+    if nested:
+        _widths(axes[-1], nested, colours)
     figure.legend(*_legend(axes, labels), loc="outside lower center", ncols=min(len(labels), 7), fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return path
+
+
+def _widths(line: Any, groups: Sequence[Sequence[Mapping[str, Any]]], colours: Mapping[str, Any]) -> None:
+    """Draw the worst width against two costs, and all widths at the end."""
+    for axis, (name, cost) in zip(line, _AXES[:2], strict=False):
+        axis.set(xlabel=name, ylabel="test accuracy of the worst width", xscale="log")
+        for group in groups:
+            axis.plot(*_median_curve(group, cost, worst), color=colours[group[0]["label"]], linewidth=1.2)
+    line[-1].set(xlabel="width, from the narrowest on", ylabel="test accuracy")
+    for group in groups:
+        ends = compare_widths.summed_up(group)["by_width"]
+        line[-1].plot([int(width) for width in ends], ends.values(), color=colours[group[0]["label"]], marker=".")
+    for axis in line:
+        axis.grid(alpha=0.3)
 
 
 def _legend(axes: Any, labels: Sequence[str]) -> tuple[list[Any], list[str]]:
@@ -267,13 +273,15 @@ def _legend(axes: Any, labels: Sequence[str]) -> tuple[list[Any], list[str]]:
 
 
 def _median_curve(
-    group: Sequence[Mapping[str, Any]], cost: Callable[[Mapping[str, Any]], float]
+    group: Sequence[Mapping[str, Any]],
+    cost: Callable[[Mapping[str, Any]], float],
+    measure: Callable[[Mapping[str, Any]], float | None],
 ) -> tuple[list[float], list[float]]:
     """Give cost and accuracy, the medians over the seeds, of every round that all of them measured."""
-    curves = [{point["round"]: point for point in run["curve"]} for run in group]
+    curves = [
+        {p["round"]: (cost(p), value) for p in run["curve"] if (value := measure(p)) is not None} for run in group
+    ]
     rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
     across = [[curve[number] for curve in curves] for number in rounds]
-    return (
-        [statistics.median(map(cost, points)) for points in across],
-        [statistics.median(point["accuracy"] for point in points) for points in across],
-    )
+    costs, values = ([statistics.median(pair[place] for pair in pairs) for pairs in across] for place in (0, 1))
+    return costs, values

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +103,8 @@ class Kind:
         bandwidth_up: Bytes per second that it sends.
         coefficients: Model's name to its published seconds.
         measured: Model's name to its measured seconds.
+        seconds_order: What any order takes beside transfers and training: to hear of it, to load the model, to write the
+            answer.
     """
 
     bytes_budget: Natural
@@ -111,6 +113,7 @@ class Kind:
     bandwidth_up: Amount
     coefficients: Mapping[Name, Coefficients] = field(default_factory=dict)
     measured: Mapping[Name, Measured] = field(default_factory=dict)
+    seconds_order: Amount = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class Machine:
         bandwidth_down: Bytes per second that it receives.
         bandwidth_up: Bytes per second that it sends.
         step: Seconds of a step of this model, where they are known better than by `flops`.
+        seconds_order: As in `Kind`.
     """
 
     name: str
@@ -141,6 +145,7 @@ class Machine:
     bandwidth_down: float
     bandwidth_up: float
     step: Coefficients | Measured | None = None
+    seconds_order: float = 0.0
 
     def seconds_down(self, size: int) -> float:
         """Give the time to receive so many bytes."""
@@ -252,7 +257,8 @@ def _machine(name: str, kind: Kind, spec: ModelSpec, whole: int) -> Machine:
         raise ConfigError(
             f"the fleet has seconds for {len(step.weights)} layers of model {spec.name!r}, which has others"
         )
-    return Machine(name, kind.bytes_budget or whole, kind.flops, kind.bandwidth_down, kind.bandwidth_up, step)
+    budget = kind.bytes_budget or whole
+    return Machine(name, budget, kind.flops, kind.bandwidth_down, kind.bandwidth_up, step, kind.seconds_order)
 
 
 def budgets(spec: ModelSpec, recipe: Recipe, count: int, grain: int = 1) -> list[int]:
@@ -295,9 +301,31 @@ def _stragglers(limits: list[int]) -> tuple[Machine, ...]:
     )
 
 
+def _spread(limits: list[int]) -> tuple[Machine, ...]:
+    """Five classes of as many devices each: the wider the model that one holds, the faster, from 2 GFLOP/s and 1 MB/s up.
+
+    The fastest is four times as fast as the slowest. A class is a width, whatever an algorithm's rule holds beside the
+    weights: budgets are what the widths take by that rule.
+    """
+    needs, classes = sorted(set(limits)), min(len(KEPT), len(limits))
+    places = [i * classes // len(limits) for i in range(len(limits))]
+    factors = [4.0 ** (place / max(classes - 1, 1)) for place in places]
+    return tuple(
+        Machine(f"device-{i + 1}", needs[min(place, len(needs) - 1)], 2e9 * factor, 1e6 * factor, 1e6 * factor)
+        for i, (place, factor) in enumerate(zip(places, factors, strict=True))
+    )
+
+
+def _spread_whole(limits: list[int]) -> tuple[Machine, ...]:
+    """As `_spread`, but each can hold the whole model by any algorithm."""
+    return tuple(replace(machine, bytes_budget=_AMPLE * limits[-1]) for machine in _spread(limits))
+
+
 PROFILES: Mapping[str, Callable[[list[int]], tuple[Machine, ...]]] = {
     "mixed": _mixed,
     "even": _even,
     "stragglers": _stragglers,
+    "spread": _spread,
+    "spread-whole": _spread_whole,
 }
 """Name to builder, which is given ascending memory budgets."""

@@ -1,34 +1,45 @@
-"""What an order computes: multiplications and additions, one each, of its linear layers and convolutions.
+"""What an order computes: multiplications and additions, one each, of its layers: linear, convolutions, recurrent, attention.
 
 A layer of ``n`` weights, ``k`` of them kept, that is used at ``p`` places of a sample takes, for every sample, ``2 k p`` for
 its outputs, ``2 k p`` for the gradient of its inputs (not for a layer that nothing trained stands before) and ``2 k p`` for
 the gradient of its kept weights, or ``2 n p`` in a step whose rule reads the gradient of all weights. For a layer of ``ni``
 inputs and ``no`` outputs, density ``d`` and batch ``B`` that is ``6 d B ni no``, or ``(2 + 4 d) B ni no`` with the dense
-gradient (PruneFL, on complexity); dense it is ``6 B ni no``. What is element by element (activations, norms, pools, the
-update itself) is not counted, nor are the narrower widths that a recipe's ``widths`` knob trains in every step.
+gradient (PruneFL, on complexity); dense it is ``6 B ni no``. A recurrent layer uses its weights at every step. Attention over
+``T`` steps of ``E`` values also multiplies queries with keys and odds with values, ``4 T^2 E`` forward and twice that back.
+What is element by element (activations, norms, pools, look-ups, the update itself) is not counted. Where a step trains several
+widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is counted as often as it is drawn on average.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from wire.messages import Order, Recipe
 from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
 
-WEIGHTED = ("linear", "conv2d")
-"""The ops that are counted."""
+WEIGHTED: Mapping[str, tuple[tuple[str, bool], ...]] = {
+    "linear": (("weight", False),),
+    "conv2d": (("weight", False),),
+    "conv1d": (("weight", False),),
+    "lstm": (("weight_ih", False), ("weight_hh", True)),
+    "gru": (("weight_ih", False), ("weight_hh", True)),
+    "attention": (("weight_in", False), ("weight_out", True)),
+}
+"""The ops that are counted: the roles of their weights, and whether what these read is made within the op itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One linear layer or convolution.
+    """The weights of one layer.
 
     Attributes:
-        tensor: Name of its weights.
+        tensor: Their name; of attention's products, which have no weights, the node's.
         weights: How many there are.
         kept: How many of them are kept.
-        places: At how many places of a sample they are used: 1 in a linear layer, the output's pixels in a convolution.
+        places: At how many places of a sample they are used: the output's pixels in a convolution, the steps of a sequence, 1
+            otherwise.
         first: Whether nothing trained stands before it, so that nobody asks for the gradient of its inputs.
     """
 
@@ -59,14 +70,18 @@ def layers(spec: ModelSpec, structure: Structure) -> tuple[Layer, ...]:
         first = trained.isdisjoint(node.inputs)
         if node.params or not first:
             trained.add(node.name)
-        if node.op in WEIGHTED:
-            found.append(_layer(node, structure, tensors[node.params["weight"]], shapes[node.name], first))
+        for role, inside in WEIGHTED.get(node.op, ()):
+            name, size = node.params[role], prod(tensors[node.params[role]])
+            kept = structure.kept.get(name, size)
+            found.append(Layer(name, size, kept, _places(node, shapes[node.name]), first and not inside))
+        if node.op == "attention":
+            steps, width = shapes[node.name][0], tensors[node.params["weight_out"]][1]
+            found.append(Layer(node.name, 2 * steps * width, 2 * steps * width, steps, first=False))
     return tuple(found)
 
 
-def _layer(node: Node, structure: Structure, weight: tuple[int, ...], output: tuple[int, ...], first: bool) -> Layer:
-    name, size = node.params["weight"], prod(weight)
-    return Layer(name, size, structure.kept.get(name, size), prod(output[1:]) if node.op == "conv2d" else 1, first)
+def _places(node: Node, output: tuple[int, ...]) -> int:
+    return prod(output[1:]) if node.op in ("conv2d", "conv1d") else prod(output[:-1])
 
 
 def per_sample(spec: ModelSpec, structure: Structure, *, backward: bool = True, dense_gradient: bool = False) -> int:
@@ -113,6 +128,23 @@ def _passes(recipe: Recipe, samples: int, steps: int) -> int:
     return whole * samples + min(rest * recipe.batch, samples)
 
 
+def widths_of_step(recipe: Recipe, capacity: int) -> dict[int, float]:
+    """Give the widths that a step of an order of this capacity trains, with how often each is in it, on average.
+
+    Args:
+        recipe: Of the order.
+        capacity: Of its structure.
+    """
+    if recipe.rule == "fjord":
+        drawn = dict.fromkeys(range(capacity + 1), 1.0 / (capacity + 1))
+        return {**drawn, capacity: 1.0} if recipe.knobs.get("distil") else drawn
+    if recipe.rule != "sgd" or not recipe.knobs.get("widths") or not capacity:
+        return {capacity: 1.0}
+    between = range(1, capacity)
+    often = min(recipe.knobs["widths"], float(len(between))) / max(1, len(between))
+    return {0: 1.0, **dict.fromkeys(between, often), capacity: 1.0}
+
+
 def flops(spec: ModelSpec, order: Order, samples: int) -> int:
     """Count what an order takes on a device of so many training samples.
 
@@ -121,6 +153,9 @@ def flops(spec: ModelSpec, order: Order, samples: int) -> int:
     structure, recipe = order.structures[0], order.recipe
     if order.verb not in ("train", "score"):
         return samples * per_sample(spec, structure, backward=False)
+    if structure.widths:
+        often = widths_of_step(recipe, structure.capacity).items()
+        return round(passes(recipe, samples) * sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often))
     dense = passes_with_all_gradients(recipe, samples)
     sparse = passes(recipe, samples) - dense
     return sparse * per_sample(spec, structure) + dense * per_sample(spec, structure, dense_gradient=True)

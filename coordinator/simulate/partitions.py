@@ -148,15 +148,15 @@ def _dirichlet(y: Indices, clients: int, alpha: float, rng: np.random.Generator)
     Source: flwr-datasets, DirichletPartitioner with self_balancing=False: everything is redone until each client has
     10 samples; at the end each client's samples are shuffled. It gives up after 10 tries, this does after 1,000.
     """
-    classes = np.unique(y)
+    of_classes = [np.nonzero(y == k)[0] for k in np.unique(y)]
     for _ in range(_TRIES):
-        dealt: list[list[int]] = [[] for _ in range(clients)]
-        for k in classes:
-            of_class = np.nonzero(y == k)[0]
-            cuts = (np.cumsum(rng.dirichlet([alpha] * clients)) * len(of_class)).astype(int)[:-1]
-            for part, piece in zip(dealt, np.split(of_class, cuts), strict=True):
-                part.extend(piece.tolist())
-        if min(map(len, dealt)) >= _LEAST:
+        cuts = [
+            (np.cumsum(rng.dirichlet([alpha] * clients)) * len(of_class)).astype(int)[:-1] for of_class in of_classes
+        ]
+        sizes = sum(np.diff(c, prepend=0, append=len(of_class)) for c, of_class in zip(cuts, of_classes, strict=True))
+        if np.min(sizes) >= _LEAST:  # most tries end here, before anything is dealt
+            pieces = zip(*(np.split(of_class, c) for c, of_class in zip(cuts, of_classes, strict=True)), strict=True)
+            dealt: list[list[int]] = [np.concatenate(part).tolist() for part in pieces]
             for part in dealt:
                 rng.shuffle(part)
             return [np.array(part, np.int64) for part in dealt]

@@ -9,6 +9,7 @@ same shares would train.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import tempfile
@@ -27,6 +28,7 @@ from coordinator.show import RunView
 from coordinator.simulate import fleet, report, weather
 from coordinator.simulate.world import Client, Config, World, build, token
 from edge_runtime.data import Dataset
+from edge_runtime.shrink import Room, as_granted
 from edge_runtime.worker import perform
 from wire.errors import ConfigError, NestlingError
 from wire.job import Done, Failed, Job
@@ -183,7 +185,7 @@ def _foreseen(world: World, log: Log, order: Order) -> tuple[float, _Trained | L
     fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
     down = machine.seconds_down(fleet.bytes_down(order, log.held.get(order.device, ())))
     log.held[order.device] = frozenset(ref.digest for ref in order.blobs)
-    needed = fate.factor * (down + _seconds_of_work(world, order))
+    needed = fate.factor * (machine.seconds_order + down + _seconds_of_work(world, order))
     if fate.lost_at is not None:
         return log.now + fate.lost_at * needed, Lost(order.device, order.round)
     return log.now + needed, _Trained(order.device, order.id)
@@ -202,7 +204,9 @@ def _worked(world: World, log: Log, order: Order) -> float:
     for old in out.iterdir() if out.exists() else ():
         if old not in {path for (device, _), path in log.keeps.items() if device == order.device}:
             old.unlink()
-    done = _performed(world, order, client.data, client.machine.bytes_budget, keep)
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    room = functools.partial(fate.room, order.bytes_peak)
+    done = _performed(world, order, (client.data, client.machine.bytes_budget), keep, room)
     size = 0
     if isinstance(done, Done) and done.update_ref is not None:
         size = done.update_ref.size
@@ -211,7 +215,6 @@ def _worked(world: World, log: Log, order: Order) -> float:
         except NestlingError as error:
             done = Failed("nonfinite", str(error), 0, 0)
     log.done[order.device] = done
-    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
     return log.now + fate.factor * client.machine.seconds_up(size)
 
 
@@ -233,12 +236,13 @@ def _answered(world: World, log: Log, order: Order, made: dict[str, Path]) -> Ar
     log.seconds[order.device] = seconds, log.now - log.began
     if done.keep:
         made[order.device] = Path(done.keep)
+    ref = done.update_ref
     reply = Reply(
         order=order.id,
         device=order.device,
         boot=world.run,
         structure=done.structure,
-        update=None if done.update_ref is None else world.spool.add_file(Path(done.update)),
+        update=None if ref is None else world.spool.add_file(Path(done.update), ref.digest),
         keep=done.keep_digest,
         samples=done.samples,
         metrics=done.metrics,
@@ -247,7 +251,11 @@ def _answered(world: World, log: Log, order: Order, made: dict[str, Path]) -> Ar
     return Arrived(order.device, order.id, reply)
 
 
-def _performed(world: World, order: Order, data: Dataset, budget: int, keep: Path | None) -> Done | Failed:
+def _performed(
+    world: World, order: Order, means: tuple[Dataset, int], keep: Path | None = None, room: Room = as_granted
+) -> Done | Failed:
+    """Do an order with these data within this budget."""
+    data, budget = means
     out = world.spool.root.parent / "out" / order.device
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
@@ -261,7 +269,7 @@ def _performed(world: World, order: Order, data: Dataset, budget: int, keep: Pat
         threads=1,
         masks=_path(world, order.masks),
     )
-    return perform(job, data, engine=world.config.engine, pinned=True)
+    return perform(job, data, engine=world.config.engine, pinned=True, room=room)
 
 
 def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
@@ -298,9 +306,13 @@ def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:
 
 def _measured(world: World, outcome: Outcome, number: int) -> dict[str, float]:
     """Measure every width of the model on the held-out data, as the coordinator's local worker would."""
-    draft = Draft("local", "evaluate", outcome.structures[-1], Recipe(batch=256))
-    order = dataclasses.replace(_order(world, draft, outcome, number), structures=outcome.structures)
-    done = _performed(world, order, world.test, _BUDGET, None)
-    if isinstance(done, Failed):
-        raise ConfigError(f"the model cannot be measured on {world.config.data}: {done.detail}")
-    return dict(done.metrics)
+    head = Head(
+        token("order", world.run, number, "local"), world.run, number, world.spec_ref, world.config.terms.seconds
+    )
+    metrics: dict[str, float] = {}
+    for order in outcome.evaluations(head, Recipe(batch=256)):
+        done = _performed(world, order, (world.test, _BUDGET))
+        if isinstance(done, Failed):
+            raise ConfigError(f"the model cannot be measured on {world.config.data}: {done.detail}")
+        metrics |= done.metrics
+    return metrics

@@ -51,7 +51,7 @@ class Config:
 
     Attributes:
         algo: Name of the algorithm.
-        model: Name in the zoo or path of a spec file.
+        model: Name in the zoo or path of a spec file; of a narrower one, ``NAME@FRACTION``, the fleet is that of the whole.
         data: Data set, NAME or NAME=PATH.
         partition: How it is spread, see `coordinator.simulate.partitions`.
         fleet: Profile, see `coordinator.simulate.fleet`.
@@ -121,7 +121,12 @@ def build(config: Config, folder: Path) -> World:
     """
     spec = zoo.load(config.model)
     algorithm = algorithms.by_name(config.algo)
-    machines = fleet.make(config.fleet, config.devices, spec, recipe_of(merged(algorithm.PARAMS, config.params)))
+    recipe = recipe_of(merged(algorithm.PARAMS, config.params))
+    machines = fleet.make(config.fleet, config.devices, zoo.load(zoo.whole(config.model)), recipe)
+    if zoo.whole(config.model) != config.model:
+        machines = tuple(
+            dataclasses.replace(machine, step=None) for machine in machines
+        )  # known of the whole model only
     whole = _data(config)
     split = partitions.partition(config.partition, whole.train[1], config.devices, seed=config.seed, ids=whole.ids)
     shares = [_share(whole, machine.name, part) for machine, part in zip(machines, split.parts, strict=True)]

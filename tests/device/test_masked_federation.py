@@ -12,7 +12,7 @@ import pytest
 
 from edge_runtime import personal
 from edge_runtime.keep import Keep
-from tests.support.federation import Federation
+from tests.support.federation import MIB, Federation
 from wire.maskfile import KIND
 from wire.spool import Spool
 from wire.tensor import open_blob
@@ -88,6 +88,28 @@ def test_masks_are_fetched_once_and_the_personal_model_has_them(tmp_path):
     assert json.loads(runs.stdout)
     first, second = (view.rounds[n].bytes_down for n in (1, 3))
     assert second < first, "the second time without masks"
+
+
+def test_devices_of_two_sizes_train_nested_masks_and_both_are_measured(tmp_path):
+    wide = federation(tmp_path, "fiarse", 3, sizes="0.05 1")
+    wide.model, wide.budgets, wide.evaluate = "digits-cnn", (24 * MIB, 512 * MIB), True
+    with wide as running:
+        running.start()
+        running.wait(lambda view: view.rounds.get(1) is not None and view.rounds[1].outcome == "closed")
+        running.kill("coordinator")
+        running.restart("coordinator")
+        view = running.wait_finished()
+    assert [view.rounds[n].outcome for n in range(1, 4)] == ["closed"] * 3
+    for number in range(1, 4):
+        orders = view.rounds[number].orders
+        small, whole = orders["device-0"], orders["device-1"]
+        assert [order.structures[0].capacity for order in (small, whole)] == [0, 1]
+        assert small.masks is not None
+        assert whole.masks is None
+        kept = sum(small.structures[0].kept.values())
+        sizes = {name: reply.update.size for name, reply in view.rounds[number].replies.items()}
+        assert 4 * kept < sizes["device-0"] < sizes["device-1"] / 10
+    assert set(view.rounds[3].metrics) == {"accuracy.0", "loss.0", "accuracy.1", "loss.1"}
 
 
 @pytest.mark.parametrize(

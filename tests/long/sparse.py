@@ -9,14 +9,10 @@ what came of them, and says which of these tables have not been run to their end
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from coordinator.cli import main as coordinator
+from tests.long._tables import run, told
 
 STEPS = {"steps": "5", "batch": "20", "momentum": "0", "clip": "0", "decay": "0"}
 PRUNEFL = {"stages": "further", "ramp": "0.5", "every": "10", "window": "reconfiguration_round"}
@@ -72,8 +68,8 @@ class Table:
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--set", f"*.schedule=linear {self.rounds}", "--target", self.target]
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
-            told = {"recipe.rate": self.rate or RATES[label], **OWN.get(label, {})}
-            words += [word for name, value in told.items() for word in ("--set", f"{label}.{name}={value}")]
+            own = {"recipe.rate": self.rate or RATES[label], **OWN.get(label, {})}
+            words += told({f"{label}.{name}": value for name, value in own.items()})
         return words
 
 
@@ -107,26 +103,4 @@ TABLES = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the tables that are named, or all; gives the highest exit code."""
-    parser = argparse.ArgumentParser("python -m tests sparse", description="Comparisons of the sparse methods.")
-    parser.add_argument("tables", nargs="*", help=f"which: {', '.join(TABLES)} (default: all)")
-    parser.add_argument("--rounds", type=int, help="other rounds than the tables' own, such as 200")
-    parser.add_argument("--seeds", help="other seeds than the tables' own, such as 0,1,2")
-    parser.add_argument("--jobs", default="2", help="runs at a time (default: 2)")
-    parser.add_argument("--keep", default="nestling-compare", help="folder of finished runs")
-    parser.add_argument("--out", type=Path, default=Path("sparse-results"), help="folder for JSON and plots")
-    parser.add_argument("--show", action="store_true", help="print the commands and run nothing")
-    options = parser.parse_args(words)
-    unknown = sorted(set(options.tables) - set(TABLES))
-    if unknown:
-        parser.error(f"no table {unknown[0]!r}: there are {', '.join(TABLES)}")
-    code = 0
-    for name in options.tables or TABLES:
-        out, table = options.out / f"sparse-{name}", TABLES[name]
-        table = dataclasses.replace(table, rounds=options.rounds or table.rounds, seeds=options.seeds or table.seeds)
-        asked = [*table.words(), "--jobs", options.jobs, "--keep", options.keep]
-        asked += ["--json", f"{out}.json", "--plot", f"{out}.png"]
-        print(f"coordinator {shlex.join(asked)}", flush=True)
-        if not options.show:
-            options.out.mkdir(parents=True, exist_ok=True)
-            code = max(code, coordinator(asked))
-    return code
+    return run("sparse", TABLES, words)

@@ -14,7 +14,6 @@ from coordinator.algorithms import ALGORITHMS, by_name
 from coordinator.simulate import compare, compare_report, crew, trials
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, Terms, build
-from tests.long import sparse
 from wire.errors import ConfigError
 
 SMALL = ["--model", "linear", "--devices", "2", "--rounds", "2", "--recipe", "rule=still", "--partition", "iid"]
@@ -226,7 +225,7 @@ def test_every_algorithm_is_told_its_density_in_its_own_words(algo):
     for name, value in method.keeping(0.125).items():
         assert isinstance(known[name], float)
         assert value == (0.875 if name == "sparsity" else 0.125)
-    assert bool(method.keeping(0.5)) == bool({"density", "sparsity", "target", "recipe.target"} & set(known))
+    assert bool(method.keeping(0.5)) == bool({"density", "sparsity", compare.PARAM_OF_DENSITY.get(algo)} & set(known))
 
 
 def found_of(accuracies: dict[str, list[float | str]], rounds: int = 10):
@@ -356,11 +355,3 @@ def _short_lived(folder: Path) -> Path:
     )
     path.chmod(0o755)
     return path
-
-
-@pytest.mark.parametrize("name", sparse.TABLES)
-def test_the_committed_tables_can_be_asked_for(name, capsys):
-    comparison = asked(*sparse.TABLES[name].words()[1:])
-    assert comparison
-    assert sparse.main([name, "--show"]) == 0
-    assert capsys.readouterr().out.startswith("coordinator compare --algos")

@@ -113,3 +113,37 @@ def test_registry():
         assert facts["text"]
     with pytest.raises(ConfigError, match="nestfl"):
         by_name("fedsgd")
+
+
+def test_one_width_alone_is_a_narrower_model():
+    spec = small_cnn()
+    state = start(spec, width=0.5)
+    _, drafts = fedavg.plan(state, 1, (DeviceView("a", GREAT), DeviceView("b", 0)), rng_of(0, 1))
+    (draft,) = drafts
+    assert draft.structure.widths == {"a": (3,), "b": (6,)}
+    updates = [random_arrays(spec, draft.structure, seed) for seed in (1, 2)]
+    answers = tuple(
+        answer(f"d{i}", n, u, draft.structure) for i, (n, u) in enumerate(zip((3, 9), updates, strict=True))
+    )
+    after = fedavg.close(state, answers)
+    for name, before in state.weights.items():
+        inside = tuple(slice(n) for n in updates[0][name].shape)
+        wanted = before.astype(np.float64)
+        wanted[inside] += 0.25 * updates[0][name] + 0.75 * updates[1][name]
+        np.testing.assert_allclose(after.weights[name], wanted, atol=1e-6)
+    assert fedavg.close(state, ()) is state
+    with pytest.raises(Malformed, match="dev"):
+        fedavg.close(state, (answer("dev", 1, random_arrays(spec, Structure())),))
+
+
+def test_a_width_holds_where_the_whole_model_does_not():
+    spec = small_cnn(hidden=4000)
+    recipe = fedavg.plan(start(spec), 1, (DeviceView("a", GREAT),), rng_of(0, 1))[1][0].recipe
+    views = (DeviceView("a", predict(spec, Structure(), recipe, 1).bound - 1),)
+    assert fedavg.plan(start(spec), 1, views, rng_of(0, 1))[1] == ()
+    assert len(fedavg.plan(start(spec, width=0.5), 1, views, rng_of(0, 1))[1]) == 1
+    for width in (0.0, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="width"):
+            start(spec, width=width)
+    with pytest.raises(ConfigError, match="prunable"):
+        start(linear(), width=0.5)

@@ -16,6 +16,7 @@ from tests.house.walk import ROOT
 from tests.support.messages import an_order
 from wire import zoo
 from wire.errors import ConfigError
+from wire.memory import predict, uniform
 from wire.messages import BlobRef, Recipe
 from wire.spec import Structure
 
@@ -39,6 +40,29 @@ def test_every_profile_makes_a_fleet(name):
     assert [machine.name for machine in machines] == [f"device-{i}" for i in range(1, 8)]
     assert all(m.bytes_budget > 0 and m.flops > 0 and m.bandwidth_up > 0 for m in machines)
     assert all(fleet.seconds_of_work(m, CONV2, order_of(Structure()), 100) > 0 for m in machines)
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_the_classes_of_a_spread_fleet_are_widths_and_the_widest_is_four_times_as_fast(count):
+    spec = zoo.by_name("digits-cnn")
+    machines = fleet.make("spread", count, spec, STEPS)
+    needs = [predict(spec, uniform(spec, kept), STEPS).bound for kept in fleet.KEPT]
+    assert [m.bytes_budget for m in machines] == [need for need in needs for _ in range(count // 5)]
+    assert [m.flops for m in machines[:: count // 5]] == pytest.approx([2e9, 2e9 * 2**0.5, 4e9, 4e9 * 2**0.5, 8e9])
+    assert all(m.bandwidth_down == m.bandwidth_up == pytest.approx(m.flops / 2e3) for m in machines)
+    assert needs[-1] > 2 * needs[0]
+    ample = fleet.make("spread-whole", count, spec, STEPS)
+    assert [replace(m, bytes_budget=0) for m in ample] == [replace(m, bytes_budget=0) for m in machines]
+    assert {m.bytes_budget for m in ample} == {4 * needs[-1]}
+
+
+def test_a_spread_fleet_of_few_devices_or_of_an_uncut_model_still_is_one():
+    (alone,) = fleet.make("spread", 1, CONV2, STEPS)
+    assert (alone.bytes_budget, alone.flops) == (predict(CONV2, Structure(), STEPS).bound, 2e9)
+    assert [m.flops for m in fleet.make("spread", 2, CONV2, STEPS)] == [2e9, 8e9]
+    linear = fleet.make("spread", 10, zoo.by_name("linear"), STEPS)
+    assert len({m.bytes_budget for m in linear}) == 1
+    assert len({m.flops for m in linear}) == 5
 
 
 def test_machines_take_turns():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.simulate import flops
+from tests.support import sequences
 from tests.support.messages import an_order
 from wire import zoo
 from wire.messages import Recipe
@@ -107,3 +108,38 @@ def test_an_order_is_passes_times_a_sample_and_a_rule_says_what_it_reads():
     order = order_of(Recipe(rule="score", knobs={"synflow": 100.0}), verb="score")
     assert flops.flops(HIDDEN, order, 200) == 100 * (first + sparse)
     assert flops.flops(HIDDEN, order_of(Recipe(epochs=9), verb="evaluate"), 10) == 10 * 2 * (12 * NI + 60)
+
+
+def test_recurrent_layers_and_attention_by_hand():
+    lstm = sequences.recurrent("lstm", 8, 6)
+    weights = [4 * 8 * 6, 4 * 8 * 8, 4 * 6 * 8, 4 * 6 * 6]
+    forward = 5 * sum(weights) + 6 * 3
+    assert flops.per_sample(lstm, Structure(), backward=False) == 2 * forward
+    # Nobody asks for the gradient of the samples; that of each step's state is asked for in the first layer too.
+    assert flops.per_sample(lstm, Structure()) == 2 * (3 * forward - 5 * weights[0])
+    narrow = Structure(0, {"a": (2,), "b": (3,)}, "ab" * 32)
+    cut = 5 * (8 * 6 + 8 * 2 + 12 * 2 + 12 * 3) + 3 * 3
+    assert flops.per_sample(lstm, narrow, backward=False) == 2 * cut
+    # Five steps of 8 values, 4 heads of 3: in, out, and 25 pairs for queries with keys and odds with values.
+    attended = 5 * 6 * 8 + 5 * (36 * 8 + 8 * 12) + 2 * 25 * 12 + 40 * 3
+    assert flops.per_sample(sequences.attended(), Structure(), backward=False) == 2 * attended
+    assert flops.per_sample(sequences.attended(), Structure()) == 2 * (3 * attended - 5 * 6 * 8)
+
+
+def test_widths_of_a_step_are_counted_as_often_as_they_are_drawn():
+    spec = zoo.by_name("digits-mlp")
+    groups = {group.name: (10, 30, 60, 96) for group in spec.groups if group.prunable}
+    nested = Structure(3, groups, "ab" * 32)
+    each = [flops.per_sample(spec, nested.narrowed(k)) for k in range(4)]
+
+    def of(capacity, **how):
+        order = replace(ORDER, recipe=Recipe(batch=10, **how), structures=(nested.narrowed(capacity),))
+        return flops.flops(spec, order, 40)
+
+    assert of(3) == 40 * each[3]
+    assert of(3, knobs={"widths": 1.0}) == 40 * (each[3] + each[0]) + 20 * (each[1] + each[2])
+    assert of(3, knobs={"widths": 9.0}) == 40 * sum(each)
+    assert of(1, knobs={"widths": 1.0}) == 40 * (each[1] + each[0])
+    assert of(0, knobs={"widths": 1.0}) == 40 * each[0]
+    assert of(3, rule="fjord") == 10 * sum(each)
+    assert of(3, rule="fjord", knobs={"distil": 1.0}) == 40 * each[3] + 10 * sum(each[:3])

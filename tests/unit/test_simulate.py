@@ -171,3 +171,36 @@ def test_command_prints_one_object(capsys, tmp_path):
     assert "test accuracy" in capsys.readouterr().out
     assert main([*words, "--recipe", "rate"]) != 0
     assert "NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_squeezed_device_answers_about_a_narrower_width_and_nothing_is_lost(tmp_path):
+    """Memory falls below what an order takes, now and then; what a width less takes is still there."""
+    squeezed = dataclasses.replace(
+        SMALL, model="digits-cnn", devices=3, rounds=2, weather="squeezed", seed=3, params={"recipe.steps": 6.0}
+    )
+    world = build(squeezed, tmp_path)
+    wide = dataclasses.replace(world.clients["device-3"].machine, bytes_budget=1 << 30)
+    clients = {n: dataclasses.replace(c, machine=dataclasses.replace(wide, name=n)) for n, c in world.clients.items()}
+    world, log = dataclasses.replace(world, clients=clients), Log()
+    list(play(world, log))
+    rounds = list(log.view.rounds.values())
+    answered = [
+        (one.orders[n].structures[0].capacity, r.structure.capacity) for one in rounds for n, r in one.replies.items()
+    ]
+    assert len(answered) == 6
+    narrower = [wide - found for wide, found in answered]
+    assert min(narrower) >= 0
+    assert max(narrower) > 0
+    assert log.view.finished
+
+
+def test_a_squeeze_leaves_the_other_fates_as_they_are():
+    storm, also = weather.forecast("stormy"), dataclasses.replace(weather.forecast("stormy"), squeezed=0.3)
+    fates = [(weather.fate(storm, 0, n, "a"), weather.fate(also, 0, n, "a")) for n in range(400)]
+    assert all((one.factor, one.lost_at) == (two.factor, two.lost_at) for one, two in fates)
+    squeezed = [two for _, two in fates if two.squeezed_at is not None]
+    assert 90 < len(squeezed) < 150
+    assert all(0.4 <= fate.left < 1.0 and 0.0 <= fate.squeezed_at < 1.0 for fate in squeezed)
+    one = weather.Fate(1.0, None, 0.5, 0.75)
+    assert [one.room(100, done) for done in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 75, 75]
+    assert weather.Fate(1.0, None).room(100, 1.0) == 0

@@ -1,0 +1,248 @@
+"""FedMP: every device trains a sub-model of its own size, and the coordinator gives back what the sub-model lacked.
+
+Jiang et al., "FedMP: Federated Learning through Adaptive Model Pruning in Heterogeneous Edge Computing", ICDE 2022, doi
+10.1109/ICDE53745.2022.00062. docs/decisions/fedmp.md says what the paper leaves open, how it was filled, and what came out.
+
+* A pruning ratio per device and round, the same in every layer: ``max(1, ceil((1 - ratio) * channels))`` channels stay, those
+  of the largest sums of absolute weights, scored once over all inputs. All sub-models of a round share one ranking.
+* R2SP: each sub-model is put back among the pruned weights as they were, and the mean over all devices is taken. With x the
+  model that is ``x + 1/N sum of (trained - x)`` over the devices that have a coordinate, N being all that answer: no residual
+  is stored, and what few devices train moves little.
+* ``policy`` says how ratios are chosen: ``eucb`` as in the paper, a bandit for each device; ``bounded``, the same bandit with
+  a reward that knows how fast the round was; ``deadline``, from a model of each device's measured times; ``uniform``, the same
+  ``ratio`` for all (UP-FL).
+* A device whose memory does not hold its ratio gets the least that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks import bandit, deadline, ratios, worth
+from coordinator.blocks.aggregate import counted, joined
+from coordinator.blocks.fixed import TRAINING, recipe_at
+from coordinator.blocks.nesting import rank, whole_of, widths_of
+from coordinator.recipes import merged
+from wire.errors import ConfigError
+from wire.memory import fit
+from wire.messages import Recipe
+from wire.spec import ModelSpec
+
+ABOUT = About("Jiang et al., ICDE 2022", "paper", "tests/unit/test_fedmp.py")
+PARAMS: Mapping[str, float | str] = MappingProxyType(
+    {
+        "policy": "deadline",
+        "ratio": 0.5,
+        "high": 0.95,
+        "granularity": 0.1,
+        "discount": 0.98,
+        "padding": 0.1,
+        "quantile": 0.95,
+        "floor": 0.1,
+        "probes": "0.95 0.9",
+        "trust": 0.05,
+        "belief": 2.0,
+        **TRAINING,
+    }
+)
+"""Names of all parameters with their defaults.
+
+``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For both bandits: ``granularity`` (theta),
+``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
+``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
+ratios of a device's first rounds (``probes``), and how strongly it is believed, in rounds, what times (``trust``) and worth
+(``belief``) of ratios are before any is measured.
+"""
+
+_POLICIES = ("eucb", "bounded", "deadline", "uniform")
+_WIDTHS_MAX = 64
+
+
+def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
+    """See `coordinator.algorithm.Algorithm.init`."""
+    known = merged(PARAMS, params)
+    recipe_at(known, 1)
+    _check(known)
+    widths = widths_of(spec, (1.0,))
+    if not widths:
+        raise ConfigError(f"model {spec.name!r} has no prunable channels; fedmp needs some, fedavg does not")
+    levels = rank(spec, weights, widths, progressive=False)
+    load = dataclasses.astuple(deadline.load_of(spec)) if known["policy"] == "deadline" else ()
+    scalars = {"params": known, "ratios": [0.0], "clients": {}, "load": load}
+    return State(spec, 0, dict(weights), levels, widths, scalars)
+
+
+def plan(
+    state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
+) -> tuple[State, tuple[Draft, ...]]:
+    """See `coordinator.algorithm.Algorithm.plan`: what the last turns took is learnt, ratios are chosen, channels ranked."""
+    params = state.scalars["params"]
+    recipe = recipe_at(params, round_number)
+    devices = tuple(sorted(devices, key=lambda d: d.name))
+    clients = _settled(ratios.read(state.scalars["clients"]), devices, params)
+    least = _least(state.spec, recipe, devices)
+    devices = tuple(d for d in devices if d.name in least)
+    chosen = _chosen(state.scalars, clients, devices, least, rng)
+    wanted = {name: max(ratio, least[name]) for name, ratio in chosen.items()}
+    distinct = _distinct(wanted.values())
+    widths = widths_of(state.spec, [1.0 - ratio for ratio in distinct])
+    levels = rank(state.spec, state.weights, widths, progressive=False)
+    scalars = {**state.scalars, "ratios": distinct, "clients": ratios.plain(clients)}
+    state = dataclasses.replace(state, round=round_number, levels=levels, widths=widths, scalars=scalars)
+    return state, _drafts(state, recipe, devices, wanted, rng)
+
+
+def close(state: State, answers: Answers | Iterable[Answer]) -> State:
+    """See `coordinator.algorithm.Algorithm.close`.
+
+    Memory: the model in wire order and one sum of its size.
+
+    Raises:
+        Malformed: An answer is of another ranking than this round's.
+    """
+    params, clients = state.scalars["params"], ratios.read(state.scalars["clients"])
+    count, whole = 0, whole_of(state)
+    for answer in counted(answers, whole):
+        client = clients.get(answer.device) or ratios.Client(bandit.fresh(_terms(params)).edges)
+        ratio = state.scalars["ratios"][answer.structure.capacity]
+        clients[answer.device] = ratios.heard(client, state.round, ratio, answer)
+        count += 1
+    state = joined(state, answers, lambda cover: [1.0 / count] * len(cover))
+    return dataclasses.replace(state, scalars={**state.scalars, "clients": ratios.plain(clients)})
+
+
+def _settled(
+    clients: ratios.Clients, devices: Sequence[DeviceView], params: Mapping[str, Any]
+) -> dict[str, ratios.Client]:
+    reward = ratios.by_gap(float(params["floor"])) if params["policy"] == "eucb" else ratios.by_speed
+    return ratios.settled(clients, devices, _terms(params), reward)
+
+
+def _chosen(
+    scalars: Mapping[str, Any],
+    clients: ratios.Clients,
+    devices: Sequence[DeviceView],
+    least: Mapping[str, float],
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    """Let the policy choose a ratio for each device."""
+    params = scalars["params"]
+    if params["policy"] == "uniform":
+        return {d.name: float(params["ratio"]) for d in devices}
+    if params["policy"] == "deadline":
+        return _by_deadline(scalars, clients, [d.name for d in devices], least)
+    terms = _terms(params)
+    known = {d.name: clients[d.name].bandit if d.name in clients else bandit.fresh(terms) for d in devices}
+    return {name: bandit.choose(one, terms, rng) for name, one in known.items()}
+
+
+def _by_deadline(
+    scalars: Mapping[str, Any],
+    clients: ratios.Clients,
+    names: Sequence[str],
+    least: Mapping[str, float],
+) -> dict[str, float]:
+    """Probe the devices of which little is known; solve the others' ratios against a common deadline."""
+    params, loads = scalars["params"], scalars["load"]
+    probes = _numbers(str(params["probes"]))
+    turns = {name: clients[name].turns if name in clients else () for name in names}
+    chosen = {name: probes[len(turns[name])] for name in names if len(turns[name]) < len(probes)}
+    rest = [name for name in names if name not in chosen]
+    if rest:
+        load = deadline.Load(*(tuple(line) for line in loads))
+        timed = [[(turn.ratio, turn.seconds) for turn in turns[name]] for name in rest]
+        seconds = np.array([deadline.seconds_of(load, pairs, float(params["trust"])) for pairs in timed])
+        said = [worth.Said(name, t.round, t.ratio, t.loss) for name in rest for t in turns[name] if t.loss > 0.0]
+        value = worth.worth(said, deadline.RATIOS, float(params["belief"]))
+        found = deadline.equalised(seconds, [least[name] for name in rest], float(params["high"]), value)
+        chosen |= dict(zip(rest, (float(ratio) for ratio in found), strict=True))
+    return chosen
+
+
+def _least(spec: ModelSpec, recipe: Recipe, devices: Sequence[DeviceView]) -> dict[str, float]:
+    """Give each device the least ratio that its memory holds; those that hold none are left out."""
+    known: dict[tuple[int, float], float | None] = {}  # many devices are alike, and a prediction is not free
+    found = {}
+    for device in devices:
+        means = device.bytes_budget, device.memory_scale
+        if means not in known:
+            known[means] = deadline.least_ratio(spec, recipe, *means)
+        ratio = known[means]
+        if ratio is not None:
+            found[device.name] = ratio
+    return found
+
+
+def _distinct(wanted: Iterable[float]) -> list[float]:
+    """Give the ratios that become widths, the narrowest first and the whole model last.
+
+    More than a state can have are rounded up to a grid of as many steps, so that nobody gets more than its memory holds.
+    """
+    found = sorted({0.0, *wanted}, reverse=True)
+    if len(found) <= _WIDTHS_MAX:
+        return found
+    step = found[0] / (_WIDTHS_MAX - 1)
+    return sorted({min(found[0], math.ceil(ratio / step - 1e-9) * step) for ratio in found}, reverse=True)
+
+
+def _drafts(
+    state: State, recipe: Recipe, devices: Sequence[DeviceView], wanted: Mapping[str, float], rng: np.random.Generator
+) -> tuple[Draft, ...]:
+    whole, steps = whole_of(state), state.scalars["ratios"]
+    drafts = []
+    for device in devices:
+        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
+        # Of the widths that are not wider than wanted; a narrower one where a count was rounded past the budget.
+        most = next(k for k in reversed(range(len(steps))) if steps[k] >= wanted[device.name] - 1e-12)
+        candidates = [whole.narrowed(k) for k in range(most + 1)]
+        fits = fit(state.spec, candidates, seeded, device.bytes_budget, device.memory_scale)
+        if fits is not None:
+            drafts.append(Draft(device.name, "train", candidates[fits.capacity], seeded, fits.bytes_bound))
+    return tuple(drafts)
+
+
+def _terms(params: Mapping[str, Any]) -> bandit.Terms:
+    return bandit.Terms(
+        high=float(params["high"]),
+        granularity=float(params["granularity"]),
+        discount=float(params["discount"]),
+        padding=float(params["padding"]),
+        clip=float(params["quantile"]),
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split())
+    except ValueError:
+        return (math.nan,)
+
+
+def _check(params: Mapping[str, Any]) -> None:
+    if params["policy"] not in _POLICIES:
+        raise ConfigError(f"parameter policy = {params['policy']!r}: there are {', '.join(_POLICIES)}")
+    for name in ("ratio", "high"):
+        if not 0.0 <= float(params[name]) < 1.0:
+            raise ConfigError(f"parameter {name} = {params[name]:g}: write a ratio from 0 to below 1, such as 0.5")
+    probes = _numbers(str(params["probes"]))
+    if not probes or not all(0.0 <= ratio < 1.0 for ratio in probes):
+        raise ConfigError(f"parameter probes = {params['probes']!r}: write ratios from 0 to below 1, such as '0.9 0.8'")
+    if not 0.0 < float(params["discount"]) <= 1.0:
+        raise ConfigError(f"parameter discount = {params['discount']:g}: write a number above 0 and at most 1")
+    if not float(params["high"]) > 0.0 or not float(params["granularity"]) > 0.0:
+        raise ConfigError("parameters high and granularity: write numbers above 0, such as 0.8 and 0.1")
+    if not 0.0 <= float(params["quantile"]) <= 1.0:
+        raise ConfigError(f"parameter quantile = {params['quantile']:g}: write 0 for rewards as they are, or up to 1")
+    for name in ("padding", "floor", "trust", "belief"):
+        if not (
+            math.isfinite(float(params[name]))
+            and float(params[name]) >= (1e-6 if name in ("floor", "trust", "belief") else 0)
+        ):
+            raise ConfigError(f"parameter {name} = {params[name]:g}: write a number that is not negative")

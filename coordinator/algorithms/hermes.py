@@ -1,0 +1,144 @@
+"""Hermes: every device finds a narrow model of its own; averaged is only what all devices of a round kept.
+
+Li et al., "Hermes: An Efficient Federated Learning Framework for Heterogeneous Mobile Clients", MobiCom 2021. Which channels
+go is the device's business (the rule `selfprune`); docs/decisions/personal-baselines.md says what was filled in and why. Here
+``x_c += sum_n (D_n / D) (w_n,c - x_c)`` where every device that answered kept coordinate c, and nothing happens elsewhere.
+
+What a device keeps is a set of channels per axis group, so that what all of them kept is one too. In its next order each
+device is told the common channels of the round that it answered last (knobs ``shared.*``): between these it takes the shared
+model, as it is by then, and everywhere else its own weights.
+
+What comes of it is one personal model per device, and ``accuracy.after`` of the answers is about these. The shared model is
+what `evaluate` measures; where some device dropped a weight, it stands still.
+
+Uploads are sparse. The download is *not*, unlike in the paper: the weights of a round are published once for all devices
+(DESIGN decision 2), so each is sent the whole model and masks it itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks.aggregate import shares
+from coordinator.blocks.drafts import drafted
+from coordinator.recipes import merged, recipe_of, scheduled
+from wire.channels import Kept, all_kept, channels_of, tensor_masks, to_words
+from wire.errors import ConfigError, Malformed
+from wire.spec import ModelSpec, Structure
+from wire.structure import paste_add
+
+ABOUT = About("Li et al., MobiCom 2021", "baseline", "tests/unit/test_hermes.py")
+PARAMS: Mapping[str, float | str] = MappingProxyType(
+    {
+        "schedule": "constant",
+        "recipe.rule": "selfprune",
+        "recipe.epochs": 2.0,
+        "recipe.batch": 32.0,
+        "recipe.rate": 0.1,
+        "recipe.momentum": 0.9,
+        "recipe.decay": 0.0,
+        "recipe.clip": 2.0,
+        "recipe.lambda": 1e-3,
+        "recipe.threshold": 0.5,
+        "recipe.target": 0.5,
+        "recipe.prune": 0.2,
+    }
+)
+"""Names of all parameters with their defaults."""
+
+_SHARED = "shared"
+
+
+def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
+    """See `coordinator.algorithm.Algorithm.init`."""
+    known = merged(PARAMS, params)
+    scheduled(recipe_of(known), str(known["schedule"]), 1)
+    for name in ("threshold", "target", "prune"):
+        if not 0.0 <= float(known[f"recipe.{name}"]) <= 1.0:
+            raise ConfigError(f"parameter recipe.{name} = {known[f'recipe.{name}']}: write a number from 0 to 1")
+    if not float(known["recipe.lambda"]) >= 0.0:
+        raise ConfigError(f"parameter recipe.lambda = {known['recipe.lambda']}: write a number, at least 0")
+    if not all_kept(spec):
+        raise ConfigError(f"model {spec.name!r} has no prunable channels; hermes needs some, fedavg does not")
+    return State(spec, 0, dict(weights), scalars={"params": known, "clients": []})
+
+
+def plan(
+    state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
+) -> tuple[State, tuple[Draft, ...]]:
+    """See `coordinator.algorithm.Algorithm.plan`: everybody trains the whole model, and hears what is shared."""
+    params, clients = state.scalars["params"], state.scalars["clients"]
+    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    drafts = []
+    for draft in drafted(state.spec, Structure(), recipe, devices, rng):
+        if draft.device in clients:
+            shared = _unpacked(state, clients.index(draft.device))
+            words = {f"{_SHARED}.{name}": word for name, word in to_words(state.spec, shared).items()}
+            own = dataclasses.replace(draft.recipe, knobs={**draft.recipe.knobs, **words})
+            drafts.append(dataclasses.replace(draft, recipe=own))
+        else:
+            drafts.append(draft)
+    return dataclasses.replace(state, round=round_number), tuple(drafts)
+
+
+def close(state: State, answers: Answers | Iterable[Answer]) -> State:
+    """See `coordinator.algorithm.Algorithm.close`. Goes through the answers twice.
+
+    An answer without samples, or about weights that no set of channels leaves, counts for nothing.
+
+    Memory: one sum of the model's size and a byte per weight.
+
+    Raises:
+        Malformed: An answer is not about the whole model.
+    """
+    seats: dict[str, int] = {}
+    common = all_kept(state.spec)
+    for answer in _whole(answers):
+        kept = channels_of(state.spec, answer.sent) if answer.samples else None
+        if kept is not None:
+            seats[answer.device] = answer.samples
+            common = {name: flags & kept[name] for name, flags in common.items()}
+    if not seats:
+        return state
+    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
+    weight = dict(zip(seats, shares(list(seats.values())), strict=True))
+    for answer in _whole(answers):
+        if answer.device in weight:
+            paste_add(state.spec, total, answer.update, Structure(), weight[answer.device])
+    for name, mask in tensor_masks(state.spec, common).items():
+        np.multiply(total[name], mask, out=total[name])
+    weights = {name: array + total[name] for name, array in state.weights.items()}
+    return dataclasses.replace(_remembered(state, seats, common), weights=weights)
+
+
+def _remembered(state: State, devices: Iterable[str], common: Kept) -> State:
+    """Note for each device of the round which channels all of them kept."""
+    known = list(state.scalars["clients"])
+    clients = [*known, *sorted(set(devices) - set(known))]
+    bits = np.packbits(np.concatenate(list(common.values())))
+    rows = np.zeros((len(clients), bits.size), np.uint8)
+    if known:
+        rows[: len(known)] = state.arrays[_SHARED]
+    rows[[clients.index(device) for device in devices]] = bits
+    return dataclasses.replace(state, scalars={**state.scalars, "clients": clients}, arrays={_SHARED: rows})
+
+
+def _unpacked(state: State, row: int) -> dict[str, NDArray[np.bool_]]:
+    """Give the channels that a device of the list shares, by axis group."""
+    groups = all_kept(state.spec)
+    sizes = [flags.size for flags in groups.values()]
+    line = np.unpackbits(state.arrays[_SHARED][row], count=sum(sizes)).view(np.bool_)
+    return dict(zip(groups, np.split(line, np.cumsum(sizes)[:-1]), strict=True))
+
+
+def _whole(answers: Answers | Iterable[Answer]) -> Iterator[Answer]:
+    for answer in answers:
+        if answer.structure != Structure():
+            raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
+        yield answer

@@ -1,0 +1,138 @@
+"""Ratios by a common deadline: what a device's turn takes at every ratio, and which end of the round pays best.
+
+``T_n(ratio) = c + u * work(ratio) + v * bytes(ratio)`` with a device's own c, u and v, none negative, fitted to its measured
+turns (`timecost.fit`). For a deadline every device takes the least ratio that meets it, and the deadline is taken that gives
+the most progress per second, ``mean g(ratio_n) / longest T_n``. What a ratio is worth, g, is learnt from the losses that
+devices report (`blocks.worth`). The idea: FedMP's reward makes devices equal, but not fast; equal times follow from the
+model of time, and how fast is one number for the whole fleet (docs/decisions/fedmp.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.blocks import timecost
+from coordinator.blocks.timecost import Line
+from wire.memory import fit as fitted
+from wire.memory import uniform
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Node, group_sizes, node_shapes, parameter_count, tensor_shape
+
+Numbers = NDArray[np.float64]
+
+GRID = 100
+"""Ratios are looked for in steps of 1/GRID."""
+RATIOS = np.arange(GRID) / GRID
+_DEADLINES = 200
+_SHARES = (0.01, 0.55, 0.44)
+"""Prior: what of the whole model's turn is constant, work and bytes. With little that is constant, what a device's first turns
+at high ratios say of lower ones errs upward, and a turn that is too short is the cheaper mistake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What turns at the ratios 0, 1/GRID, 2/GRID and so on consist of, below 1.
+
+    Attributes:
+        work: Multiplications of a sample.
+        size: Weights.
+    """
+
+    work: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def prior(self) -> Line:
+        """Give the times before any is measured; the unit is arbitrary."""
+        constant, work, size = _SHARES
+        return Line(constant, (work / max(1, self.work[0]), size / max(1, self.size[0])))
+
+    def at(self, ratio: float) -> tuple[int, int]:
+        """Give both at a ratio, rounded to the grid."""
+        place = place_of(ratio)
+        return self.work[place], self.size[place]
+
+
+def place_of(ratio: float) -> int:
+    """Give the ratio's place in the grid."""
+    return min(GRID - 1, max(0, round(ratio * GRID)))
+
+
+def load_of(spec: ModelSpec) -> Load:
+    """Count work and weights at every ratio of the grid. Cost: GRID walks over the model, a few milliseconds each."""
+    works, sizes = [], []
+    for place in range(GRID):
+        structure = uniform(spec, 1.0 - place / GRID)
+        shapes, counts = node_shapes(spec, structure), group_sizes(spec, structure)
+        tensors = {t.name: tensor_shape(t, counts) for t in spec.tensors}
+        works.append(sum(_work(node, tensors, shapes[node.name]) for node in spec.nodes))
+        sizes.append(parameter_count(spec, structure))
+    return Load(tuple(works), tuple(sizes))
+
+
+def _work(node: Node, tensors: Mapping[str, Sequence[int]], output: Sequence[int]) -> int:
+    """Count a sample's multiplications: each weight of a matrix or kernel once for every place of the output."""
+    places = prod(output[1:]) if node.op.startswith("conv") else prod(output[:-1])
+    return sum(places * prod(tensors[name]) for name in node.params.values() if len(tensors[name]) > 1)
+
+
+def seconds_of(load: Load, turns: Sequence[Sequence[float]], trust: float) -> Numbers:
+    """Give what a device's turn takes at every ratio of the grid.
+
+    Args:
+        load: See `load_of`.
+        turns: Its measured turns, each a ratio and seconds; at least one.
+        trust: Strength of the prior, in turns (`timecost.fit`).
+    """
+    line, _ = timecost.fit([load.at(ratio) for ratio, _ in turns], [took for _, took in turns], load.prior, trust)
+    work, size = line.weights
+    return line.constant + work * np.array(load.work, np.float64) + size * np.array(load.size, np.float64)
+
+
+def least_ratio(spec: ModelSpec, recipe: Recipe, bytes_budget: int, scale: float) -> float | None:
+    """Give the least ratio of the grid whose sub-model a budget holds; None when it holds none.
+
+    Cost: seven predictions.
+    """
+    low, high = 0, GRID
+    while low < high:
+        place = (low + high) // 2
+        if fitted(spec, (uniform(spec, 1.0 - place / GRID),), recipe, bytes_budget, scale) is None:
+            low = place + 1
+        else:
+            high = place
+    return None if low >= GRID else low / GRID
+
+
+def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numbers) -> Numbers:
+    """Choose the deadline of most progress per second, and for each device the least ratio that meets it.
+
+    Args:
+        seconds: ``(devices, GRID)``, what each device's turn takes at every ratio of the grid.
+        least: The least ratio that each device's memory holds.
+        high: The largest ratio that is chosen, except where memory asks for more; a device that is late even so is late.
+        worth: ``(GRID,)``, what a round at each ratio is worth (`worth.worth`).
+
+    Returns:
+        ``(devices,)`` ratios. Cost: `_DEADLINES` passes over `seconds`.
+    """
+    first = np.array([place_of(ratio) for ratio in least])
+    last = np.maximum(first, place_of(high))
+    rows = np.arange(len(first))
+    # A time model says that a smaller model is not slower, yet a ceiling of counts may make steps: keep it falling.
+    falling = np.minimum.accumulate(seconds, axis=1)
+    lowest, highest = float(falling[rows, last].max()), float(falling[rows, first].max())
+    best, found = -math.inf, last
+    for deadline in np.geomspace(lowest, max(highest, lowest), _DEADLINES):
+        late = falling > deadline * (1.0 + 1e-9)
+        places = np.clip(late.sum(axis=1), first, last)
+        gain = float(worth[places].mean()) / float(falling[rows, places].max())
+        if gain > best * (1.0 + 1e-12):
+            best, found = gain, places
+    return np.asarray(RATIOS[found], np.float64)

@@ -1,0 +1,136 @@
+"""Widths by time: what a device's turn would take at every width, from the turns that were measured there.
+
+A turn is measured from the issue of an order to its answer, both transfers and the work. At a width that a device has trained
+lately it is what that took; at any other it is the device's newest turn, scaled by the work of a step. Only a device's last
+`TURNS` turns count, so that one that was slow for a while is tried at a wider width again.
+
+What is remembered is plain, by device name: ``turns``, a list of [capacity, seconds], the newest last, and ``due``, the
+capacity of an answer whose time will be known when the device is seen next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from coordinator.algorithm import Answer, DeviceView, Draft, State
+from coordinator.blocks.widths import structures_of
+from wire.memory import Plan, fit
+from wire.messages import Recipe
+from wire.spec import ModelSpec, Structure, node_shapes, tensor_shapes
+
+TURNS = 8
+"""Measured turns that are remembered of a device."""
+
+Turns = Sequence[Sequence[float]]
+"""Of one device: capacity and seconds, the newest last."""
+
+
+def loads(spec: ModelSpec, structures: Sequence[Structure], widths: int = 0) -> tuple[float, ...]:
+    """Give the multiplications of one sample's forward pass at each width, those of narrower widths in the same step included.
+
+    Args:
+        spec: The model.
+        structures: The widths, narrowest first.
+        widths: Knob of the rule `sgd`: with n > 0 a step also trains the narrowest and n random ones between.
+
+    Raises:
+        SpecError: The model cannot be run.
+
+    Cost: one walk over the model for each width.
+    """
+    alone = [_multiplications(spec, structure) for structure in structures]
+    found = [float(alone[0])]
+    for capacity in range(1, len(alone)):
+        between = alone[1:capacity]
+        drawn = min(widths, len(between)) * sum(between) / len(between) if between else 0.0
+        found.append(alone[capacity] + (alone[0] + drawn if widths else 0.0))
+    return tuple(found)
+
+
+def seconds_at(turns: Turns, load: Sequence[float]) -> tuple[float, ...]:
+    """Give what a turn takes at each width; nothing is less than at a narrower width.
+
+    Args:
+        turns: At least one.
+        load: See `loads`.
+    """
+    newest, took = turns[-1]
+    known = {int(capacity): float(seconds) for capacity, seconds in turns}
+    found: list[float] = []
+    for capacity, work in enumerate(load):
+        seconds = known.get(capacity, float(took) * work / load[int(newest)])
+        found.append(max(seconds, *found[-1:]) if found else seconds)
+    return tuple(found)
+
+
+def widest_in_time(turns: Turns, load: Sequence[float], deadline: float) -> int:
+    """Give the widest width whose turn is over in `deadline` seconds; the narrowest where none is, all without a turn."""
+    if not turns:
+        return len(load) - 1
+    return max(0, sum(seconds <= deadline for seconds in seconds_at(turns, load)) - 1)
+
+
+def asked(
+    state: State, recipe: Recipe, devices: Sequence[DeviceView], rng: np.random.Generator, deadline: float
+) -> tuple[State, tuple[Draft, ...]]:
+    """Ask each device to train the widest width that its memory holds and, by its own turns, whose turn is over in time.
+
+    Args:
+        state: With levels and widths.
+        recipe: How; each device gets a seed of its own.
+        devices: In any order; one that cannot hold the narrowest width even with one sample at a time gets no draft.
+        rng: Of the round. It is drawn from once for every device, whether anything fits there or not.
+        deadline: Seconds; 0 for memory alone. A device without a turn is asked by its memory, and one for which even the
+            narrowest width takes longer trains that.
+
+    Returns:
+        The state with the times that became known, and the drafts in the order of the devices' names.
+    """
+    structures, scalars = structures_of(state), state.scalars
+    if deadline:
+        scalars = settled(scalars, devices)
+        load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
+    drafts = []
+    known: dict[tuple[int, float, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    for device in sorted(devices, key=lambda d: d.name):
+        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
+        most = (
+            widest_in_time(scalars["turns"].get(device.name, ()), load, deadline) if deadline else len(structures) - 1
+        )
+        means = device.bytes_budget, device.memory_scale, most
+        if means not in known:
+            known[means] = fit(state.spec, structures[: most + 1], recipe, *means[:2])
+        fits = known[means]
+        if fits is not None:
+            drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))
+    return dataclasses.replace(state, scalars=scalars), tuple(drafts)
+
+
+def heard(scalars: Mapping[str, Any], answers: Iterable[Answer]) -> dict[str, Any]:
+    """Remember at which width each device has answered, until its time is known. Goes through the answers once."""
+    return {**scalars, "due": {answer.device: answer.structure.capacity for answer in answers}}
+
+
+def settled(scalars: Mapping[str, Any], devices: Sequence[DeviceView]) -> dict[str, Any]:
+    """Take in the times of the answers that were due, of the devices that are here."""
+    turns, due = dict(scalars.get("turns", {})), dict(scalars.get("due", {}))
+    for device in devices:
+        if device.name in due and device.seconds_turn > 0.0:
+            new = [due.pop(device.name), float(device.seconds_turn)]
+            turns[device.name] = [*turns.get(device.name, ()), new][-TURNS:]
+    return {**scalars, "turns": turns, "due": due}
+
+
+def _multiplications(spec: ModelSpec, structure: Structure) -> int:
+    """Count each weight of a matrix or kernel once for every place of the output at which it is used."""
+    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
+    total = 0
+    for node in spec.nodes:
+        places = prod(shapes[node.name][1:] if node.op.startswith("conv") else shapes[node.name][:-1])
+        total += places * sum(prod(tensors[name]) for name in node.params.values() if len(tensors[name]) > 1)
+    return total

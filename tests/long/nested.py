@@ -1,0 +1,132 @@
+"""The structured family side by side on real data: the comparisons whose results stand in docs/results.
+
+`python -m tests nested` runs them all, `python -m tests nested digits ratios` some. Each is one `coordinator compare`:
+finished runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples
+and MotionSense, see `coordinator compare --help`.
+
+All methods have the same devices, of five classes: a class is what a width takes, from a fifth of the channels to all, and
+the widest class is four times as fast as the narrowest (fleet `spread`). What cannot cut its model is compared in three ways:
+where it fits (``fedavg``: only the widest class takes part), at the width that every device holds (``fedavg-20``), and, as a
+ceiling, where every device had memory for the whole model (``fedavg-all``). ``alone-40`` to ``alone-80`` train that width
+alone, on every device that can hold it: what a width of a nested model must not fall behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tests.long._tables import run, told
+
+FRACTIONS = "0.2 0.4 0.6 0.8 1"
+NESTED = "fledge,nestfl,heterofl,fjord"
+PLAIN = "fedavg,fedavg-20=fedavg,fedavg-all=fedavg"
+ALONE = "alone-40=fedavg,alone-60=fedavg,alone-80=fedavg"
+PERSONAL = "perfedavg-20=perfedavg,perfedavg-all=perfedavg,hermes-20=hermes,hermes-all=hermes"
+RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
+"""Percent that `uniform` cuts of every layer."""
+OWN: Mapping[str, Mapping[str, str]] = {
+    "nestfl": {"recipe.widths": "0"},
+    "heterofl": {"fractions": FRACTIONS},
+    "heterofl-dynamic": {"fractions": FRACTIONS, "assign": "dynamic"},
+    "fjord-plain": {"recipe.distil": "0"},
+    "fiarse": {"sizes": "0.04 0.16 0.36 0.64 1"},
+    "perfedavg-hf": {"recipe.hf": "1"},
+    "eucb": {"policy": "eucb"},
+    "bounded": {"policy": "bounded"},
+    **{f"uniform-{ratio}": {"policy": "uniform", "ratio": str(ratio / 100)} for ratio in RATIOS},
+}
+"""What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One comparison.
+
+    Attributes:
+        algos: As `coordinator compare` takes them. A label that ends in percent has so narrow a model, one that ends in
+            ``-all`` the fleet whose devices all hold the whole model.
+        rounds: How many.
+        seeds: As `coordinator compare` takes them.
+        model: In the zoo.
+        data: Name and how it is split over how many devices.
+        select: Who is asked in a round.
+        measured: Every so many rounds.
+        fleet: A profile.
+        recipe: Of all methods.
+        target: Accuracy to reach.
+    """
+
+    algos: str
+    rounds: int
+    seeds: str = "0,1,2"
+    model: str = "digits-cnn"
+    data: tuple[str, str, str] = ("digits", "dir0.3", "5")
+    select: str = "all"
+    measured: int = 1
+    fleet: str = "spread"
+    recipe: Mapping[str, str] = field(default_factory=lambda: {"epochs": "2", "batch": "32"})
+    target: str = "0.95*fedavg-all"
+
+    def words(self) -> list[str]:
+        """Give the arguments."""
+        data, partition, devices = self.data
+        words = ["compare", "--algos", self.algos, "--seeds", self.seeds, "--rounds", str(self.rounds)]
+        words += ["--model", self.model, "--fleet", self.fleet, "--data", data, "--partition", partition]
+        words += ["--devices", devices, "--select", self.select, "--evaluate-every", str(self.measured)]
+        words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
+        words += ["--target", self.target]
+        for label in (method.partition("=")[0] for method in self.algos.split(",")):
+            words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
+        return words
+
+    def _own(self, label: str) -> dict[str, str]:
+        end = label.rpartition("-")[2]
+        own = dict(OWN.get(label, {}))
+        if end == "all":
+            own["run.fleet"] = "spread-whole"
+        elif end.isdigit() and label not in OWN:
+            own["run.model"] = f"{self.model}@{int(end) / 100}"
+        return own
+
+
+_MNIST = {"steps": "10", "batch": "20"}
+_HAR = {"epochs": "1", "batch": "32"}
+_FEDMP = ",".join(["fedmp", "eucb=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)])
+
+TABLES = {
+    "digits": Table(f"{NESTED},{PLAIN},{ALONE},{PERSONAL}", 15),
+    "digits-50": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3),
+    "mnist": Table(
+        f"{NESTED},{PLAIN},{PERSONAL}",
+        100,
+        model="lenet-5",
+        data=("mnist", "writers", "539"),
+        select="random:10",
+        measured=10,
+        recipe=_MNIST,
+    ),
+    "motionsense": Table(
+        f"{NESTED},{PLAIN},{PERSONAL}",
+        12,
+        seeds="0",
+        model="har-cnn",
+        data=("motionsense", "people", "24"),
+        measured=2,
+        recipe=_HAR,
+    ),
+    "ratios": Table(
+        f"fedavg,flexcom,{_FEDMP}", 25, data=("digits", "dir0.3", "10"), fleet="spread-whole", target="0.95*fedavg"
+    ),
+    "faithful": Table(
+        f"{NESTED},heterofl-dynamic=heterofl,fjord-plain=fjord,fiarse,fedprox-20=fedprox,fedprox-all=fedprox,"
+        f"perfedavg-hf=perfedavg,{PERSONAL},{PLAIN}",
+        15,
+        seeds="0",
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the tables that are named, or all; gives the highest exit code."""
+    return run("nested", TABLES, words)

@@ -1,0 +1,90 @@
+"""docs/adding-an-algorithm.md is true: its example is registered for a moment, passes its tests and all others', and runs."""
+
+import ast
+import importlib
+import re
+import sys
+
+import pytest
+
+from coordinator import algorithms, cli
+from coordinator.simulate.run import simulate
+from coordinator.simulate.world import Config
+from tests.house.walk import ROOT
+from tests.unit import test_algorithms
+
+PAGE = (ROOT / "docs" / "adding-an-algorithm.md").read_text("utf-8")
+SOURCE, LINE, TESTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+NAME = "fedavgm"
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """Write the page's algorithm and its tests to files of their own, and register it from there."""
+    (tmp_path / "docs_fedavgm.py").write_text(SOURCE, "utf-8")
+    (tmp_path / "docs_test_fedavgm.py").write_text(TESTS, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(algorithms.ALGORITHMS, NAME, "docs_fedavgm")
+    yield tmp_path
+    for module in ("docs_fedavgm", "docs_test_fedavgm"):
+        sys.modules.pop(module, None)
+
+
+def test_the_registry_line_names_the_file_that_the_page_names():
+    (found,) = re.findall(r'^    "(\w+)": "([\w.]+)",$', LINE, re.MULTILINE)
+    assert found == (NAME, f"coordinator.algorithms.{NAME}")
+    assert f"`{found[1].replace('.', '/')}.py`:" in PAGE
+    assert NAME not in algorithms.ALGORITHMS, "then this page must take another example"
+
+
+def test_the_example_is_short():
+    found = ast.parse(SOURCE)
+    docstrings = [
+        node for node in ast.walk(found) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    prose = sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in docstrings)
+    assert sum(bool(line.strip()) for line in SOURCE.splitlines()) - prose <= 36, "nine of them imports"
+
+
+def test_the_example_passes_its_own_tests_and_those_of_all_algorithms(added):
+    own = importlib.import_module("docs_test_fedavgm")
+    for name, test in vars(own).items():
+        if name.startswith("test_"):
+            test()
+    test_algorithms.test_a_first_round_can_be_planned_with_the_defaults(NAME)
+    test_algorithms.test_a_round_without_answers_or_samples_leaves_the_model_as_it_is(NAME)
+    for how in test_algorithms.SAID:
+        (added / how).mkdir()
+        test_algorithms.test_a_run_goes_on_from_any_saved_state_whatever_devices_say(NAME, how, added / how)
+
+
+@pytest.mark.usefixtures("added")
+def test_the_example_runs_two_rounds_and_its_speed_tells():
+    config = Config(algo=NAME, model="linear", partition="iid", fleet="even", devices=2, rounds=2)
+    fast, still = (simulate(Config(**{**_plain(config), "params": {"beta": beta}})) for beta in (0.5, 0.0))
+    fedavg = simulate(Config(**{**_plain(config), "algo": "fedavg"}))
+    assert fast["rounds"] == 2
+    assert still["curve"] == fedavg["curve"], "without speed it is FedAvg"
+    assert fast["curve"] != still["curve"]
+
+
+@pytest.mark.usefixtures("added")
+def test_the_example_is_listed_and_explained(capsys):
+    assert cli.main(["algos"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(NAME)]
+    assert "Hsu, Qi and Brown, 2019" in line
+    assert cli.main(["algos", NAME]) == 0
+    out = capsys.readouterr().out
+    assert "section 4.3" in out
+    assert "beta = 0.5" in out
+
+
+def test_the_list_of_algorithms_fits_a_terminal(capsys):
+    assert cli.main(["algos"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in lines) for name in algorithms.ALGORITHMS)
+    assert max(map(len, lines)) <= 80
+
+
+def _plain(config):
+    return {name: getattr(config, name) for name in Config.__slots__}

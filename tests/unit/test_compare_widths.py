@@ -1,0 +1,109 @@
+"""What a comparison says of widths and of devices' own data; methods with a model or a fleet of their own; the tables."""
+
+import dataclasses
+import json
+
+import pytest
+
+from coordinator.simulate import compare, compare_report
+from coordinator.simulate.trials import Store, Trial
+from coordinator.simulate.world import Config, build
+from tests.long import nested, sparse
+from tests.unit.test_compare import a_result, asked, found_of, played
+from wire.spec import Structure, parameter_count
+
+
+def test_a_method_may_have_a_model_and_a_fleet_of_its_own(monkeypatch, tmp_path):
+    played(monkeypatch, lambda _: 0.5)
+    comparison = asked(
+        "--algos", "nestfl,small=fedavg,top=fedavg", "--model", "digits-mlp", "--fleet", "spread", "--seeds", "0",
+        "--set", "small.run.model=digits-mlp@0.2", "--set", "top.run.fleet=spread-whole",
+    )  # fmt: skip
+    found = [(t.label, t.config.model, t.config.fleet, dict(t.config.params)) for t, _ in
+             compare.compare(comparison, Store(tmp_path), 1)]  # fmt: skip
+    assert found == [
+        ("nestfl", "digits-mlp", "spread", {}),
+        ("small", "digits-mlp@0.2", "spread", {}),
+        ("top", "digits-mlp", "spread-whole", {}),
+    ]
+
+
+def test_the_fleet_of_a_narrower_model_is_that_of_the_whole(tmp_path):
+    config = Config(algo="fedavg", model="digits-cnn", partition="iid", fleet="spread", devices=5)
+    whole, narrow = (
+        build(dataclasses.replace(config, model=model), tmp_path / model) for model in ("digits-cnn", "digits-cnn@0.2")
+    )
+    assert [c.machine for c in narrow.clients.values()] == [c.machine for c in whole.clients.values()]
+    assert parameter_count(narrow.spec, Structure()) < 0.1 * parameter_count(whole.spec, Structure())
+    assert narrow.digest == whole.digest
+
+
+def nested_of(widths: dict[str, list[float]]):
+    """Let the runs of `found_of` have several widths: each goes up by the round as the whole model does."""
+    found = []
+    for label, shares in widths.items():
+        for seed in (0, 1, 2):
+            config = Config(algo="nestfl", rounds=10, seed=seed)
+            one = a_result(config, 0.7 + 0.1 * seed)
+            for point in [one["accuracy"], *one["curve"]]:
+                full = point.get("full", point.get("accuracy"))
+                point["by_width"] = {} if full is None else {str(k): full * share for k, share in enumerate(shares)}
+            after = {"mean": 0.9 - 0.1 * seed, "p10": None if seed == 2 else 0.5 * seed}
+            one["personal"] = {"before": {"mean": 0.25 * seed, "p10": 0.1}, "after": after}
+            found.append((Trial(label, None, config), one))
+    return found
+
+
+def test_widths_and_personal_accuracies_by_hand():
+    found = nested_of({"nest": [0.5, 0.25, 1.0], "flat": [1.0]})
+    facts = compare_report.summed_up([*found, *found_of({"old": [0.8]})], "0.19")
+    nest, flat, old = facts["summary"]
+    assert nest["by_width"] == pytest.approx({"0": 0.4, "1": 0.2, "2": 0.8})
+    assert nest["worst"] == pytest.approx({"median": 0.2, "least": 0.175, "most": 0.225})
+    # The worst width is at 0.25 * full * n / 10 in round n = 2, 4, ...: it passes 0.19 in rounds never, 10 and 10.
+    assert [run["to_target_worst"] and run["to_target_worst"]["round"] for run in facts["runs"][:3]] == [None, 10, 10]
+    assert (nest["reached_worst"], nest["to_target_worst"]["round"], nest["to_target"]["round"]) == (2, 10, 4)
+    assert nest["personal"]["before"] == pytest.approx({"mean": 0.25, "p10": 0.1})
+    assert nest["personal"]["after"] == pytest.approx({"mean": 0.8, "p10": 0.25})
+    assert flat["by_width"] == pytest.approx({"0": 0.8})
+    assert (flat["worst"]["median"], flat["reached_worst"], flat["to_target_worst"]["round"]) == (None, 0, None)
+    assert (old["by_width"], old["personal"]["after"]["mean"]) == ({}, None)
+    json.dumps(facts, allow_nan=False)
+
+
+def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results(tmp_path):
+    found = nested_of({"nest": [0.5, 0.25, 1.0], "flat": [1.0]})
+    facts = compare_report.summed_up([*found, *found_of({"old": [0.8]})], "0.19")
+    first, _, second = compare_report.text(facts).partition("predicts")[0].partition("worst")
+    assert all(label in first for label in ("nest", "flat", "old"))
+    (nest,) = [line.split() for line in second.splitlines() if line.strip().startswith("nest")]
+    assert " ".join(nest) == "nest - 0.2000 0.4000 0.2000 0.8000 2/3 10 10.0 0.00300 0.2500 0.1000 0.8000 0.2500"
+    (flat,) = [line.split() for line in second.splitlines() if line.strip().startswith("flat")]
+    assert " ".join(flat) == "flat - - - - - - - - - 0.2500 0.1000 0.8000 0.2500"
+    assert "old" not in second
+    assert compare_report.plot(facts, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    plain = compare_report.summed_up(found_of({"old": [0.8]}), "0.19")
+    assert "worst" not in compare_report.text(plain)
+    wide = compare_report.summed_up(nested_of({"nest": [1.0 - i / 20 for i in range(9)]}), "0.19")
+    assert "width 0" not in compare_report.text(wide)
+    assert "worst" in compare_report.text(wide)
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in (sparse, nested) for name in family.TABLES])
+def test_the_committed_tables_can_be_asked_for(family, name, capsys):
+    comparison = asked(*family.TABLES[name].words()[1:])
+    for method in comparison.methods:
+        assert comparison.trial(method, None, method.configurations[0], 0)
+    assert family.main([name, "--show"]) == 0
+    assert capsys.readouterr().out.startswith("coordinator compare --algos")
+
+
+def test_a_table_gives_methods_the_model_and_the_fleet_that_their_labels_ask_for():
+    comparison = asked(*nested.TABLES["digits"].words()[1:])
+    found = {m.label: comparison.trial(m, None, m.configurations[0], 0).config for m in comparison.methods}
+    assert {label: (c.algo, c.model, c.fleet) for label, c in found.items() if c.algo == "fedavg"} == {
+        "fedavg": ("fedavg", "digits-cnn", "spread"),
+        "fedavg-20": ("fedavg", "digits-cnn@0.2", "spread"),
+        "fedavg-all": ("fedavg", "digits-cnn", "spread-whole"),
+        **{f"alone-{10 * tenths}": ("fedavg", f"digits-cnn@0.{tenths}", "spread") for tenths in (4, 6, 8)},
+    }

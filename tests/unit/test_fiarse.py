@@ -1,0 +1,208 @@
+"""FIARSE: nested sizes by magnitude, the mean over masks against a loop, and rounds of several sizes, whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.algorithm import Answer, DeviceView, rng_of
+from coordinator.algorithms import fedavg, fiarse
+from coordinator.blocks.masks import (
+    NEVER,
+    capacities_of,
+    maskable,
+    masks_at,
+    nested_levels,
+    structure_at,
+    top_global,
+)
+from coordinator.simulate.run import simulate
+from coordinator.simulate.world import Config
+from tests.support.models import linear, random_arrays, small_cnn
+from wire import zoo
+from wire.errors import ConfigError, Malformed
+from wire.memory import predict
+from wire.messages import Usage
+from wire.spec import Structure
+
+SPEC = small_cnn()
+NAMES = ("c.weight", "f.weight", "o.weight")
+GREAT = 1 << 40
+SIZES = {"sizes": "0.1 0.4 1"}
+
+
+def begun(params=None, seed=0, spec=SPEC):
+    return fiarse.init(spec, random_arrays(spec, Structure(), seed), {**SIZES, **(params or {})})
+
+
+def answer(state, device, capacity, update, samples=7):
+    structure = structure_at(state.mask_levels, capacity)
+    masks = masks_at(state.mask_levels, capacity)
+    update = {name: array * masks.get(name, np.float32(1)) for name, array in update.items()}
+    return Answer(device, samples, structure, {}, Usage(), update, masks)
+
+
+# --- the sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["model", "layer"])
+@pytest.mark.parametrize("spec", [SPEC, zoo.by_name("digits-mlp")], ids=["small-cnn", "digits-mlp"])
+def test_a_size_keeps_the_largest_weights_and_the_smaller_size(by, spec):
+    sizes = (0.05, 0.3, 0.31, 0.9)
+    state = begun({"sizes": " ".join(map(str, sizes)), "by": by}, 3, spec)
+    weights = {name: np.abs(state.weights[name].astype(np.float64)) for name in maskable(spec)}
+    for capacity, size in enumerate(sizes):
+        masks = masks_at(state.mask_levels, capacity)
+        pools = [list(weights)] if by == "model" else [[name] for name in weights]
+        least = np.inf
+        for pool in pools:
+            line = np.concatenate([weights[name].ravel() for name in pool])
+            kept = np.concatenate([masks[name].ravel() for name in pool])
+            assert kept.sum() == int(np.ceil(size * line.size - 1e-9))
+            assert line[kept].min() >= line[~kept].max()
+            least = min(least, line[kept].min())
+        assert fiarse.thresholds(state.weights, state.mask_levels)[capacity] == pytest.approx(least)
+        if capacity:
+            before = masks_at(state.mask_levels, capacity - 1)
+            assert all((masks[name] | ~mask).all() for name, mask in before.items())
+    assert capacities_of(state.mask_levels) == 4
+    assert any((level == NEVER).any() for level in state.mask_levels.values())
+
+
+@given(st.lists(st.integers(-3, 3), min_size=3, max_size=40), st.data())
+@settings(deadline=None)
+def test_levels_and_masks_are_the_same_thing(values, data):
+    scores = {"a": np.abs(np.array(values[:2], np.float32)), "b": np.abs(np.array(values[2:], np.float32))}
+    counts = sorted(data.draw(st.sets(st.integers(1, len(values)), min_size=1, max_size=4)))
+    sizes = [top_global(scores, count) for count in counts]
+    levels = nested_levels(sizes)
+    assert capacities_of(levels) == len(counts)
+    for capacity, masks in enumerate(sizes):
+        found = masks_at(levels, capacity)
+        if counts[capacity] == len(values):
+            assert found == {}
+            assert structure_at(levels, capacity) == Structure(capacity)
+        else:
+            assert {name: mask.tolist() for name, mask in found.items()} == {n: m.tolist() for n, m in masks.items()}
+            structure = structure_at(levels, capacity)
+            assert (structure.capacity, sum(structure.kept.values())) == (capacity, counts[capacity])
+    if len(sizes) > 1:
+        with pytest.raises(ValueError, match="capacity"):
+            nested_levels(sizes[::-1])
+    assert capacities_of({}) == 0
+
+
+def test_each_device_gets_the_widest_size_that_it_holds_with_its_threshold():
+    spec = zoo.by_name("digits-cnn")
+    state = begun({"sizes": "0.02 0.3 1", "recipe.steps": 5.0}, 1, spec)
+    _, (great,) = fiarse.plan(state, 1, (DeviceView("great", GREAT),), rng_of(0, 1))
+    levels = state.mask_levels
+    recipe = dataclasses.replace(great.recipe, epochs=1)
+    bounds = [predict(spec, structure_at(levels, k), recipe, recipe.batch).bound for k in range(3)]
+    assert bounds == sorted(bounds)
+    views = (*(DeviceView(f"d{k}", bound) for k, bound in enumerate(bounds)), DeviceView("none", 1 << 20))
+    after, drafts = fiarse.plan(state, 1, views, rng_of(0, 1))
+    assert [(draft.device, draft.structure) for draft in drafts] == [
+        (f"d{k}", structure_at(after.mask_levels, k)) for k in range(3)
+    ]
+    least = [draft.recipe.knobs["threshold"] for draft in drafts]
+    assert least == fiarse.thresholds(state.weights, after.mask_levels)
+    assert least[0] > least[1] > least[2] == 0.0
+    assert drafts[2].structure == Structure(2)
+    assert len({draft.recipe.seed for draft in drafts}) == 3
+
+
+# --- the mean ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_counts_masks_as_a_loop_over_weights_does():
+    params = {"server": 0.5, "sizes": "0.1 0.4 0.8"}
+    state, _ = fiarse.plan(begun(params, 2), 1, (), rng_of(0, 1))
+    updates = [random_arrays(SPEC, Structure(), seed) for seed in range(4)]
+    updates[1]["f.weight"][...] = 0.0  # one that did not move there counts all the same
+    answers = [answer(state, f"d{i}", k, updates[i]) for i, k in enumerate((0, 2, 1, 1))]
+    after = fiarse.close(state, answers)
+    for name, array in state.weights.items():
+        wanted = array.astype(np.float64)
+        for place in range(array.size):
+            moves = [
+                float(one.update[name].ravel()[place])
+                for one in answers
+                if name not in one.sent or one.sent[name].ravel()[place]
+            ]
+            if moves:
+                wanted.ravel()[place] += 0.5 * sum(moves) / len(moves)
+        np.testing.assert_allclose(after.weights[name], wanted, atol=1e-6, err_msg=name)
+        if name in NAMES:
+            never = state.mask_levels[name] == NEVER
+            np.testing.assert_array_equal(after.weights[name][never], array[never])
+    again = fiarse.close(state, answers[::-1])
+    for name, array in after.weights.items():
+        np.testing.assert_allclose(again.weights[name], array, atol=1e-6)
+
+
+def test_what_stands_outside_of_its_masks_is_not_taken():
+    state, _ = fiarse.plan(begun(), 1, (), rng_of(0, 1))
+    honest = answer(state, "a", 0, random_arrays(SPEC, Structure(), 5))
+    lies = {name: np.where(honest.sent.get(name, True), array, np.float32(9)) for name, array in honest.update.items()}
+    lies = dataclasses.replace(honest, update=lies)
+    one, other = fiarse.close(state, [honest]), fiarse.close(state, [lies])
+    for name, array in one.weights.items():
+        np.testing.assert_array_equal(other.weights[name], array)
+
+
+def test_one_size_that_keeps_all_is_fedavg_of_equal_samples():
+    state, updates = begun({"sizes": "1"}), [random_arrays(SPEC, Structure(), seed) for seed in range(3)]
+    answers = [Answer(f"d{i}", 7, Structure(), {}, Usage(), update) for i, update in enumerate(updates)]
+    plain = fedavg.close(fedavg.init(SPEC, state.weights, {}), answers)
+    found = fiarse.close(state, answers)
+    for name, array in plain.weights.items():
+        np.testing.assert_allclose(found.weights[name], array, atol=1e-6)
+
+
+def test_who_has_no_samples_counts_for_nothing_and_other_masks_are_refused():
+    state, _ = fiarse.plan(begun(), 1, (), rng_of(0, 1))
+    good = answer(state, "a", 1, random_arrays(SPEC, Structure(), 5))
+    none = answer(state, "b", 0, random_arrays(SPEC, Structure(), 6), samples=0)
+    one, other = fiarse.close(state, [good]), fiarse.close(state, [good, none])
+    for name, array in one.weights.items():
+        np.testing.assert_array_equal(other.weights[name], array)
+    assert fiarse.close(state, [none]) is state
+    for wrong in (Structure(), good.structure.narrowed(0), Structure(9), structure_at(begun(seed=9).mask_levels, 1)):
+        with pytest.raises(Malformed, match="other masks"):
+            fiarse.close(state, [dataclasses.replace(good, structure=wrong)])
+
+
+def test_parameters_that_make_no_sense_are_named():
+    for name, value in (
+        ("sizes", "0.5 0.4"),
+        ("sizes", "0 1"),
+        ("sizes", "0.5 2"),
+        ("sizes", ""),
+        ("sizes", "half"),
+        ("sizes", "0.5001 0.5002"),
+        ("by", "tensor"),
+        ("server", 0.0),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            begun({name: value})
+    tied = linear()
+    tied = dataclasses.replace(tied, nodes=(*tied.nodes, dataclasses.replace(tied.nodes[0], name="p")))
+    with pytest.raises(ConfigError, match="masked"):
+        fiarse.init(tied, random_arrays(tied, Structure()), {})
+
+
+def test_a_simulated_run_can_be_repeated_and_measures_every_size():
+    config = Config(
+        model="digits-mlp", algo="fiarse", partition="iid", devices=4, rounds=3, params={"sizes": "0.1 0.4 1"}
+    )
+    one, two = simulate(config), simulate(config)
+    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
+    assert set(one["accuracy"]["by_width"]) == {"0", "1", "2"}
+    widths = {device["width"] for device in one["devices"]}
+    assert len(widths) > 1, "devices of several sizes"
+    assert one["accuracy"]["full"] == one["accuracy"]["by_width"]["2"] > 0.3
