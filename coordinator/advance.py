@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithm import DeviceView, Draft, State, rng_of
+from coordinator.algorithm import Algorithm, DeviceView, Draft, State, rng_of
 from coordinator.algorithms import by_name
 from coordinator.answers import Answers
 from coordinator.blocks.initial import initial_weights
@@ -109,6 +109,7 @@ class Outcome:
         masks: The masks to publish; None when every weight is kept.
         sized: With nested masks, what each capacity is published as, instead of `shells` and `masks`.
         error: Why nothing came of it; empty when all is well.
+        note: What the operator should know of it.
     """
 
     state: str = ""
@@ -119,6 +120,7 @@ class Outcome:
     masks: BlobRef | None = None
     sized: tuple[Sized, ...] = ()
     error: str = field(default="")
+    note: str = ""
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
@@ -171,16 +173,34 @@ def advance(task: Task) -> Outcome:
     else:
         weights = initial_weights(spec, task.seed)
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
+    note = ""
     if task.closing:
-        state = algorithm.close(state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state)))
+        state, note = _closed(
+            algorithm, state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state))
+        )
     state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
     if state.mask_levels:
         structures = structures_of(state)
         sized = tuple(_sized(spool, spec, state, structure.capacity) for structure in structures)
-        return Outcome(save_state(spool, state).digest, tuple(drafts), structures=structures, sized=sized)
+        return Outcome(save_state(spool, state).digest, tuple(drafts), structures=structures, sized=sized, note=note)
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
-    return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks)
+    return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks, note=note)
+
+
+def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State, str]:
+    """Close a round, as one without answers where these would leave a weight that is no number.
+
+    Every update is finite, yet their sum, or what it is added to, may not be: one device is enough. Such a model could be
+    neither ranked nor trained, and it would be what a restart goes on from.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        after = algorithm.close(state, answers)
+    if all(np.isfinite(array).all() for array in after.weights.values()):
+        return after, ""
+    return algorithm.close(
+        state, ()
+    ), f"round {state.round} would leave a weight that is not finite; its answers are left out"
 
 
 def sizes_of(spec: ModelSpec, state: State) -> dict[str, Held]:

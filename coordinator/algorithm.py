@@ -73,7 +73,8 @@ class DeviceView:
         memory_scale: Measured over predicted memory, at least 1.
         seconds: Training time of its last answer; 0 when it never answered. Measured, so what depends on it cannot be
             repeated to the bit.
-        seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise.
+        seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise. 0
+            when that is not known: it never answered, or the coordinator was started anew in between.
     """
 
     name: Name

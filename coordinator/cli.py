@@ -17,7 +17,7 @@ EXITS = {
     2: "the command line, the configuration or the data is wrong; the text says what to write instead",
     3: "no broker: it is missing, unreachable or refuses us",
     4: "the run ended without a result: too few devices answered",
-    5: "this machine's disk: the state folder cannot be read or written",
+    5: "this machine's disk: the state folder, or a file that was asked for, cannot be read or written",
     130: "interrupted",
 }
 """The exit codes of all `coordinator` commands; numbers are never used again for something else."""
@@ -212,7 +212,8 @@ def _add_compare(commands: _Commands) -> None:
         "  coordinator compare --algos fedavg,prunefl,feddip --densities .2,.05 --model lenet-5 --data mnist \\\n"
         "      --partition writers --devices 539 --select random:10 --rounds 200 --evaluate-every 10 --jobs 2 \\\n"
         "      --target '0.95*fedavg' --json out.json --plot out.png\n"
-        "  coordinator compare --algos fedavg,slow=fedavg --set slow.recipe.rate=0.01\n\n"
+        "  coordinator compare --algos fedavg,slow=fedavg --set slow.recipe.rate=0.01\n"
+        "  coordinator compare --algos nestfl,small=fedavg --fleet spread --set small.run.model=digits-cnn@0.2\n\n"
         "Finished runs are kept: the same command again goes on where it was interrupted.",
     )
     compare.add_argument("--algos", required=True, help="names with commas; LABEL=NAME for one more of the same")
@@ -236,7 +237,8 @@ def _add_compare(commands: _Commands) -> None:
         action="append",
         default=[],
         metavar="METHOD.PARAM=VALUE",
-        help="change a parameter of one method, or with * of all that have it: fedavg.recipe.rate=0.1",
+        help="change a parameter of one method, or with * of all that have it: fedavg.recipe.rate=0.1; "
+        "run.model and run.fleet are a method's own model and fleet",
     )
     compare.add_argument(
         "--configs", type=Path, metavar="FILE", help='JSON: {"METHOD or *": [{"PARAM": value}, ...]}, at most six each'

@@ -36,7 +36,7 @@ class Device:
         bytes_peak: Highest memory above base in that order so far.
         memory_scale: Measured over predicted memory, at least 1; multiply predictions for this device by it.
         usage: What its last counted reply cost.
-        seconds_turn: From that order's round being issued to the reply being here.
+        seconds_turn: From that order's round being issued to the reply being here; 0 when that is not known.
     """
 
     name: str

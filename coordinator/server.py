@@ -189,7 +189,7 @@ class Server:
         self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
         if order is not None:
-            seconds = time.monotonic() - self._pace.issued
+            seconds = self._pace.turn(time.monotonic())
             self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak, seconds)
         self._happen(Arrived(reply.device, reply.order, reply))
 
@@ -369,7 +369,7 @@ class Server:
             f"going on with round {self._round.number}: {self._round.arrived} of {len(self._round.seats)} are here"
         )
         self._mail.publisher.want(ref for order in standing.orders.values() for ref in order.blobs)
-        self._pace.issued = time.monotonic()
+        self._pace.issued = self._pace.resumed = time.monotonic()
         self._happen(ev.Resumed(self._pace.issued))
 
     def _finished(self) -> bool:

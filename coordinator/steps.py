@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order
 from wire.spec import ModelSpec, Structure, parameter_count
 from wire.spool import Spool
+
+log = logging.getLogger("coordinator")
 
 _INLINE_BYTES = 4 << 20
 
@@ -69,7 +72,7 @@ class Steps:
         volume = 4 * parameter_count(self._store.spec, Structure())
         volume += sum(reply.update.size for reply in task.replies if reply.update is not None)
         if volume <= _INLINE_BYTES:
-            return task, advance(task)
+            return task, _told(advance(task))
         self._task = task
         self._child = Child("advance", ["coordinator.advance"], self._post, also=(Outcome,))
         self._child.send(task)
@@ -90,7 +93,7 @@ class Steps:
             raise StoreError(f"closing or planning round {task.round} ended without a result: {event}")
         if outcome.error:
             raise StoreError(f"closing or planning round {task.round} failed: {outcome.error}")
-        return task, outcome
+        return task, _told(outcome)
 
     def stop(self) -> None:
         """End the child, if there is one."""
@@ -117,6 +120,12 @@ class Steps:
             round=number,
             devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
         )
+
+
+def _told(outcome: Outcome) -> Outcome:
+    if outcome.note:
+        log.warning("%s", outcome.note)
+    return outcome
 
 
 def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:

@@ -73,6 +73,7 @@ class Pace:
         clearing: Blobs whose pieces are being deleted at the broker.
         bytes_old: Written to the spool since it was last swept.
         rounds_old: Rounds since then.
+        resumed: The instant `issued` where an earlier life of the coordinator issued the round; nobody knows how long ago.
     """
 
     deadline: float = float("inf")
@@ -83,3 +84,8 @@ class Pace:
     clearing: tuple[BlobRef, ...] = ()
     bytes_old: int = 0
     rounds_old: int = 0
+    resumed: float = -1.0
+
+    def turn(self, now: float) -> float:
+        """Give the seconds since the open round was issued; 0, which means not known, where that was in an earlier life."""
+        return 0.0 if self.issued == self.resumed else now - self.issued

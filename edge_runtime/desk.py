@@ -76,10 +76,12 @@ class Desk:
 
     @property
     def bytes_coming(self) -> int:
-        """Memory that the worker itself will take before an order's own begins: all of it when none runs."""
-        base = self._bytes_base or _BASE_GUESS
+        """Memory that the worker itself will take before an order's own begins: all of it when none runs.
+
+        Below 0 where it holds more than that: what an order has taken is there for the next one.
+        """
         held = probe.resident(self._child.pid) if self._child is not None else 0
-        return max(0, base - held)
+        return self._bytes_base - held if self._bytes_base else max(0, _BASE_GUESS - held)
 
     def start(self, now: float) -> None:
         """Start a worker if there is none."""

@@ -17,7 +17,7 @@ MEANINGS = {
     CONFIG: "the command line or the configuration is wrong; the text says what to write instead",
     BROKER: "no broker: it is unreachable or refuses this device",
     UNFIT: "`edge-runtime check` found something that must be put right",
-    DISK: "this machine's disk: the state folder cannot be read or written",
+    DISK: "this machine's disk: the state folder, or a file that was asked for, cannot be read or written",
     DATA: "the device's data are missing or not what they should be; a restart would end the same way",
     INTERRUPTED: "interrupted",
 }

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.config import Config, load
-from edge_runtime.memory import probe
+from edge_runtime.memory import limit, probe
 from wire.errors import ConfigError, NestlingError
 
 MIB = 1 << 20
+_BYTES_LEAST = 16 * MIB
 _SECONDS_BROKER = 5.0
 _SECONDS_TORCH = 180.0
 _EARLIEST = 1_750_000_000  # seconds since 1970: a clock before this program was written is wrong
@@ -94,14 +95,24 @@ def _disk(config: Config) -> Finding:
 
 
 def _memory(config: Config) -> Finding:
+    file = Path(config.state.dir) / limit.FILE
+    try:
+        told = limit.said(file)
+    except ConfigError as error:
+        advice = f'write an amount such as "24 MiB" into {file}, or delete it: as it is, it limits nothing'
+        return Finding("memory", fine=False, found=f"{file}: {error}", advice=advice)
     free, whole = probe.available(), probe.total()
-    granted = probe.budget(config.bytes_budget, config.bytes_reserve)
+    allowed = min((most for most in (config.bytes_budget, told) if most), default=0)
+    granted = probe.budget(allowed, config.bytes_reserve)
     found = (
         f"{free // MIB} of {whole // MIB} MiB available; an order may take {granted // MIB} MiB above the worker's base"
     )
-    if granted < 16 * MIB:
-        return Finding("memory", fine=False, found=found, advice="end other programs, or lower [memory] reserve")
-    if config.bytes_budget and granted < config.bytes_budget:
+    found += f" ({file} allows {told // MIB} MiB)" if told else ""
+    if granted < _BYTES_LEAST:
+        advice = "end other programs, or lower [memory] reserve"
+        advice = f"delete {file}, or allow more in it" if 0 < told < _BYTES_LEAST else advice
+        return Finding("memory", fine=False, found=found, advice=advice)
+    if config.bytes_budget and granted < allowed:
         return Finding("memory", fine=True, found=found, advice="[memory] budget is more than what is free now")
     return Finding("memory", fine=True, found=found)
 

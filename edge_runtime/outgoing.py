@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -82,8 +82,9 @@ class Outgoing:
         coding = Coding(form=self.form, known=known, exact=frozenset(extras))
         return write_blob(path, "update", {**moves, **extras}, masks={**masks, **places}, coding=coding)
 
-    def _write_said(self, path: Path, said: Mapping[str, Extra]) -> BlobRef:
+    def _write_said(self, path: Path, said: MutableMapping[str, Extra]) -> BlobRef:
         moves, kept = self._spread(said, "")
+        said.clear()  # places take more than the weights that they are about, and are masks by now
         extras, places = self._spread(self.trained.extras, TOLD)
         coding = Coding(form=self.form, exact=frozenset(extras))
         return write_blob(path, "update", {**moves, **extras}, masks={**kept, **places}, coding=coding)

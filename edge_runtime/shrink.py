@@ -4,6 +4,9 @@ NestFL adapts to what a device has at run time (MobiCom 2022, poster, section 2)
 a slice of the weights that are being trained, and of whatever goes along with them; nothing is downloaded. The slice is the
 coordinator's own (`wire.structure.cut`). The answer names the narrower structure and is about that width alone.
 
+Where there is no narrower width, or even the narrowest does not fit, batches go through the model in smaller parts from there
+on; the answer is about the same width then.
+
 It is looked at between two batches, so that a step that has begun is the last at the old width.
 """
 
@@ -37,61 +40,79 @@ class Squeezed:
         bytes_budget: What the order may take by now; 0 when nothing bounds it.
         bytes_needed: Predicted bound of what it takes, as it is or as it would have to be.
         at: The fraction of the order after which it was first cut; None as long as it was not.
+        micro_batch: Samples that go through the model at once.
     """
 
-    __slots__ = ("_engine", "_price", "_room", "_settle", "at", "bytes_budget", "bytes_needed")
+    __slots__ = ("_engine", "_price", "_room", "_settle", "at", "bytes_budget", "bytes_needed", "micro_batch")
 
     def __init__(
         self,
         engine: Engine,
         room: Room,
-        price: Callable[[Structure], int],
-        settle: Callable[[int], None],
-        granted: tuple[int, int],
+        price: Callable[[Structure, int], int],
+        settle: Callable[[int, int], None],
+        granted: tuple[int, int, int],
     ) -> None:
         """Watch an order that fits as it is.
 
         Args:
             engine: Loaded.
             room: What may be taken.
-            price: Predicts what a width takes, margin included.
-            settle: Called with the new budget after a cut.
-            granted: The order's budget, and what it is predicted to take.
+            price: Predicts what a width takes with a micro-batch, margin included.
+            settle: Called with the new budget and the micro-batch after a cut.
+            granted: The order's budget, what it is predicted to take, and its micro-batch.
         """
         self._engine = engine
         self._room = room
         self._price = price
         self._settle = settle
         self.at: float | None = None
-        self.bytes_budget, self.bytes_needed = granted
+        self.bytes_budget, self.bytes_needed, self.micro_batch = granted
 
-    def __call__(self, done: float, held: Held) -> None:
+    def __call__(self, done: float, held: Held) -> int:
         """Cut the engine and what goes along with it to the widest width that fits, if it no longer fits as it is.
 
+        Returns:
+            The micro-batch to go on with.
+
         Raises:
-            BudgetExceeded: Not even the narrowest fits.
+            BudgetExceeded: Not even the narrowest fits with one sample at a time.
         """
         room = self._room(done)
         if not room or (self.bytes_budget and room >= self.bytes_budget):
-            return
+            return self.micro_batch
         self.bytes_budget = room
         if self.bytes_needed <= room:
-            return
-        structure = self._engine.structure
-        narrower = [
-            structure.narrowed(capacity) for capacity in reversed(range(structure.capacity if structure.widths else 0))
-        ]
-        for candidate in narrower:
-            self.bytes_needed = self._price(candidate)
+            return self.micro_batch
+        now = self._engine.structure
+        ways = self._ways()
+        for structure, micro_batch in ways:
+            self.bytes_needed = self._price(structure, micro_batch)
             if self.bytes_needed <= room:
-                narrow(self._engine, candidate, held)
+                if structure != now:
+                    narrow(self._engine, structure, held)
                 self.at = done if self.at is None else self.at
-                self._settle(room)
-                return
+                self.micro_batch = micro_batch
+                self._settle(room, micro_batch)
+                return micro_batch
+        least = min([(now, self.micro_batch), *ways], key=lambda way: self._price(*way))
+        self.bytes_needed = self._price(*least)
         raise BudgetExceeded(
-            f"memory shrank to {room / _MEBIBYTE:.1f} MiB, width {structure.capacity - len(narrower)} needs"
+            f"memory shrank to {room / _MEBIBYTE:.1f} MiB, width {least[0].capacity} needs"
             f" {self.bytes_needed / _MEBIBYTE:.1f} MiB"
         )
+
+    def _ways(self) -> list[tuple[Structure, int]]:
+        """Give what can be gone down to, the best first: narrower widths, then the narrowest in smaller and smaller parts."""
+        structure, micro_batch = self._engine.structure, self.micro_batch
+        ways = [
+            (structure.narrowed(k), micro_batch) for k in reversed(range(structure.capacity if structure.widths else 0))
+        ]
+        narrowest = ways[-1][0] if ways else structure
+        while micro_batch > 1:
+            micro_batch //= 2
+            ways.append((narrowest, micro_batch))
+        return ways
 
 
 def narrow(engine: Engine, structure: Structure, held: Held) -> None:

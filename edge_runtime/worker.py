@@ -36,6 +36,7 @@ from edge_runtime.memory.limit import Limit
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
 from edge_runtime.rules import still
+from edge_runtime.scoring import score
 from edge_runtime.shrink import Room, Squeezed, as_granted
 from edge_runtime.warm import warm
 from wire.child import die_with_parent
@@ -52,6 +53,7 @@ from wire.errors import (
 )
 from wire.job import Done, Failed, Job, Progress, Ready, read_frame, write_frame
 from wire.maskfile import Held, read_masks
+from wire.memory import Prediction
 from wire.messages import Reason, Usage
 from wire.schema import from_plain
 from wire.spec import ModelSpec, Structure, tensor_shapes
@@ -59,6 +61,7 @@ from wire.tensor import Coding, write_blob
 
 Report = Callable[[Progress], None]
 SECONDS_BETWEEN_REPORTS = 0.2
+UNKNOWN = Prediction(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +147,8 @@ class _Work:
     room: Room
     started: float = 0.0
     bytes_budget: int = 0
-    bytes_needed: int = 0
-    bytes_predicted: int = 0
+    predicted: Prediction = UNKNOWN
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -153,15 +156,15 @@ class _Work:
 
     @property
     def bytes_peak(self) -> int:
-        return self.process.gauge.peak() if self.process.gauge is not None else self.bytes_predicted
+        return self.process.gauge.peak() if self.process.gauge is not None else self.predicted.peak
 
     def failed(self, reason: Reason, detail: str) -> Failed:
-        return Failed(reason, detail[:2000], self.bytes_needed, self.bytes_peak)
+        return Failed(reason, detail[:2000], self.predicted.bound, self.bytes_peak)
 
-    def usage(self, micro_batch: int, engine: str) -> Usage:
+    def usage(self, engine: str) -> Usage:
         base = self.process.gauge.bytes_base if self.process.gauge is not None else 0
         seconds = time.monotonic() - self.started
-        return Usage(base, self.bytes_peak, self.bytes_budget, seconds, micro_batch, engine)
+        return Usage(base, self.bytes_peak, self.bytes_budget, seconds, self.micro_batch, engine)
 
     def open(self) -> Engine:
         """Make an empty engine; only then is the base taken, since the first use of a library costs memory of its own."""
@@ -179,22 +182,22 @@ class _Work:
             self.process.gauge.begin(engine)
             wall(self.job.bytes_budget)
 
-    def squeezed(self, engine: Engine, micro_batch: int) -> Squeezed:
+    def squeezed(self, engine: Engine) -> Squeezed:
         """Keep an order that is about to be trained within what it may take."""
+        dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
 
-        def bound(structure: Structure) -> int:
+        def bound(structure: Structure, micro_batch: int) -> int:
             """Predict, and remember: the last that is asked for is what the order will take, or would have to."""
-            prediction = price(self.job, engine.spec, structure, micro_batch)
-            self.bytes_predicted, self.bytes_needed = prediction.peak, prediction.bound
-            return prediction.bound
+            self.predicted = price(self.job, engine.spec, structure, micro_batch, dense)
+            return self.predicted.bound
 
-        def settle(room: int) -> None:
-            self.bytes_budget = room
+        def settle(room: int, micro_batch: int) -> None:
+            self.bytes_budget, self.micro_batch = room, micro_batch
             if self.process.gauge is not None:  # what is measured from here on is of the width that the answer names
                 self.process.gauge.begin(engine.name)
                 wall(room, self.process.gauge.bytes_mapped)
 
-        return Squeezed(engine, self.room, bound, settle, (self.bytes_budget, self.bytes_needed))
+        return Squeezed(engine, self.room, bound, settle, (self.bytes_budget, self.predicted.bound, self.micro_batch))
 
 
 def _train(work: _Work) -> Done:
@@ -208,12 +211,12 @@ def _train(work: _Work) -> Done:
         shapes = tensor_shapes(spec, structure) | {name: (kept,) for name, kept in structure.kept.items()}
         moves = {name: still.update(order.recipe, order.round, shape) for name, shape in shapes.items()}
         ref = write_blob(update, "update", moves, coding=Coding(form=order.recipe.form, outline=held.outline))
-        return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(0, ""))
+        return Done(structure, str(update), ref, "", "", len(work.data.train[0]), {}, work.usage(""))
     x, y = part_of(spec, work.data, "train")
     micro_batch = _micro_batch(work, spec)
     outgoing, received, metrics, name = _trained(work, (spec, structure), rule, (x, y), micro_batch)
     ref, keep_ref = outgoing.write(work.job.keep, received, update, keep)
-    usage = work.usage(micro_batch, name)
+    usage = work.usage(name)
     return Done(outgoing.structure, str(update), ref, str(keep), keep_ref.digest, len(x), metrics, usage)
 
 
@@ -232,18 +235,18 @@ def _trained(
     metrics: dict[str, float] = {}
     test = part_of(spec, work.data, "test") if len(work.data.test[0]) else None
     if test is not None:
-        metrics["accuracy.before"], metrics["loss.before"] = _score(engine, test, micro_batch)
+        metrics["accuracy.before"], metrics["loss.before"] = score(engine, test, micro_batch)
     own = personal.own(work.job.keep, spec, structure)
     engine.seed(order.recipe.seed, order.round)
-    squeeze = work.squeezed(engine, micro_batch)
+    squeeze = work.squeezed(engine)
     trained = rule.train(
         rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own, squeeze)
     )
     if squeeze.at is not None:
         structure, metrics["squeezed"] = engine.structure, squeeze.at
-        received = Received(spec, structure, work.job.shells)
+        received = Received(spec, structure, work.job.shells, held)
     if test is not None:
-        metrics["accuracy.after"], metrics["loss.after"] = _score(engine, test, micro_batch)
+        metrics["accuracy.after"], metrics["loss.after"] = score(engine, test, work.micro_batch)
     if trained.losses:
         metrics["loss"], metrics["loss.first"] = trained.losses[-1], trained.losses[0]
     arrays = engine.params
@@ -269,8 +272,7 @@ def _loaded(work: _Work, spec: ModelSpec, structure: Structure, micro_batch: int
         engine.write(name, values)
     dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
     if dense:
-        prediction = price(work.job, spec, structure, micro_batch, dense)
-        work.bytes_predicted, work.bytes_needed = prediction.peak, prediction.bound
+        work.predicted = price(work.job, spec, structure, micro_batch, dense)
     return engine, received, held
 
 
@@ -284,10 +286,10 @@ def _evaluate(work: _Work) -> Done:
     metrics: dict[str, float] = {}
     for done, structure in enumerate(sorted(order.structures, key=lambda s: s.capacity), 1):
         width = engine if structure == widest else engine.narrow(structure)
-        accuracy, loss = _score(width, test, batch)
+        accuracy, loss = score(width, test, batch)
         metrics[f"accuracy.{structure.capacity}"], metrics[f"loss.{structure.capacity}"] = accuracy, loss
         work.tell(done / len(order.structures), loss)
-    return Done(widest, "", None, "", "", len(test[0]), metrics, work.usage(batch, engine.name))
+    return Done(widest, "", None, "", "", len(test[0]), metrics, work.usage(engine.name))
 
 
 def _calibrate(work: _Work) -> Done:
@@ -299,7 +301,7 @@ def _calibrate(work: _Work) -> Done:
     moves = calibrate.observed(engine, x, batch, np.random.default_rng([order.recipe.seed, order.round]), work.tell)
     path = Path(work.job.out) / f"{order.id}.update"
     ref = write_blob(path, "update", moves)
-    return Done(structure, str(path), ref, "", "", len(x), {}, work.usage(batch, engine.name))
+    return Done(structure, str(path), ref, "", "", len(x), {}, work.usage(engine.name))
 
 
 def _micro_batch(work: _Work, spec: ModelSpec) -> int:
@@ -312,19 +314,12 @@ def _micro_batch(work: _Work, spec: ModelSpec) -> int:
     budget = 0 if job.micro_batch else job.bytes_budget
     fits = planning.plan(job.order, spec, budget)
     if isinstance(fits, planning.Refused):
-        work.bytes_needed = fits.bytes_needed
+        work.predicted = Prediction(0, fits.bytes_needed)
         raise BudgetExceeded(fits.detail)
-    micro_batch = job.micro_batch or fits.micro_batch
+    micro_batch = work.micro_batch = job.micro_batch or fits.micro_batch
     widest = max(job.order.structures, key=lambda s: s.capacity)
-    prediction = price(job, spec, widest, micro_batch)
-    work.bytes_predicted, work.bytes_needed = prediction.peak, prediction.bound
+    work.predicted = price(job, spec, widest, micro_batch)
     return micro_batch
-
-
-def _score(engine: Engine, test: tuple[Floats, Labels], batch: int) -> tuple[float, float]:
-    """Give accuracy and mean cross-entropy."""
-    loss, correct = engine.evaluate(*test, batch)
-    return correct / len(test[0]), loss / len(test[0])
 
 
 def _throttled(report: Report | None, gauge: Gauge | None) -> Callable[[float, float], None]:

@@ -87,6 +87,11 @@ def _alike(seen: _Seen) -> Line:
     return seen.inputs[0]
 
 
+def _softmax(seen: _Seen) -> Line:
+    _whole("what a softmax sums over", seen.inputs[0][-1])
+    return seen.inputs[0]
+
+
 def _mul(seen: _Seen) -> Line:
     (first, second) = seen.inputs
     if seen.shapes[0] == seen.shapes[1]:
@@ -209,6 +214,7 @@ def _attention(seen: _Seen) -> Line:
 
 
 _RULES: Mapping[str, Callable[[_Seen], Line]] = {
+    "softmax": _softmax,
     "mul": _mul,
     "linear": _linear,
     **dict.fromkeys(("conv1d", "conv2d"), _conv),

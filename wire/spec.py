@@ -34,7 +34,12 @@ Counts = Annotated[tuple[Positive, ...], Limit(1, 64)]
 SPEC_BYTES = 1 << 20
 NODES_MAX = 16_384
 WEIGHTS_MAX = 1 << 31
+VALUES_MAX = 1 << 40
+"""Entries of one value of one sample, so that no line of a spec multiplies without end what the lines before it give."""
+
 _STEP = 1_000_003
+_TRIED_MAX = VALUES_MAX << 4 * 33
+"""The same for the sizes by which `check` tries how a model is cut: each of at most four axes grows by less than 2 ** 33."""
 
 NORM_EPSILON = 1e-5
 """What every norm adds to a variance before it takes the root."""
@@ -219,9 +224,11 @@ def _walked(same: _Same, sizes: tuple[tuple[str, int], ...]) -> dict[str, tuple[
     return _walk(same.spec, dict(sizes))
 
 
-def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def _walk(spec: ModelSpec, sizes: Mapping[str, int], most: int = VALUES_MAX) -> dict[str, tuple[int, ...]]:
     tensors = {t.name: tensor_shape(t, sizes) for t in spec.tensors}
     shapes: dict[str, tuple[int, ...]] = {"input": tuple(spec.input_shape)}
+    if prod(spec.input_shape) > most:
+        raise SpecError(f"an input of {prod(spec.input_shape)} entries; the limit is {most}")
     for node in spec.nodes:
         if node.name in shapes:
             raise SpecError(f"node {node.name!r} stands twice")
@@ -240,6 +247,8 @@ def _walk(spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...
             shapes[node.name] = OPS[node.op].shape(node.attrs, inputs, params)
         except ValueError as error:
             raise SpecError(f"node {node.name!r} ({node.op}): {error}") from None
+        if (count := prod(shapes[node.name])) > most:
+            raise SpecError(f"node {node.name!r} ({node.op}): it gives {count} entries; the limit is {most}")
     last = shapes[spec.nodes[-1].name]
     if last != (spec.classes,):
         raise SpecError(f"the last node gives {last}, but the model has {spec.classes} classes")
@@ -277,6 +286,7 @@ def check(spec: ModelSpec) -> ModelSpec:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
     shapes = node_shapes(spec, Structure())
     _check_groups(spec, shapes)
+    _check_statistics(spec)
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))
     if unused:
         raise SpecError(f"tensor {min(unused)!r} is not used by any node")
@@ -284,11 +294,23 @@ def check(spec: ModelSpec) -> ModelSpec:
     if count > WEIGHTS_MAX:
         raise SpecError(f"model {spec.name!r} has {count} weights; the limit is {WEIGHTS_MAX}")
     try:
-        _walk(spec, {g.name: g.size + _STEP * place * g.prunable for place, g in enumerate(spec.groups, 1)})
+        tried = {g.name: g.size + _STEP * place * g.prunable for place, g in enumerate(spec.groups, 1)}
+        _walk(spec, tried, _TRIED_MAX)
     except SpecError as error:
         raise SpecError(f"model {spec.name!r} falls apart when an axis group is cut: {error}") from None
     check_axes(spec, shapes)
     return spec
+
+
+def _check_statistics(spec: ModelSpec) -> None:
+    """Let nothing be a running statistic and something else: no gradient moves it. Two norms may share it."""
+    found = {node.params[role]: role for node in spec.nodes for role in STATISTICS if role in node.params}
+    for node in spec.nodes:
+        for role, name in node.params.items():
+            if found.get(name, role) != role:
+                raise SpecError(
+                    f"tensor {name!r} is a running {found[name]} of a batch norm, and the {role} of node {node.name!r} as well"
+                )
 
 
 def _check_groups(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:

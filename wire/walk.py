@@ -44,10 +44,27 @@ _CONVS = {"conv2d": 1, "conv1d": 2}
 """How often a convolution copies what it reads and makes."""
 
 _VIEWS = ("flatten", "reshape")
-"""Their output is their input's memory, and so is the gradient that they hand on; but a transposed value is copied."""
+"""Their output is their input's memory, and so is the gradient that they hand on; but a turned value is copied."""
 
-OVERWRITTEN = ("linear", "conv2d", "conv1d", "batch_norm")
-"""Ops whose output a relu may overwrite if nothing else reads it: their backward passes do not read it either."""
+_TURNS = ("transpose", "lstm", "gru")
+"""Their output lies in memory in another order than its axes, and so does what is made of it entry by entry."""
+
+_ALIKE = (
+    *("relu", "relu6", "tanh", "sigmoid", "hard_sigmoid", "hard_swish", "gelu", "silu", "softmax", "dropout"),
+    *("add", "mul"),
+)
+
+_OVERWRITTEN = ("linear", "conv2d", "conv1d", "batch_norm")
+
+
+def overwritten(op: str, shape: Sequence[int]) -> bool:
+    """Tell whether a relu may overwrite an op's output of this shape if nothing else reads it.
+
+    The op's backward pass must not read it either, and it must be memory of its own: a linear layer over many steps gives a
+    view, and to write into that would cost two copies in the backward pass.
+    """
+    return op in _OVERWRITTEN and (op != "linear" or len(shape) == 1)
+
 
 Interval = tuple[int, int, int]
 """Bytes, the first instant and the last."""
@@ -63,6 +80,7 @@ class Walk:
         blocked: The same in a convolution's own layout.
         tensors: Tensor name to bytes.
         home: Value name to the value whose memory it shares.
+        turned: Values that lie in another order than their axes.
         inside: Node name to bytes that are its own: saved for its backward pass, and taken by each pass while it runs.
         panels: Stretch name to bytes of its values and of their gradients.
         dense: Weights that are masked and dense.
@@ -84,7 +102,8 @@ class Walk:
         tensors = tensor_shapes(spec, structure)
         self.tensors = {name: aligned(shape) for name, shape in tensors.items()}
         self.inside = {node.name: _inside(node, shapes, tensors, batch) for node in self.nodes}
-        self.home = _homes(self.nodes)
+        self.turned = _turned(self.nodes)
+        self.home = _homes(self.nodes, self.turned, shapes)
 
     def back(self, i: int) -> int:
         """Give the instant at which node i runs backward, or forward if nothing does."""
@@ -111,15 +130,24 @@ def _most(walk: Walk, intervals: Iterable[Interval]) -> int:
     return max(accumulate(change))
 
 
-def _homes(nodes: Sequence[Node]) -> dict[str, str]:
+def _turned(nodes: Sequence[Node]) -> frozenset[str]:
+    found: set[str] = set()
+    for node in nodes:
+        if node.op in _TURNS or (node.op in _ALIKE and node.inputs[0] in found):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _homes(nodes: Sequence[Node], turned: frozenset[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Name the value whose memory each one lives in: a flatten is a view, a relu may overwrite what only it reads."""
     readers = [name for node in nodes for name in node.inputs]
     made_by = {node.name: node.op for node in nodes}
     home = {"input": "input"}
     for node in nodes:
         source = node.inputs[0]
-        in_place = node.op == "relu" and made_by.get(source) in OVERWRITTEN and readers.count(source) == 1
-        view = node.op in _VIEWS and made_by.get(source) != "transpose"
+        alone = node.op == "relu" and readers.count(source) == 1
+        in_place = alone and overwritten(made_by.get(source, ""), shapes[source])
+        view = node.op in _VIEWS and source not in turned
         home[node.name] = home[source] if view or in_place else node.name
     return home
 
@@ -129,8 +157,8 @@ def _inside(
 ) -> tuple[int, int, int]:
     """Count what an op has of its own: bytes saved, bytes while it runs forward, and backward.
 
-    A recurrent layer keeps its gates and its state of every step. Attention keeps queries, keys and values, what it made of
-    them and a copy of that; odds of all pairs of steps are made in blocks, and are counted whole.
+    A recurrent layer keeps its gates and its states of every step, and a copy of its input. Attention keeps queries, keys and
+    values, what it made of them and a copy of that; odds of all pairs of steps are made in blocks, and are counted whole.
     """
     if node.op == "dropout":
         return aligned((batch, *shapes[node.name])), 0, 0
@@ -143,10 +171,14 @@ def _inside(
         (steps, hidden), rows = shapes[node.name], tensors[node.params["bias_ih"]][0]
         gates, states = aligned((batch, steps, rows)), aligned((batch, steps, hidden))
         weights = sum(aligned(tensors[name]) for name in node.params.values())
+        read = aligned((batch, *shapes[node.inputs[0]]))
         if node.op == "gru":
-            return gates + 2 * states, weights, 2 * weights + gates + 2 * states
-        # Measured: the library packs all weights for each direction, and makes the gates' gradients twice.
-        return gates + 2 * states, 2 * weights, 7 * weights // 2 + 9 * gates // 4 + 2 * states
+            return gates + 4 * states + read, max(weights, gates), 2 * weights + gates + 2 * states
+        # Measured: the library packs all weights for each direction, makes the gates' gradients twice, and gives its
+        # states of every step the room of its inputs if these are wider.
+        wider = max(0, read - states)
+        backward = 7 * weights // 2 + 9 * gates // 4 + 2 * states + 3 * wider
+        return gates + 2 * states + wider, 2 * weights, backward
     if node.op == "attention":
         steps, inner = shapes[node.name][0], tensors[node.params["weight_out"]][1]
         each, pairs = aligned((batch, steps, inner)), aligned((batch, inner // node.attrs["head"], steps, steps))
@@ -188,6 +220,8 @@ def _temporaries(walk: Walk) -> Iterator[Interval]:
             if walk.backward:
                 yield workspace + weights, walk.back(i), walk.back(i)
         (_, forward, backward) = walk.inside[node.name]
+        if node.op == "layer_norm" and node.inputs[0] in walk.turned:  # it norms a copy
+            forward, backward = forward + walk.size[node.inputs[0]], backward + walk.size[node.inputs[0]]
         if node.op in ("embedding", "attention"):
             backward += sum(walk.tensors[name] for name in node.params.values())
         yield forward, i, i

@@ -140,7 +140,10 @@ def load(model: str | Path) -> ModelSpec:
     """
     name, at, fraction = str(model).partition("@")
     if isinstance(model, str) and name in MODELS:
-        return narrow(by_name(name), _fraction(model, fraction)) if at else by_name(name)
+        try:
+            return narrow(by_name(name), _fraction(model, fraction)) if at else by_name(name)
+        except SpecError as error:
+            raise ConfigError(f"model {model!r} is too narrow: {error}") from error
     path = Path(model)
     try:
         with path.open("rb") as file:

@@ -12,6 +12,8 @@ Jiang et al., "FedMP: Federated Learning through Adaptive Model Pruning in Heter
   a reward that knows how fast the round was; ``deadline``, from a model of each device's measured times; ``uniform``, the same
   ``ratio`` for all (UP-FL).
 * A device whose memory does not hold its ratio gets the least that fits.
+* With `deadline`, not with the others: what is read of channels that nobody trains fades (`blocks.fade`). As they were drawn
+  they make the whole model worse than its own sub-models.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import bandit, deadline, ratios, worth
+from coordinator.blocks import bandit, deadline, ratios, roster, worth
 from coordinator.blocks.aggregate import counted, joined
+from coordinator.blocks.fade import faded
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import rank, whole_of, widths_of
 from coordinator.recipes import merged
 from wire.errors import ConfigError
-from wire.memory import fit
+from wire.memory import Plan, fit
 from wire.messages import Recipe
 from wire.spec import ModelSpec
 
@@ -49,6 +52,10 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "probes": "0.95 0.9",
         "trust": 0.05,
         "belief": 2.0,
+        "learnt": 0.2,
+        "grow": 0.5,
+        "fade": 0.2,
+        "fade.others": 0.0,
         **TRAINING,
     }
 )
@@ -58,11 +65,16 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 ``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
 ``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
 ratios of a device's first rounds (``probes``), and how strongly it is believed, in rounds, what times (``trust``) and worth
-(``belief``) of ratios are before any is measured.
+(``belief``) of ratios are before any is measured. Once the devices' loss is below ``learnt``, a share of what guessing costs,
+the deadline grows by the loss's fall to the power of ``grow``; 0 is never. After each round ``fade`` of every weight that
+reads a channel which nobody trained is taken away (`blocks.fade`); ``fade.others`` is that of the other policies, which as in
+the paper do not fade.
 """
 
 _POLICIES = ("eucb", "bounded", "deadline", "uniform")
 _WIDTHS_MAX = 64
+_HEARD = 3
+"""Turns of a device whose mean loss says how far it is."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -75,7 +87,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fedmp needs some, fedavg does not")
     levels = rank(spec, weights, widths, progressive=False)
     load = dataclasses.astuple(deadline.load_of(spec)) if known["policy"] == "deadline" else ()
-    scalars = {"params": known, "ratios": [0.0], "clients": {}, "load": load}
+    scalars = {"params": known, "ratios": [0.0], "clients": [], "load": load, "stretch": 1.0}
     return State(spec, 0, dict(weights), levels, widths, scalars)
 
 
@@ -86,16 +98,18 @@ def plan(
     params = state.scalars["params"]
     recipe = recipe_at(params, round_number)
     devices = tuple(sorted(devices, key=lambda d: d.name))
-    clients = _settled(ratios.read(state.scalars["clients"]), devices, params)
+    clients = _settled(ratios.read(state), devices, params)
     least = _least(state.spec, recipe, devices)
     devices = tuple(d for d in devices if d.name in least)
-    chosen = _chosen(state.scalars, clients, devices, least, rng)
+    known = {**state.scalars, "stretch": _stretched(state, clients, devices)}
+    chosen = _chosen(known, clients, devices, least, rng)
     wanted = {name: max(ratio, least[name]) for name, ratio in chosen.items()}
     distinct = _distinct(wanted.values())
     widths = widths_of(state.spec, [1.0 - ratio for ratio in distinct])
     levels = rank(state.spec, state.weights, widths, progressive=False)
-    scalars = {**state.scalars, "ratios": distinct, "clients": ratios.plain(clients)}
+    scalars = {**known, "ratios": distinct}
     state = dataclasses.replace(state, round=round_number, levels=levels, widths=widths, scalars=scalars)
+    state = ratios.remembered(state, clients)
     return state, _drafts(state, recipe, devices, wanted, rng)
 
 
@@ -107,22 +121,25 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of another ranking than this round's.
     """
-    params, clients = state.scalars["params"], ratios.read(state.scalars["clients"])
-    count, whole = 0, whole_of(state)
+    params, clients = state.scalars["params"], ratios.read(state)
+    told, whole, widest = dict[str, ratios.Client](), whole_of(state), 0
     for answer in counted(answers, whole):
         client = clients.get(answer.device) or ratios.Client(bandit.fresh(_terms(params)).edges)
         ratio = state.scalars["ratios"][answer.structure.capacity]
-        clients[answer.device] = ratios.heard(client, state.round, ratio, answer)
-        count += 1
-    state = joined(state, answers, lambda cover: [1.0 / count] * len(cover))
-    return dataclasses.replace(state, scalars={**state.scalars, "clients": ratios.plain(clients)})
+        told[answer.device] = ratios.heard(client, state.round, ratio, answer)
+        widest = max(widest, answer.structure.capacity)
+    state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
+    share = float(params["fade" if params["policy"] == "deadline" else "fade.others"])
+    if told and share:
+        state = dataclasses.replace(state, weights=faded(state.spec, state.weights, state.levels, widest, share))
+    return ratios.remembered(state, roster.latest(clients, told))
 
 
 def _settled(
     clients: ratios.Clients, devices: Sequence[DeviceView], params: Mapping[str, Any]
 ) -> dict[str, ratios.Client]:
-    reward = ratios.by_gap(float(params["floor"])) if params["policy"] == "eucb" else ratios.by_speed
-    return ratios.settled(clients, devices, _terms(params), reward)
+    rewards = {"eucb": ratios.by_gap(float(params["floor"])), "bounded": ratios.by_speed}
+    return ratios.settled(clients, devices, _terms(params), rewards.get(str(params["policy"])))
 
 
 def _chosen(
@@ -161,9 +178,19 @@ def _by_deadline(
         seconds = np.array([deadline.seconds_of(load, pairs, float(params["trust"])) for pairs in timed])
         said = [worth.Said(name, t.round, t.ratio, t.loss) for name in rest for t in turns[name] if t.loss > 0.0]
         value = worth.worth(said, deadline.RATIOS, float(params["belief"]))
-        found = deadline.equalised(seconds, [least[name] for name in rest], float(params["high"]), value)
+        high, stretch = float(params["high"]), float(scalars["stretch"])
+        found = deadline.equalised(seconds, [least[name] for name in rest], high, value, stretch)
         chosen |= dict(zip(rest, (float(ratio) for ratio in found), strict=True))
     return chosen
+
+
+def _stretched(state: State, clients: ratios.Clients, devices: Sequence[DeviceView]) -> float:
+    """Give how many times the deadline is what pays best; it never shrinks."""
+    params = state.scalars["params"]
+    turns = [[t.loss for t in clients[d.name].turns[-_HEARD:] if t.loss > 0.0] for d in devices if d.name in clients]
+    learnt = float(params["learnt"]) * math.log(max(2, state.spec.classes))
+    wanted = deadline.stretch([sum(line) / len(line) for line in turns if line], learnt, float(params["grow"]))
+    return max(wanted, float(state.scalars["stretch"]))
 
 
 def _least(spec: ModelSpec, recipe: Recipe, devices: Sequence[DeviceView]) -> dict[str, float]:
@@ -196,15 +223,18 @@ def _drafts(
     state: State, recipe: Recipe, devices: Sequence[DeviceView], wanted: Mapping[str, float], rng: np.random.Generator
 ) -> tuple[Draft, ...]:
     whole, steps = whole_of(state), state.scalars["ratios"]
+    known: dict[tuple[int, float, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
     drafts = []
     for device in devices:
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
         # Of the widths that are not wider than wanted; a narrower one where a count was rounded past the budget.
         most = next(k for k in reversed(range(len(steps))) if steps[k] >= wanted[device.name] - 1e-12)
-        candidates = [whole.narrowed(k) for k in range(most + 1)]
-        fits = fit(state.spec, candidates, seeded, device.bytes_budget, device.memory_scale)
+        means = device.bytes_budget, device.memory_scale, most
+        if means not in known:
+            known[means] = fit(state.spec, [whole.narrowed(k) for k in range(most + 1)], recipe, *means[:2])
+        fits = known[means]
         if fits is not None:
-            drafts.append(Draft(device.name, "train", candidates[fits.capacity], seeded, fits.bytes_bound))
+            drafts.append(Draft(device.name, "train", whole.narrowed(fits.capacity), seeded, fits.bytes_bound))
     return tuple(drafts)
 
 
@@ -232,15 +262,20 @@ def _check(params: Mapping[str, Any]) -> None:
         if not 0.0 <= float(params[name]) < 1.0:
             raise ConfigError(f"parameter {name} = {params[name]:g}: write a ratio from 0 to below 1, such as 0.5")
     probes = _numbers(str(params["probes"]))
-    if not probes or not all(0.0 <= ratio < 1.0 for ratio in probes):
-        raise ConfigError(f"parameter probes = {params['probes']!r}: write ratios from 0 to below 1, such as '0.9 0.8'")
+    if not 1 <= len(probes) <= ratios.TURNS or not all(0.0 <= ratio < 1.0 for ratio in probes):
+        raise ConfigError(
+            f"parameter probes = {params['probes']!r}: write up to {ratios.TURNS} ratios from 0 to below 1, such as '0.9 0.8'"
+        )
     if not 0.0 < float(params["discount"]) <= 1.0:
         raise ConfigError(f"parameter discount = {params['discount']:g}: write a number above 0 and at most 1")
     if not float(params["high"]) > 0.0 or not float(params["granularity"]) > 0.0:
         raise ConfigError("parameters high and granularity: write numbers above 0, such as 0.8 and 0.1")
+    for name in ("fade", "fade.others"):
+        if not 0.0 <= float(params[name]) <= 1.0:
+            raise ConfigError(f"parameter {name} = {params[name]:g}: write 0 for none, or a share up to 1 such as 0.2")
     if not 0.0 <= float(params["quantile"]) <= 1.0:
         raise ConfigError(f"parameter quantile = {params['quantile']:g}: write 0 for rewards as they are, or up to 1")
-    for name in ("padding", "floor", "trust", "belief"):
+    for name in ("padding", "floor", "trust", "belief", "learnt", "grow"):
         if not (
             math.isfinite(float(params[name]))
             and float(params[name]) >= (1e-6 if name in ("floor", "trust", "belief") else 0)

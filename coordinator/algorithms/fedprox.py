@@ -22,6 +22,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.fixed import TRAINING, ask_to_train, joined, recipe_at
+from coordinator.blocks.roster import latest
 from coordinator.recipes import merged
 from wire.errors import ConfigError
 from wire.messages import Recipe
@@ -33,13 +34,16 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults; the paper tries mu of 0.001, 0.01, 0.1 and 1."""
 
+_STEPS_MAX = 1 << 53
+"""A recipe says no more, and a device may say that it has as many samples as it likes."""
+
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
     recipe_at(known, 1)
     for name in ("patience", "recipe.mu"):
-        if float(known.get(name, 0.0)) < 0:
+        if not float(known.get(name, 0.0)) >= 0.0:
             raise ConfigError(f"parameter {name} = {known[name]}: write a number, at least 0")
     return State(spec, 0, dict(weights), scalars={"params": known, "asked": {}, "pace": {}})
 
@@ -64,21 +68,22 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`.
 
-    Memory: one sum of the model's size, and a number per device that was ever seen.
+    Memory: one sum of the model's size, and a number for each device that is remembered (`roster.latest`).
 
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    asked, pace = state.scalars["asked"], dict(state.scalars["pace"])
+    asked, pace = state.scalars["asked"], {}
     for answer in answers:
         if asked.get(answer.device) and answer.usage.seconds > 0:
             pace[answer.device] = answer.usage.seconds / asked[answer.device]
-    return joined(dataclasses.replace(state, scalars={**state.scalars, "pace": pace}), answers)
+    scalars = {**state.scalars, "pace": latest(state.scalars["pace"], pace)}
+    return joined(dataclasses.replace(state, scalars=scalars), answers)
 
 
 def steps_of(recipe: Recipe, samples: int) -> int:
     """Count the updates that a recipe asks of a device with so many samples; 0 when they are not known."""
-    return recipe.steps or recipe.epochs * -(-samples // recipe.batch)
+    return recipe.steps or min(_STEPS_MAX, recipe.epochs * -(-samples // recipe.batch))
 
 
 def held(steps: int, limit: float) -> int:

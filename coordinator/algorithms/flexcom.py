@@ -25,6 +25,7 @@ from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Dr
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.fixed import TRAINING, recipe_at
+from coordinator.blocks.roster import latest
 from coordinator.recipes import merged
 from wire.errors import ConfigError, Malformed
 from wire.spec import ModelSpec, Structure, parameter_count
@@ -58,7 +59,7 @@ def plan(
     drafts = drafted(state.spec, Structure(), recipe_at(params, round_number), devices, rng)
     asked = {draft.device for draft in drafts}
     fractions = _fractions([d for d in devices if d.name in asked], state.scalars["fractions"], params)
-    scalars = {**state.scalars, "fractions": {**state.scalars["fractions"], **fractions}}
+    scalars = {**state.scalars, "fractions": latest(state.scalars["fractions"], fractions)}
     chosen = tuple(_sending(draft, max(1, math.ceil(fractions[draft.device] * size - 1e-9))) for draft in drafts)
     return dataclasses.replace(state, round=round_number, scalars=scalars), chosen
 

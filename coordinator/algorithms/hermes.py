@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.drafts import drafted
+from coordinator.blocks.roster import latest
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.channels import Kept, all_kept, channels_of, tensor_masks, to_words
 from wire.errors import ConfigError, Malformed
@@ -73,12 +74,12 @@ def plan(
     state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
 ) -> tuple[State, tuple[Draft, ...]]:
     """See `coordinator.algorithm.Algorithm.plan`: everybody trains the whole model, and hears what is shared."""
-    params, clients = state.scalars["params"], state.scalars["clients"]
+    params, rows = state.scalars["params"], {name: row for row, name in enumerate(state.scalars["clients"])}
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
     drafts = []
     for draft in drafted(state.spec, Structure(), recipe, devices, rng):
-        if draft.device in clients:
-            shared = _unpacked(state, clients.index(draft.device))
+        if draft.device in rows:
+            shared = _unpacked(state, rows[draft.device])
             words = {f"{_SHARED}.{name}": word for name, word in to_words(state.spec, shared).items()}
             own = dataclasses.replace(draft.recipe, knobs={**draft.recipe.knobs, **words})
             drafts.append(dataclasses.replace(draft, recipe=own))
@@ -119,14 +120,11 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
 
 def _remembered(state: State, devices: Iterable[str], common: Kept) -> State:
     """Note for each device of the round which channels all of them kept."""
-    known = list(state.scalars["clients"])
-    clients = [*known, *sorted(set(devices) - set(known))]
+    rows = dict(zip(state.scalars["clients"], state.arrays.get(_SHARED, ()), strict=True))
     bits = np.packbits(np.concatenate(list(common.values())))
-    rows = np.zeros((len(clients), bits.size), np.uint8)
-    if known:
-        rows[: len(known)] = state.arrays[_SHARED]
-    rows[[clients.index(device) for device in devices]] = bits
-    return dataclasses.replace(state, scalars={**state.scalars, "clients": clients}, arrays={_SHARED: rows})
+    clients = latest(rows, dict.fromkeys(sorted(devices), bits))
+    scalars = {**state.scalars, "clients": list(clients)}
+    return dataclasses.replace(state, scalars=scalars, arrays={_SHARED: np.stack(list(clients.values()))})
 
 
 def _unpacked(state: State, row: int) -> dict[str, NDArray[np.bool_]]:

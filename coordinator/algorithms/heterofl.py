@@ -11,8 +11,9 @@ Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learni
   devices alone that have samples of their label, which is what the paper's masked cross-entropy trains (see the rule
   `heterofl`; ``recipe.mask`` 0 turns both off).
 * Batch norms (static, section 3.2): with ``calibrate`` n > 0 training moves no running statistics, and every n-th round trains
-  nothing: devices that hold the whole model pass their data through it, and the running statistics become the mean of what
-  its norms saw, by samples. End a run with such a round. With 0 they follow as in any training and are joined like weights.
+  nothing: devices that hold the whole model (where none does, the widest width that one holds) pass their data through it,
+  and the running statistics become the mean of what its norms saw, by samples. End a run with such a round. With 0 they follow
+  as in any training and are joined like weights.
 * ``scaler`` 1 divides what hidden layers give by the width's rate, in training only. It is 0 by default: before a norm, where
   the paper has it, it changes nothing, and in the zoo's models without norms it does harm.
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from types import MappingProxyType
 
 import numpy as np
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import aggregate
 from coordinator.blocks.nesting import prefix, widths_of
+from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of, structures_of, widest
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, SpecError
@@ -86,7 +89,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
             head_of(spec)
         except SpecError as error:
             raise ConfigError(f"{error}; heterofl runs it with recipe.mask 0") from None
-    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known, "devices": []})
+    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known, "devices": {}})
 
 
 def plan(
@@ -98,10 +101,8 @@ def plan(
     held = widest(state.spec, structures, recipe, devices)
     if _calibrates(params, round_number):
         return _observed(state, round_number, recipe, held, rng)
-    named = sorted(device.name for device in devices)
-    seen = state.scalars["devices"] + [name for name in named if name not in state.scalars["devices"]]
-    places = {name: place for place, name in enumerate(seen)}
     shares = _mix(str(params["mix"]), len(structures))
+    places = _places(state.scalars["devices"], devices) if shares else {}
     fractions, drafts = fractions_of(str(params["fractions"])), []
     for device in sorted(devices, key=lambda d: d.name):
         seed, draw = int(rng.integers(1 << 31)), float(rng.random())
@@ -121,7 +122,7 @@ def plan(
             fits = fit(state.spec, structures[capacity : capacity + 1], own, device.bytes_budget, device.memory_scale)
         if fits is not None:
             drafts.append(Draft(device.name, "train", structures[capacity], own, fits.bytes_bound))
-    scalars = {**state.scalars, "devices": seen}
+    scalars = {**state.scalars, "devices": places}
     return dataclasses.replace(state, round=round_number, scalars=scalars), tuple(drafts)
 
 
@@ -160,12 +161,12 @@ def _calibrates(params: Mapping[str, float | str], round_number: int) -> bool:
 def _observed(
     state: State, round_number: int, recipe: Recipe, held: Mapping[str, Plan], rng: np.random.Generator
 ) -> tuple[State, tuple[Draft, ...]]:
-    """Ask all that hold the whole model what its norms see; training takes more memory than that, so that it fits."""
-    whole, drafts = structures_of(state)[-1], []
+    """Ask all that hold the widest of what anybody holds what its norms see; training takes more memory, so that it fits."""
+    most, drafts = max((fits.capacity for fits in held.values()), default=-1), []
     for name in sorted(held):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        if held[name].capacity == whole.capacity:
-            drafts.append(Draft(name, "calibrate", whole, seeded, held[name].bytes_bound))
+        if held[name].capacity == most:
+            drafts.append(Draft(name, "calibrate", structures_of(state)[most], seeded, held[name].bytes_bound))
     return dataclasses.replace(state, round=round_number), tuple(drafts)
 
 
@@ -204,6 +205,13 @@ def _mix(text: str, count: int) -> tuple[int, ...]:
     if text and not 1 <= sum(shares) <= _SHARES_MAX:
         raise ConfigError(f"parameter mix = {text!r}: shares must add up to at least 1 and at most {_SHARES_MAX}")
     return tuple(shares) if text else ()
+
+
+def _places(known: Mapping[str, int], devices: Sequence[DeviceView]) -> dict[str, int]:
+    """Number devices as they are first seen; one that was forgotten (`roster.latest`) gets a new number."""
+    free = count(max(known.values(), default=-1) + 1)
+    named = sorted(device.name for device in devices)
+    return latest(known, {name: known[name] if name in known else next(free) for name in named})
 
 
 def _in_turn(shares: Sequence[int], place: int) -> int:

@@ -18,7 +18,8 @@ filled in and why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -29,6 +30,7 @@ from coordinator.blocks import pace
 from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
+from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError
@@ -55,6 +57,22 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults. The recipe was tuned on digits; docs/decisions/nestfl.md has the figures."""
 
+_ANGLE_MAX = 100.0
+"""Beyond some hundreds the exponentials of the angle weights have no number."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the mean update is on one partition.
+
+    Attributes:
+        mean: Views of it, box by box.
+        square: Its squared length.
+    """
+
+    mean: tuple[NDArray[np.float32], ...]
+    square: float
+
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
@@ -65,6 +83,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
     if not float(known["deadline"]) >= 0.0:
         raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
+    if not 0.0 <= float(known["angle"]) <= _ANGLE_MAX:
+        raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
     levels = rank(spec, weights, widths)
     scalars = {"params": known, "clients": []}
     return State(spec, 0, dict(weights), levels, widths, scalars)
@@ -98,7 +118,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     total = {name: np.zeros_like(array) for name, array in state.weights.items()}
     means = [shares([seat.samples for seat in cover]) if cover else [] for cover in covers]
     add_up(state.spec, total, counted(answers, whole), covers, means)
-    angles = {a.device: _angles(state.spec, total, whole, a) for a in counted(answers, whole)}
+    parts = _parts(state.spec, total, whole)
+    angles = {answer.device: _angles(state.spec, parts, answer) for answer in counted(answers, whole)}
     state = _remembered(state, covers, angles)
     for array in total.values():
         array[...] = 0.0
@@ -106,17 +127,28 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     return moved(state, total)
 
 
-def _angles(spec: ModelSpec, mean: Arrays, whole: Structure, answer: Answer) -> list[float]:
+def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[float]:
     """Measure the angle between an update and the mean on each partition that it covers."""
     found = []
-    for capacity in range(answer.structure.capacity + 1):
-        dot = square_mean = square_own = 0.0
-        means = partition(spec, mean, whole, capacity)
-        for target, own in zip(means, partition(spec, answer.update, answer.structure, capacity), strict=True):
+    for capacity, part in enumerate(parts[: answer.structure.capacity + 1]):
+        dot = square_own = 0.0
+        own_parts = partition(spec, answer.update, answer.structure, capacity)
+        for target, own in zip(part.mean, own_parts, strict=True):
             dot += inner_product(target, own)
-            square_mean += inner_product(target, target)
             square_own += inner_product(own, own)
-        found.append(angle(dot, square_mean, square_own))
+        found.append(angle(dot, part.square, square_own))
+    return found
+
+
+def _parts(spec: ModelSpec, mean: Arrays, whole: Structure) -> list[_Part]:
+    """Cut the mean update into partitions, once for all answers that are held against it."""
+    found = []
+    for capacity in range(whole.capacity + 1):
+        boxes = tuple(partition(spec, mean, whole, capacity))
+        square = 0.0
+        for box in boxes:
+            square += inner_product(box, box)
+        found.append(_Part(boxes, square))
     return found
 
 
@@ -125,16 +157,16 @@ def _remembered(state: State, covers: Covers, angles: Mapping[str, list[float]])
 
     A device that covers a partition alone *is* the mean there. Its angle of 0 says nothing about it and is not remembered.
     """
-    clients = [*state.scalars["clients"]]
-    clients += sorted(set(angles) - set(clients))
+    old = {name: row for row, name in enumerate(state.scalars["clients"])}
+    clients = list(latest(old, dict.fromkeys(sorted(angles), -1)))
     means, counts = _memory(len(clients), len(covers))
-    known = len(state.scalars["clients"])
-    if known:
-        means[:known], counts[:known] = state.arrays["angles"], state.arrays["rounds"]
-    row = {name: i for i, name in enumerate(clients)}
+    for row, name in enumerate(clients):
+        if name in old:
+            means[row], counts[row] = state.arrays["angles"][old[name]], state.arrays["rounds"][old[name]]
+    row_of = {name: row for row, name in enumerate(clients)}
     for capacity, cover in enumerate(covers):
         for seat in cover if len(cover) > 1 else ():
-            at = (row[seat.device], capacity)
+            at = (row_of[seat.device], capacity)
             means[at] = smoothed(float(means[at]), int(counts[at]), angles[seat.device][capacity])
             counts[at] += 1
     scalars = {**state.scalars, "clients": clients}

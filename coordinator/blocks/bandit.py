@@ -90,7 +90,7 @@ def scaled(rewards: Sequence[float], clip: float) -> Line:
     if not clip or not len(line):
         return line
     scale = float(np.quantile(np.abs(line), clip))
-    return np.clip(line / scale, 0.0, 1.0) if scale > 0.0 else np.zeros_like(line)
+    return np.clip(line, 0.0, scale) / scale if scale > 0.0 else np.zeros_like(line)
 
 
 def indices(bandit: Bandit, terms: Terms) -> Line:

@@ -3,13 +3,15 @@
 ``T_n(ratio) = c + u * work(ratio) + v * bytes(ratio)`` with a device's own c, u and v, none negative, fitted to its measured
 turns (`timecost.fit`). For a deadline every device takes the least ratio that meets it, and the deadline is taken that gives
 the most progress per second, ``mean g(ratio_n) / longest T_n``. What a ratio is worth, g, is learnt from the losses that
-devices report (`blocks.worth`). The idea: FedMP's reward makes devices equal, but not fast; equal times follow from the
-model of time, and how fast is one number for the whole fleet (docs/decisions/fedmp.md).
+devices report (`blocks.worth`). As they fall the deadline is made longer (`stretch`). The idea: FedMP's reward makes devices
+equal, but not fast; equal times follow from the model of time, and how fast is one number for the whole fleet
+(docs/decisions/fedmp.md).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +32,7 @@ GRID = 100
 """Ratios are looked for in steps of 1/GRID."""
 RATIOS = np.arange(GRID) / GRID
 _DEADLINES = 200
+_LEAST = 1e-3
 _SHARES = (0.01, 0.55, 0.44)
 """Prior: what of the whole model's turn is constant, work and bytes. With little that is constant, what a device's first turns
 at high ratios say of lower ones errs upward, and a turn that is too short is the cheaper mistake."""
@@ -110,7 +113,26 @@ def least_ratio(spec: ModelSpec, recipe: Recipe, bytes_budget: int, scale: float
     return None if low >= GRID else low / GRID
 
 
-def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numbers) -> Numbers:
+def stretch(losses: Sequence[float], learnt: float, grow: float) -> float:
+    """Give how many times the best deadline is to be taken, so that sub-models grow with what is learnt.
+
+    The deadline of most progress per second knows nothing of where small models end. Their training loss goes on falling
+    to nothing after the accuracy has come to rest, so that no rest is seen in it; hence the deadline grows with its fall.
+
+    Args:
+        losses: What each device lately lost, on its own training data; above 0.
+        learnt: A loss at which the fleet is past its first steps.
+        grow: From 0, which never stretches; with 1 the deadline doubles where the loss halves.
+
+    Returns:
+        ``(learnt / median loss) ** grow``, at least 1. The median, since losses are the devices' word.
+    """
+    if not losses:
+        return 1.0
+    return max(1.0, float((learnt / max(_LEAST, statistics.median(losses))) ** grow))
+
+
+def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numbers, stretch: float = 1.0) -> Numbers:
     """Choose the deadline of most progress per second, and for each device the least ratio that meets it.
 
     Args:
@@ -118,6 +140,7 @@ def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numb
         least: The least ratio that each device's memory holds.
         high: The largest ratio that is chosen, except where memory asks for more; a device that is late even so is late.
         worth: ``(GRID,)``, what a round at each ratio is worth (`worth.worth`).
+        stretch: How many times the best deadline is taken; at least 1 (`stretch`).
 
     Returns:
         ``(devices,)`` ratios. Cost: `_DEADLINES` passes over `seconds`.
@@ -135,4 +158,7 @@ def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numb
         gain = float(worth[places].mean()) / float(falling[rows, places].max())
         if gain > best * (1.0 + 1e-12):
             best, found = gain, places
+    if stretch > 1.0:
+        longest = stretch * float(falling[rows, found].max()) * (1.0 + 1e-9)
+        found = np.clip((falling > longest).sum(axis=1), first, last)
     return np.asarray(RATIOS[found], np.float64)

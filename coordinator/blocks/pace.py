@@ -5,7 +5,7 @@ lately it is what that took; at any other it is the device's newest turn, scaled
 `TURNS` turns count, so that one that was slow for a while is tried at a wider width again.
 
 What is remembered is plain, by device name: ``turns``, a list of [capacity, seconds], the newest last, and ``due``, the
-capacity of an answer whose time will be known when the device is seen next.
+capacity of an answer whose time will be known when the device is seen next. Both are bounded (`roster.latest`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import Answer, DeviceView, Draft, State
+from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import structures_of
 from wire.memory import Plan, fit
 from wire.messages import Recipe
@@ -112,18 +113,23 @@ def asked(
 
 
 def heard(scalars: Mapping[str, Any], answers: Iterable[Answer]) -> dict[str, Any]:
-    """Remember at which width each device has answered, until its time is known. Goes through the answers once."""
-    return {**scalars, "due": {answer.device: answer.structure.capacity for answer in answers}}
+    """Remember at which width each device has answered, until its time is known. Goes through the answers once.
+
+    A device that is not selected in the next round is heard of later: what was due of it stays.
+    """
+    told = {answer.device: answer.structure.capacity for answer in answers}
+    return {**scalars, "due": latest(scalars.get("due", {}), told)}
 
 
 def settled(scalars: Mapping[str, Any], devices: Sequence[DeviceView]) -> dict[str, Any]:
     """Take in the times of the answers that were due, of the devices that are here."""
-    turns, due = dict(scalars.get("turns", {})), dict(scalars.get("due", {}))
+    turns, due = scalars.get("turns", {}), dict(scalars.get("due", {}))
+    news = {}
     for device in devices:
         if device.name in due and device.seconds_turn > 0.0:
             new = [due.pop(device.name), float(device.seconds_turn)]
-            turns[device.name] = [*turns.get(device.name, ()), new][-TURNS:]
-    return {**scalars, "turns": turns, "due": due}
+            news[device.name] = [*turns.get(device.name, ()), new][-TURNS:]
+    return {**scalars, "turns": latest(turns, news), "due": due}
 
 
 def _multiplications(spec: ModelSpec, structure: Structure) -> int:

@@ -2,6 +2,8 @@
 
 A round's losses come with its answers; how long its turns took is known when the next round is planned. So an answer waits
 (`heard`) until its device is seen again with a time (`settled`), and only then does the bandit learn.
+
+A device's memory is some kilobytes, so that it goes into a state's arrays and only its name into the header.
 """
 
 from __future__ import annotations
@@ -10,13 +12,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from coordinator.algorithm import Answer, DeviceView
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.algorithm import Answer, DeviceView, State
 from coordinator.blocks import bandit
 
 TURNS = 24
 """Measured turns that are remembered of a device."""
+
+_ROOM = "clients/"
+_LINES = ("edges", "ratios", "rewards", "turns", "loss", "due")
+_TURN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What is remembered of one device; plain once it is taken apart by `plain`.
+    """What is remembered of one device.
 
     Attributes:
         edges: See `bandit.Bandit`.
@@ -87,19 +97,62 @@ Reward = Callable[[Due, float, Sequence[float]], float]
 """Gives what an answer earned, from itself, its seconds, and those of all answers of its round."""
 
 
-def plain(clients: Clients) -> dict[str, Any]:
-    """Take clients apart for `State.scalars`."""
-    return {name: dataclasses.asdict(client) for name, client in clients.items()}
+def remembered(state: State, clients: Clients) -> State:
+    """Put clients into a state, those that were heard of last at the end; `read` undoes it, to the bit."""
+    names = list(clients)
+    arrays: dict[str, NDArray[Any]] = {}
+    parts = [_parts(client) for client in clients.values()]
+    for place, field in enumerate(_LINES):
+        arrays |= _lines(field, [rows[place] for rows in parts])
+    return dataclasses.replace(
+        state, scalars={**state.scalars, "clients": names}, arrays={_ROOM + name: line for name, line in arrays.items()}
+    )
 
 
-def read(scalars: Mapping[str, Any]) -> dict[str, Client]:
-    """Undo `plain`."""
-    return {name: _client(one) for name, one in scalars.items()}
+def read(state: State) -> dict[str, Client]:
+    """Take the clients out of a state."""
+    names = state.scalars["clients"]
+    if not names:
+        return {}
+    columns = [_rows(state, field) for field in _LINES]
+    return {name: _client(rows) for name, *rows in zip(names, *columns, strict=True)}
 
 
-def _client(one: Mapping[str, Any]) -> Client:
-    due = None if one["due"] is None else Due(**one["due"])
-    return Client(**{**one, "due": due, "turns": tuple(Turn(**turn) for turn in one["turns"])})
+def _parts(client: Client) -> tuple[Sequence[float], ...]:
+    """Take a client apart, in the order of `_LINES`; what there is not is no number, or one that is none."""
+    due = client.due
+    return (
+        client.edges,
+        client.ratios,
+        client.rewards,
+        [number for turn in client.turns for number in (turn.round, turn.ratio, turn.seconds, turn.loss)],
+        () if client.loss is None else (client.loss,),
+        ()
+        if due is None
+        else (due.round, due.ratio, math.nan if due.decrease is None else due.decrease, due.before, due.first),
+    )
+
+
+def _lines(field: str, rows: Sequence[Sequence[float]]) -> dict[str, NDArray[Any]]:
+    """Lay rows of any length end to end."""
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return {field: np.concatenate([np.zeros(0), *(np.asarray(row, np.float64) for row in rows)]), f"{field}.ends": ends}
+
+
+def _rows(state: State, field: str) -> list[tuple[float, ...]]:
+    line, ends = state.arrays[_ROOM + field].tolist(), state.arrays[f"{_ROOM}{field}.ends"].tolist()
+    return [tuple(line[start:end]) for start, end in pairwise([0, *ends])]
+
+
+def _client(rows: Sequence[Sequence[float]]) -> Client:
+    edges, played, rewards, turns, loss, due = rows
+    each = [turns[place : place + _TURN] for place in range(0, len(turns), _TURN)]
+    told = tuple(Turn(int(number), ratio, seconds, said) for number, ratio, seconds, said in each)
+    return Client(edges, played, rewards, told, loss[0] if loss else None, _due(*due) if due else None)
+
+
+def _due(number: float, ratio: float, decrease: float, before: float, first: float) -> Due:
+    return Due(int(number), ratio, None if math.isnan(decrease) else decrease, before, first)
 
 
 def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> Client:
@@ -124,8 +177,10 @@ def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> Cl
     return dataclasses.replace(client, loss=after, due=due)
 
 
-def settled(clients: Clients, devices: Sequence[DeviceView], terms: bandit.Terms, reward: Reward) -> dict[str, Client]:
-    """Give each device that is here its last turn's time, and its bandit what the turn earned.
+def settled(
+    clients: Clients, devices: Sequence[DeviceView], terms: bandit.Terms, reward: Reward | None
+) -> dict[str, Client]:
+    """Give each device that is here its last turn's time, and its bandit what the turn earned; no reward, no bandit.
 
     The times of a round are those of its devices that are here; of one that is not selected again they come later, and with
     the times that are known then.
@@ -140,7 +195,8 @@ def settled(clients: Clients, devices: Sequence[DeviceView], terms: bandit.Terms
     for name, took in times.items():
         due = clients[name].due if name in clients else None
         if due is not None:
-            found[name] = _timed(clients[name], due, took, terms, reward(due, took, rounds[due.round]))
+            earned = math.nan if reward is None else reward(due, took, rounds[due.round])
+            found[name] = _timed(clients[name], due, took, terms, earned)
     return found
 
 

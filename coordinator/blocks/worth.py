@@ -25,7 +25,7 @@ BELIEF = (0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 """Slope gained at each knot before any loss is known: worth 0.82 at ratio 0.5, 0.55 at 0.7, 0.37 at 0.9."""
 _PASSES = 20
 _SHRINK = 2.0
-_LEAST = 1e-3
+_LEAST, _MOST = 1e-3, 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Said:
         device: Who.
         round: When.
         ratio: Of the sub-model that it trained.
-        loss: Its mean training loss; above 0.
+        loss: Its mean training loss; above 0. It is the device's word, so that it is taken as 0.001 at least and 100 at most.
     """
 
     device: str
@@ -58,7 +58,7 @@ def worth(said: Sequence[Said], ratios: Numbers, trust: float) -> Numbers:
     """
     slopes = np.array(BELIEF)
     if said:
-        y = np.log(np.maximum(_LEAST, [one.loss for one in said]))
+        y = np.log(np.clip([one.loss for one in said], _LEAST, _MOST))
         x = hinges(np.array([one.ratio for one in said]))
         x, y = _within(said, np.column_stack([x, y]))
         spread = np.sqrt(trust * np.square(hinges(np.linspace(0.0, 1.0, 101))).mean(axis=0))

@@ -94,7 +94,7 @@ def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     good = [run for run in group if "error" not in run]
     first = good[0] if good else {}
     accuracies = [run["accuracy"]["full"] for run in good if run["accuracy"]["full"] is not None]
-    reached = [run["to_target"] for run in good]
+    reached = [run.get("to_target") for run in group]
     peaks = [device["bytes_peak"] for run in good for device in run["devices"]]
     return {
         "label": group[0]["label"],
@@ -109,7 +109,7 @@ def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "target": median([run["target"] for run in good if run["target"] is not None]),
         "reached": sum(one is not None for one in reached),
         "to_target": median_cost(reached),
-        **compare_widths.summed_up(good),
+        **compare_widths.summed_up(good, failed=len(group) - len(good)),
         "bytes_peak": max(peaks, default=None),
         "density_by_layer": first.get("density_by_layer", {}),
     }

@@ -53,7 +53,7 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def median_cost(reached: Sequence[Mapping[str, Any] | None]) -> dict[str, float | None]:
-    """Sum up what runs had cost at their target; one that never got there counts as infinitely dear."""
+    """Sum up what runs had cost at their target; one that never got there, or failed, counts as infinitely dear."""
     return {name: median([one[name] if one else math.inf for one in reached]) for name in COSTS}
 
 
@@ -62,8 +62,12 @@ def extent(values: Sequence[float]) -> dict[str, float | None]:
     return {"median": median(values), "least": min(values, default=None), "most": max(values, default=None)}
 
 
-def summed_up(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum up the runs of one method that gave a result: medians over the seeds.
+def summed_up(runs: Sequence[Mapping[str, Any]], failed: int = 0) -> dict[str, Any]:
+    """Sum up the runs of one method: medians over the seeds.
+
+    Args:
+        runs: Those that gave a result.
+        failed: How many others there are; they never got to their target.
 
     Returns:
         ``by_width`` (width to median at the end), ``worst`` (as `extent`), ``reached_worst`` and ``to_target_worst`` (as
@@ -71,7 +75,7 @@ def summed_up(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     ends = [_widths(run["accuracy"]) for run in runs]
     common = [width for width in ends[0] if all(width in end for end in ends)] if ends else []
-    reached = [run["to_target_worst"] for run in runs]
+    reached = [run["to_target_worst"] for run in runs] + [None] * failed
     found = [run["personal"] for run in runs if run.get("personal")]
     return {
         "by_width": {width: statistics.median(end[width] for end in ends) for width in common},

@@ -6,7 +6,8 @@ the gradient of its kept weights, or ``2 n p`` in a step whose rule reads the gr
 inputs and ``no`` outputs, density ``d`` and batch ``B`` that is ``6 d B ni no``, or ``(2 + 4 d) B ni no`` with the dense
 gradient (PruneFL, on complexity); dense it is ``6 B ni no``. A recurrent layer uses its weights at every step. Attention over
 ``T`` steps of ``E`` values also multiplies queries with keys and odds with values, ``4 T^2 E`` forward and twice that back.
-What is element by element (activations, norms, pools, look-ups, the update itself) is not counted. Where a step trains several
+What is element by element (activations, norms, pools, look-ups, the update itself) is not counted, nor what a rule or the
+worker evaluates beside training. Where a step trains several
 widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is counted as often as it is drawn on average.
 """
 
@@ -92,12 +93,17 @@ def per_sample(spec: ModelSpec, structure: Structure, *, backward: bool = True, 
 def passes(recipe: Recipe, samples: int) -> int:
     """Count the samples that go through the model in an order, each as often as it does.
 
-    A pass over the data ends with a short batch when they do not divide. SynFlow's rounds each take one input of ones.
+    A pass over the data ends with a short batch when they do not divide. SynFlow's rounds each take one input of ones. A step
+    of the rule `maml` looks at one whole batch more, Hessian-free at three; then it trains the device's own model.
     """
     samples = min(samples, int(recipe.knobs.get("samples", 0.0)) or samples)
     if recipe.rule == "score" and recipe.knobs.get("synflow"):
         return int(recipe.knobs["synflow"])
-    return _passes(recipe, samples, _steps(recipe, samples))
+    plain = _passes(recipe, samples, _steps(recipe, samples))
+    if recipe.rule != "maml" or not recipe.knobs.get("alpha", 0.01):
+        return plain
+    looks = (3 if recipe.knobs.get("hf") else 1) * _steps(recipe, samples) * min(recipe.batch, samples)
+    return plain + looks + int(recipe.knobs.get("tune", 1.0)) * samples
 
 
 def passes_with_all_gradients(recipe: Recipe, samples: int) -> int:

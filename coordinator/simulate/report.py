@@ -37,6 +37,8 @@ def result(
         partition_digest: Name of just this spreading.
         seconds: That the run really took.
         structure: What is left of the model, which the last round may have changed; by default what that round was about.
+
+    Operations are those of the orders as they were given: a device that went on with less of the model did fewer.
     """
     rounds = [view.rounds[n] for n in sorted(view.rounds) if view.rounds[n].outcome == "closed"]
     measured = [r for r in rounds if r.metrics]

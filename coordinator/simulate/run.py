@@ -34,6 +34,7 @@ from wire.errors import ConfigError, NestlingError
 from wire.job import Done, Failed, Job
 from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order, Recipe, Refusal, Reply
+from wire.spec import Structure
 
 _BUDGET = 1 << 40
 
@@ -134,7 +135,10 @@ def play(world: World, log: Log) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """A device has trained, by the virtual clock; only now is the work really done, if it is still wanted."""
+    """A device has trained, or its memory has shrunk, by the virtual clock.
+
+    Only now is the work really done, if it is still wanted.
+    """
 
     device: str
     order: str
@@ -185,15 +189,26 @@ def _foreseen(world: World, log: Log, order: Order) -> tuple[float, _Trained | L
     fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
     down = machine.seconds_down(fleet.bytes_down(order, log.held.get(order.device, ())))
     log.held[order.device] = frozenset(ref.digest for ref in order.blobs)
-    needed = fate.factor * (machine.seconds_order + down + _seconds_of_work(world, order))
+    before, work = machine.seconds_order + down, _seconds_of_work(world, order)
     if fate.lost_at is not None:
-        return log.now + fate.lost_at * needed, Lost(order.device, order.round)
-    return log.now + needed, _Trained(order.device, order.id)
+        return log.now + fate.lost_at * fate.factor * (before + work), Lost(order.device, order.round)
+    known = 1.0 if fate.squeezed_at is None else fate.squeezed_at  # of the rest `_worked` says how long it takes
+    return log.now + fate.factor * (before + known * work), _Trained(order.device, order.id)
 
 
-def _seconds_of_work(world: World, order: Order) -> float:
+def _seconds_of_work(world: World, order: Order, structure: Structure | None = None) -> float:
+    """Give how long an order trains, or would if it were about another structure."""
     client = world.clients[order.device]
-    return fleet.seconds_of_work(client.machine, world.spec, order, len(client.data.train[0]))
+    about = order if structure is None else dataclasses.replace(order, structures=(structure,))
+    return fleet.seconds_of_work(client.machine, world.spec, about, len(client.data.train[0]))
+
+
+def _seconds_squeezed(world: World, order: Order, structure: Structure) -> float:
+    """Give how long an order trains after memory has shrunk, on the width that was answered about; 0 where it has not."""
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    if fate.squeezed_at is None:
+        return 0.0
+    return (1.0 - fate.squeezed_at) * _seconds_of_work(world, order, structure)
 
 
 def _worked(world: World, log: Log, order: Order) -> float:
@@ -207,7 +222,7 @@ def _worked(world: World, log: Log, order: Order) -> float:
     fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
     room = functools.partial(fate.room, order.bytes_peak)
     done = _performed(world, order, (client.data, client.machine.bytes_budget), keep, room)
-    size = 0
+    size, rest = 0, _seconds_squeezed(world, order, done.structure) if isinstance(done, Done) else 0.0
     if isinstance(done, Done) and done.update_ref is not None:
         size = done.update_ref.size
         try:
@@ -215,7 +230,7 @@ def _worked(world: World, log: Log, order: Order) -> float:
         except NestlingError as error:
             done = Failed("nonfinite", str(error), 0, 0)
     log.done[order.device] = done
-    return log.now + fate.factor * client.machine.seconds_up(size)
+    return log.now + fate.factor * (rest + client.machine.seconds_up(size))
 
 
 def _held(world: World, order: Order) -> Held:
@@ -232,7 +247,9 @@ def _answered(world: World, log: Log, order: Order, made: dict[str, Path]) -> Ar
     if isinstance(done, Failed):
         refusal = Refusal(order.id, order.device, world.run, done.reason, done.detail, done.bytes_needed)
         return Refused(order.device, order.id, refusal)
-    seconds = _seconds_of_work(world, order)
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    seconds = (1.0 if fate.squeezed_at is None else fate.squeezed_at) * _seconds_of_work(world, order)
+    seconds += _seconds_squeezed(world, order, done.structure)
     log.seconds[order.device] = seconds, log.now - log.began
     if done.keep:
         made[order.device] = Path(done.keep)

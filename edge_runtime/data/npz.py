@@ -5,7 +5,9 @@ Nothing in the file is trusted: headers are read and bounded before an array is 
 
 from __future__ import annotations
 
+import io
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,12 @@ from numpy.typing import NDArray
 from edge_runtime.data import Source
 from edge_runtime.data.parts import Raw, bounded
 from wire.errors import DataError
+
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What numpy writes; other ways of packing may take any memory to unpack."""
+
+_HEADER_BYTES = 10_000
+_LENGTH_MAX = 1 << 48
 
 _KEYS = ("x", "y", "x_test", "y_test", "classes", "labels", "ids")
 
@@ -61,6 +69,8 @@ def arrays(path: Path, keys: Sequence[str], source: Source) -> dict[str, NDArray
             members = set(archive.namelist())
             for key in keys:
                 if f"{key}.npy" in members:
+                    if archive.getinfo(f"{key}.npy").compress_type not in _PACKED:
+                        raise DataError(f"{path}: array {key!r} is packed in a way that is not read")
                     with archive.open(f"{key}.npy") as stream:
                         _bound(path, key, stream, source)
                     with archive.open(f"{key}.npy") as stream:
@@ -71,21 +81,36 @@ def arrays(path: Path, keys: Sequence[str], source: Source) -> dict[str, NDArray
 
 
 def _bound(path: Path, key: str, stream: IO[bytes], source: Source) -> None:
-    version = npy.read_magic(stream)
-    if version == (1, 0):
-        shape, _, dtype = npy.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = npy.read_array_header_2_0(stream)
-    else:
-        raise DataError(f"{path}: array {key!r} is of npy version {version}; versions 1 and 2 are read")
+    shape, dtype = _header(path, key, stream)
     wanted = "U" if key == "labels" else "biuf"
     if dtype.kind not in wanted:
         raise DataError(f"{path}: array {key!r} holds {dtype}; numbers are read{', and text' * (key == 'labels')}")
-    if any(n < 0 for n in shape):
+    if not all(0 <= n < _LENGTH_MAX for n in shape):
         raise DataError(f"{path}: array {key!r} claims the shape {shape}")
     bounded(f"{path}: {key}", shape, source)
     if math.prod(shape) * dtype.itemsize > 2 * source.bytes_max:
         raise DataError(f"{path}: array {key!r} takes more than twice data.bytes_max in the file")
+
+
+def _header(path: Path, key: str, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read shape and type of an array, whose header is bounded before it is read.
+
+    Raises:
+        DataError: It is not one; numpy's reader raises whatever Python's own parser does.
+    """
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise DataError(f"{path}: array {key!r} is of npy version {version}; versions 1 and 2 are read")
+    size = stream.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(size, "little")
+    if length > _HEADER_BYTES:
+        raise DataError(f"{path}: the header of array {key!r} would take {length} bytes; the limit is {_HEADER_BYTES}")
+    head = io.BytesIO(size + stream.read(length))
+    try:
+        found = npy.read_array_header_1_0(head) if version == (1, 0) else npy.read_array_header_2_0(head)
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path}: the header of array {key!r} cannot be read ({type(error).__name__})") from error
+    return found[0], found[2]
 
 
 def _count(path: Path, found: Mapping[str, NDArray[Any]]) -> int:

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from edge_runtime.data import Dataset, Source
 from wire.errors import DataError
 
+CLASSES_MAX = 1 << 20
+_ID_MAX = 1 << 53
+
 Part: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
@@ -56,8 +59,10 @@ def divide(raw: Raw, source: Source) -> Dataset:
     classes = raw.classes or len(raw.labels) or len(source.labels) or highest + 1
     if highest >= classes:
         raise DataError(f"{raw.name}: class {highest} occurs, but there are {classes} classes (0..{classes - 1})")
-    if raw.ids is not None and raw.ids.shape != y.shape:
-        raise DataError(f"{raw.name}: {raw.ids.shape} ids for {len(y)} samples")
+    if classes > CLASSES_MAX:
+        raise DataError(f"{raw.name}: {classes} classes; the limit is {CLASSES_MAX}")
+    if raw.ids is not None:
+        _check_ids(raw.name, raw.ids, y)
     shape = source.shape or raw.x.shape[1:]
     scale = source.scale or raw.scale
 
@@ -144,9 +149,17 @@ def _classes_of(name: str, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.int64
         raise DataError(f"{name}: classes must be whole numbers 0, 1, 2, ...; these are {y.dtype}")
     if y.ndim != 1 or x.ndim < 2 or len(x) != len(y):
         raise DataError(f"{name}: x {x.shape} and y {y.shape} do not fit; wanted are x [n, ...] and y [n] of equal n")
-    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < 2**20):
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < CLASSES_MAX):
         raise DataError(f"{name}: classes run from {y.min()} to {y.max()}; they must be 0, 1, 2, ...")
     return y.astype(np.int64)
+
+
+def _check_ids(name: str, ids: NDArray[Any], y: NDArray[np.int64]) -> None:
+    if ids.shape != y.shape:
+        raise DataError(f"{name}: {ids.shape} ids for {len(y)} samples")
+    numbers = ids.astype(np.float64)
+    if not (np.abs(numbers) < _ID_MAX).all() or (numbers != np.rint(numbers)).any():
+        raise DataError(f"{name}: ids must be whole numbers below {_ID_MAX}; these are {ids.dtype}")
 
 
 def _finite(

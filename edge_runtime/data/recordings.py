@@ -47,7 +47,9 @@ def read(path: Path, source: Source) -> Raw:
         raise DataError(
             f"{path}: signal {signal.shape} and recording {table.shape}; wanted are [n, channels] and [m, 4]"
         )
-    if (table < 0).any() or int(table[:, _LENGTH].sum(dtype=np.uint64)) != len(signal):
+    lengths = table[:, _LENGTH]
+    # No single one may be longer, or the sum could make up the rows by running over.
+    if (table < 0).any() or (lengths > len(signal)).any() or int(lengths.sum(dtype=np.uint64)) != len(signal):
         raise DataError(f"{path}: the lengths of the recordings do not make up the {len(signal)} rows of signal")
     rows = source.shape[-1] if len(source.shape) == 2 else WINDOW
     later = table[:, _TRIAL] >= FIRST_TEST_TRIAL

@@ -186,7 +186,8 @@ class Engine(Protocol):
         Args:
             x: Inputs ``(n, *input_shape)``.
             y: Labels, int64 ``(n,)``; or distributions over the classes, float32 ``(n, classes)``.
-            scale: Weight of this call; micro-batches of n out of N samples with scale n / N add up to the full batch.
+            scale: Weight of this call; micro-batches of n out of N samples with scale n / N add up to the full batch, but for
+                batch norms: these take every micro-batch for a batch of its own, and their running statistics move with each.
             update: Move the weights at once. `grads` is left as it was found.
             watch: Shown what passes through every masked layer, the last first, for the gradient of weights that are not
                 there (`edge_runtime.kernels.importance`).

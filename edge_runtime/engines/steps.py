@@ -14,7 +14,7 @@ from edge_runtime.engines.views import gathered
 from edge_runtime.kernels import Stretch
 from edge_runtime.kernels.kits import Kit
 from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
-from wire.walk import OVERWRITTEN
+from wire.walk import overwritten
 
 Tensor = torch.Tensor
 
@@ -83,7 +83,8 @@ def build(spec: ModelSpec, structure: Structure, leaves: dict[str, Tensor], load
         run = PHASED[node.op](loaded.phase, i) if node.op in PHASED else RUN[node.op]
         # The backward of these does not read their output, so an only reader may overwrite it.
         source = node.inputs[0]
-        if node.op == "relu" and made_by.get(source) in OVERWRITTEN and readers.count(source) == 1:
+        alone = node.op == "relu" and readers.count(source) == 1
+        if alone and overwritten(made_by.get(source, ""), shapes[source]):
             run = RUN["relu in place"]
         params = {role: leaves[name] for role, name in node.params.items()}
         compact = {role: tensors[name] for role, name in node.params.items()}

@@ -225,6 +225,10 @@ class TorchEngine:
                 self._logits, seen = straight(stretches, self._wires, x, copied(y), (loss, scale))
                 return seen
             output = self._run(copied(x))
+            if not output.requires_grad:
+                raise SpecError(
+                    f"model {self._loaded().name!r} has nothing that can be trained: no weight reaches its output"
+                )
             lost = losses.value(output, copied(y), loss)
             torch.autograd.backward(lost * scale if scale != 1.0 else lost)
         finally:

@@ -27,10 +27,28 @@ _BYTES_MAX = 64
 def told(path: Path) -> int:
     """Give the bytes that the operator's file allows; 0 where there is none, or nothing that can be read."""
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
-            return amount(file.read(_BYTES_MAX), "budget")
-    except (OSError, ConfigError):
+        return said(path)
+    except ConfigError:
         return 0
+
+
+def said(path: Path) -> int:
+    """Give the bytes that the operator's file allows; 0 where there is none, or it says 0, which is no limit.
+
+    Raises:
+        ConfigError: It says something else.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to holds nobody up
+    except OSError:
+        return 0
+    try:
+        text = os.read(file, _BYTES_MAX)
+    except OSError:
+        return 0
+    finally:
+        os.close(file)
+    return amount(text.decode("ascii", "replace"), FILE)
 
 
 class Grant:
@@ -59,7 +77,7 @@ class Grant:
         """Give the bytes above a worker's base, as of this second; 0 when nothing bounds them.
 
         Args:
-            bytes_coming: What the worker itself will take before an order's own begins.
+            bytes_coming: What the worker itself will take before an order's own begins; below 0 for what it will give back.
         """
         now = time.monotonic()
         if now >= self._due:
@@ -79,7 +97,7 @@ class Grant:
 
 
 class Limit:
-    """Looks up what the order in hand may take, five times a second at most."""
+    """Looks up what the order in hand may take: before its first batch, and then five times a second at most."""
 
     __slots__ = ("_due", "_file", "_found", "_gauge", "_reserve", "_root")
 
@@ -101,9 +119,8 @@ class Limit:
 
     def __call__(self, done: float = 0.0) -> int:
         """Give bytes above the worker's base; 0 for what was granted. Cost: about 50 us, five times a second."""
-        del done  # a real machine does not shrink by plan
         now = time.monotonic()
-        if now >= self._due:
+        if not done or now >= self._due:  # what was found for the order before says nothing of one that begins
             self._due = now + SECONDS_BETWEEN
             self._found = min((room for room in (self._operators(), self._machines()) if room), default=0)
         return self._found

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from edge_runtime.models.calls import Floats
 from edge_runtime.models.draft import Exported
-from wire.errors import ConfigError, SpecError
+from wire.errors import ConfigError, SpecError, StoreError
 from wire.schema import to_plain
 from wire.spec import ModelSpec, Structure, digest, encode, parameter_count
 
@@ -30,25 +34,30 @@ def export_spec(target: str, shape: str, name: str, files: tuple[Path | None, Pa
 
     Raises:
         ConfigError: There is no such module, or it cannot be exported; the text says what to write instead.
+        StoreError: A file cannot be written; then none is.
     """
     try:
         from edge_runtime.models.export import export, module_of
     except ImportError as error:
         raise ConfigError(f"export-spec needs torch: {error}; pip install 'nestling[torch]'") from error
     sizes = _shape(shape)
+    (spec_file, weights_file) = files
+    if spec_file is not None and weights_file is not None and spec_file.resolve() == weights_file.resolve():
+        raise ConfigError(f"--out and --weights are both {spec_file}: write two files")
+    to_bytes = None if weights_file is None else _safetensors()
     try:
-        made = export(module_of(_found(target)), sizes, name)
+        with contextlib.redirect_stdout(sys.stderr):  # what a stranger's code prints is not in the report
+            made = export(module_of(_found(target)), sizes, name)
     except SpecError as error:
         raise ConfigError(f"{target}: {error}") from error
-    facts = _facts(made)
-    (spec_file, weights_file) = files
+    facts, contents = _facts(made), {}
     if spec_file is not None:
-        spec_file.parent.mkdir(parents=True, exist_ok=True)
-        spec_file.write_bytes(encode(made.spec))
+        contents[spec_file] = encode(made.spec)
         facts["file"] = str(spec_file)
-    if weights_file is not None:
-        _write_weights(made, weights_file)
+    if weights_file is not None and to_bytes is not None:
+        contents[weights_file] = to_bytes(made.arrays, {"spec": json.dumps(to_plain(made.spec))})
         facts["weights_file"] = str(weights_file)
+    _write(contents)
     print(json.dumps(facts) if as_json else "\n".join(_lines(made.spec, facts)))
 
 
@@ -71,7 +80,7 @@ def _found(target: str) -> object:
         found: object = _imported(place)
         for part in path.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever a stranger's module raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises
         raise ConfigError(f"{target}: {type(error).__name__}: {error}") from error
     return found
 
@@ -80,7 +89,8 @@ def _imported(place: str) -> ModuleType:
     if not place.endswith(".py"):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not have it
         return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    sys.path.append(str(Path(place).resolve().parent))  # for what lies beside it
+    spec = importlib.util.spec_from_file_location(f"exported_{Path(place).stem}", place)  # a name that nothing else has
     if spec is None or spec.loader is None or not Path(place).is_file():
         raise ImportError(f"there is no file {place}")
     module = importlib.util.module_from_spec(spec)
@@ -127,11 +137,33 @@ def _lines(spec: ModelSpec, facts: Facts) -> list[str]:
     return lines
 
 
-def _write_weights(made: Exported, file: Path) -> None:
-    """Write the module's own weights as safetensors, with the spec as JSON beside them, as `coordinator export` does."""
+def _safetensors() -> Callable[[dict[str, Floats], dict[str, str]], bytes]:
+    """Give what turns arrays, and the spec as JSON beside them, into bytes, as `coordinator export` writes them."""
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError as error:
         raise ConfigError("--weights needs the package safetensors: pip install safetensors") from error
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(made.arrays, str(file), metadata={"spec": json.dumps(to_plain(made.spec))})
+    return save
+
+
+def _write(contents: Mapping[Path, bytes]) -> None:
+    """Write files; each is there whole or as it was, and all are as they were if one cannot be written.
+
+    Raises:
+        StoreError: The disk refuses.
+    """
+    parts = {file: file.with_name(f".{file.name}.{os.getpid()}.part") for file in contents}
+    try:
+        for file, data in contents.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise StoreError(f"{file}: it is a folder; write the name of a file")
+            parts[file].write_bytes(data)
+        for file, part in parts.items():
+            part.replace(file)
+    except OSError as error:
+        raise StoreError(f"{error.filename}: {error.strerror}") from error
+    finally:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()

@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_runtime.models.calls import Call, refused
 from edge_runtime.models.draft import Draft, Parts, Start, Value, scaled
-from edge_runtime.models.passing import SUMMANDS_MAX, each, name_of, single, square
+from edge_runtime.models.passing import SUMMANDS_MAX, name_of, permille_of, single, square
 from edge_runtime.models.spaces import Dim
 from wire.spec import NORM_EPSILON
 
@@ -172,8 +172,8 @@ def _bias(call: Call, fan_in: int) -> Start:
 def _by_channel(draft: Draft, call: Call, value: Any, layer: Callable[[Value, slice], Value]) -> Any:
     """Run a layer that treats every channel by itself over a value, or over parts along the first axis."""
     if isinstance(value, Parts) and value.axis == 0:
-        slices = dict(zip(value.values, value.slices(), strict=True))
-        return each(value, lambda x: layer(x, slices[x]), draft, call)
+        made = [layer(part, where) for part, where in zip(value.values, value.slices(), strict=True)]
+        return replace(value, values=tuple(made))
     return layer(single(draft, call, value), slice(None))
 
 
@@ -326,10 +326,10 @@ class Final:
 
 
 def _dropped(draft: Draft, call: Call, x: Value) -> Value:
-    p = float(call.options["dropout"])
-    if abs(round(1000 * p) - 1000 * p) > 1e-6:
-        draft.note(call.path, f"dropout of {p:g} is rounded to a thousandth")
-    return draft.add(f"{name_of(call)}.dropout", "dropout", [x], x.dims, attrs={"permille": min(999, round(1000 * p))})
+    permille = permille_of(draft, call, "dropout", float(call.options["dropout"]))
+    if not permille:
+        return x
+    return draft.add(f"{name_of(call)}.dropout", "dropout", [x], x.dims, attrs={"permille": permille})
 
 
 def _gated(draft: Draft, call: Call, x: Value, form: tuple[str, int], place: int) -> Value:

@@ -76,17 +76,24 @@ def name_of(call: Call) -> str:
 
 def dropout(draft: Draft, call: Call, inputs: list[Any]) -> Any:
     """Lower dropout, to a thousandth."""
-    p = float(call.options.get("p", 0.5))
-    permille = round(1000 * p)
-    if call.options.get("training", True) is False or permille == 0:
+    if call.options.get("training", True) is False:
         return inputs[0]
-    if permille > 999:
-        raise refused(call.path, call.op, f"p={p:g} drops everything", "p up to 0.999")
-    if abs(permille - 1000 * p) > 1e-6:
-        draft.note(call.path, f"dropout of {p:g} is rounded to {permille / 1000:g}")
+    permille = permille_of(draft, call, "p", float(call.options.get("p", 0.5)))
+    if not permille:
+        return inputs[0]
     return each(
         inputs[0], lambda x: draft.add(name_of(call), "dropout", [x], x.dims, attrs={"permille": permille}), draft, call
     )
+
+
+def permille_of(draft: Draft, call: Call, name: str, p: float) -> int:
+    """Read the share that a dropout drops, in thousandths; says so where it has to be rounded."""
+    permille = round(1000 * p)
+    if permille > 999:
+        raise refused(call.path, call.op, f"{name}={p:g} drops everything", f"{name} up to 0.999")
+    if abs(permille - 1000 * p) > 1e-6:
+        draft.note(call.path, f"dropout of {p:g} is rounded to {permille / 1000:g}")
+    return permille
 
 
 def softmax(draft: Draft, call: Call, inputs: list[Any]) -> Any:
@@ -137,6 +144,8 @@ def adaptive_pool(op: str) -> Callable[[Draft, Call, list[Any]], Any]:
 
     def lower(draft: Draft, call: Call, inputs: list[Any]) -> Any:
         size = square(call, "output_size", call.options["output_size"])
+        if size < 1:
+            raise refused(call.path, call.op, f"output_size={size}", "a size of 1 or more")
         if not op.startswith("max"):
             return each(inputs[0], lambda x: _pooled(draft, call, x, op, {"size": size}), draft, call)
         lengths = set(inputs[0].lengths[1:]) if isinstance(inputs[0], (Value, Parts)) else set()

@@ -59,7 +59,7 @@ def calls_of(module: nn.Module, shape: Sequence[int]) -> list[Call]:
     Raises:
         SpecError: It cannot be traced or run, or does what no spec can.
     """
-    module = copy.deepcopy(module).cpu()
+    module = copied(module)
     graph = _graph(module)
     for name, array in (*module.named_parameters(), *module.named_buffers()):
         if array.is_floating_point() and array.dtype != torch.float32:
@@ -71,18 +71,37 @@ def calls_of(module: nn.Module, shape: Sequence[int]) -> list[Call]:
     _mark(trace)
     for node in graph.nodes:
         _check_in_place(trace, node)
-    found = [_call(trace, node) for node in graph.nodes if node in trace.live and _is_tensor(trace.values[node])]
+    told = (n for n in graph.nodes if n in trace.live and (n.op == "output" or _is_tensor(trace.values[n])))
+    found = [_call(trace, node) for node in told]
     if [call.op for call in found].count("input") != 1:
         raise refused("", "forward", "it does not read one tensor of samples", "a forward with one input")
     return _without_detours(found)
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """Copy a module to this machine's own memory.
+
+    Raises:
+        SpecError: It cannot be copied, or has no weights yet.
+    """
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise refused(path, "ScriptModule", "it is compiled already", "the module that it was made of")
+        if any(nn.parameter.is_lazy(a) for a in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            raise refused(path, type(part).__name__, "it has no sizes yet", "the same module, run it once on samples")
+    try:
+        return copy.deepcopy(module).cpu()
+    except Exception as error:  # whatever a stranger's attributes raise
+        problem = f"it cannot be copied ({error})"
+        raise refused("", type(module).__name__, problem, "a module with weights and plain attributes alone") from error
+
+
 def _graph(module: nn.Module) -> fx.Graph:
     """Trace in training mode, so that dropout is there, and with the defaults of all arguments but the first."""
-    module.train()
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    defaults = {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
     try:
+        module.train()
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        defaults = {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
         graph: fx.Graph = fx.Tracer().trace(module, concrete_args=defaults or None)
     except Exception as error:
         # Whatever a stranger's forward raises when it is given a proxy: the branch that it wanted to take, mostly.
@@ -181,7 +200,7 @@ def _call(trace: _Trace, node: fx.Node) -> Call:
     if node.op == "placeholder":
         return Call(node.name, path, "input", shape=shape)
     if node.op == "output":
-        if not isinstance(node.args[0], fx.Node):
+        if not isinstance(node.args[0], fx.Node) or not isinstance(value, Tensor):
             raise refused("", "output", "it is not one tensor", "the logits alone")
         return Call(node.name, path, "output", (node.args[0].name,), shape=shape)
     if node.op == "get_attr":

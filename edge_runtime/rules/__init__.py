@@ -6,7 +6,7 @@ A rule is one module in this folder with the three things that `Rule` names, and
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -64,15 +64,17 @@ class Held:
     views: Sequence[dict[int, Engine]] = ()
 
 
-Squeeze = Callable[[float, Held], None]
-"""Looks whether the order may still take what it takes; given the fraction that is done, and what the rule holds."""
+Squeeze = Callable[[float, Held], int]
+"""Looks whether the order may still take what it takes; given the fraction that is done, and what the rule holds. Gives the
+micro-batch to go on with; 0 for the same."""
 
 
-def _never(_: float, __: Held) -> None:
+def _never(_: float, __: Held) -> int:
     """Let memory be as it is."""
+    return 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Task:
     """What a rule is given.
 
@@ -82,14 +84,15 @@ class Task:
         x: Training inputs ``(n, *input_shape)``, float32.
         y: Labels ``(n,)``, int64.
         round: Number of the round; with the recipe's seed the root of all randomness.
-        micro_batch: Samples that may go through the model at once.
+        micro_batch: Samples that may go through the model at once; fewer after a squeeze, so that it is read at each step.
         tell: Called after every step with the fraction that is done and the step's loss.
         masks: What is kept of which weights, in the tensors' shapes; empty when every weight is. The engine has them already.
         own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, and when
             the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed. The
             arrays are this order's own: a rule may write to them and hand them back.
         squeeze: Called by the loop between two batches. Where memory has become less, it cuts the engine and what the rule
-            holds to a narrower width, in place (`edge_runtime.shrink`); not for a rule that does not say what it holds.
+            holds to a narrower width, in place, or gives a smaller micro-batch (`edge_runtime.shrink`); not for a rule that
+            does not say what it holds.
     """
 
     recipe: Recipe
@@ -115,7 +118,7 @@ class Trained:
         metrics: Numbers for the reply, by names of the rule's own choice.
         own: What the rule wants back at its next order here, as whole float32 arrays by any name; kept with the commit.
         update: What is sent instead of trained minus received weights, by tensor name; a tensor that is not named does not
-            move. None for the usual.
+            move. None for the usual. It is emptied as it is written.
     """
 
     losses: tuple[float, ...]
@@ -123,7 +126,7 @@ class Trained:
     extras: Mapping[str, Extra] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     own: Mapping[str, Floats] = field(default_factory=dict)
-    update: Mapping[str, Extra] | None = None
+    update: MutableMapping[str, Extra] | None = None
 
 
 class Rule(Protocol):

@@ -76,9 +76,10 @@ def train(task: Task) -> Trained:
     local.blank()
     held = local.mover.held if scale == 1.0 else None  # the rate belongs to the width
     trained = loop.run(task, local.step, held=held)
-    for name, rows in aside.items():
-        param = engine.params[name]
-        param[absent] = rows[:, : param.shape[1]] if rows.ndim > 1 else rows  # a width that was cut is a prefix
+    for tensor in engine.spec.tensors:
+        if tensor.name in aside:
+            param = engine.params[tensor.name]
+            param[absent] = _narrowed(aside[tensor.name], tensor.axes[-1].outer, param)
     if not mask or not trained.steps:
         return trained
     told = Extra(np.ones(len(present), np.float32), present.astype(np.int64))
@@ -114,6 +115,13 @@ class _Local:
         multiply({name: grads[name] for name in self.scaled}, 1.0 / self.scale)
         for name in self.head:
             grads[name][self.absent] = 0.0
+
+
+def _narrowed(rows: Floats, runs: int, param: Floats) -> Floats:
+    """Give the columns of whole rows that `param` has, which may have been cut: a prefix of each run of channels."""
+    if rows.shape[1:] == param.shape[1:]:
+        return rows
+    return rows.reshape(len(rows), runs, -1)[:, :, : param.shape[1] // runs].reshape(len(rows), param.shape[1])
 
 
 def scaled_tensors(spec: ModelSpec) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def run(task: Task, step: Step, rng: np.random.Generator | None = None, held: He
     with np.errstate(over="ignore", invalid="ignore"):  # what runs away is found by name, at every step and at the end
         for rows in batches(task, rng):
             if held is not None:
-                task.squeeze(steps / total, held)
+                squeeze(task, steps / total, held)
             loss = step(task.x[rows], task.y[rows])
             steps += 1
             if not math.isfinite(loss):
@@ -81,6 +81,15 @@ def run(task: Task, step: Step, rng: np.random.Generator | None = None, held: He
         if not finite(task.engine.params):
             raise NonFinite("a weight is no number after training")
     return Trained(tuple(losses), steps)
+
+
+def squeeze(task: Task, done: float, held: Held) -> None:
+    """Let an order be cut between two batches; `held` is all that its rule holds of the weights there.
+
+    Raises:
+        BudgetExceeded: Memory has become less than even the narrowest width takes.
+    """
+    task.micro_batch = task.squeeze(done, held) or task.micro_batch
 
 
 class Mover:

@@ -35,9 +35,9 @@ import numpy as np
 
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
-from edge_runtime.engines.update import apply, clear
+from edge_runtime.engines.update import apply, clear, finite
 from edge_runtime.rules import Extra, Held, Task, Trained, loop
-from wire.errors import SpecError
+from wire.errors import NonFinite, SpecError
 from wire.memory import copies
 from wire.messages import Recipe
 
@@ -175,17 +175,24 @@ def _add(task: Task, x: Floats, y: Labels, factor: float) -> float:
 
 
 def _own(task: Task, alpha: float, passes: int, held: Held) -> None:
-    """Make the model the device's own: plain steps of size alpha."""
+    """Make the model the device's own: plain steps of size alpha.
+
+    Raises:
+        NonFinite: They led to weights that are no numbers.
+    """
     recipe, engine, rng = task.recipe, task.engine, _source(task, 3)
-    for _ in range(passes if alpha else 0):
-        order = rng.permutation(len(task.x))
-        for first in range(0, len(order), recipe.batch):
-            task.squeeze(1.0, held)
-            rows = order[first : first + recipe.batch]
-            clear(engine.grads)
-            _add(task, task.x[rows], task.y[rows], 1.0)
-            loop.clip(engine.grads, recipe.clip)
-            apply(engine.params, engine.grads, Update(alpha))
+    with np.errstate(over="ignore", invalid="ignore"):  # found by name at the end
+        for _ in range(passes if alpha else 0):
+            order = rng.permutation(len(task.x))
+            for first in range(0, len(order), recipe.batch):
+                loop.squeeze(task, 1.0, held)
+                rows = order[first : first + recipe.batch]
+                clear(engine.grads)
+                _add(task, task.x[rows], task.y[rows], 1.0)
+                loop.clip(engine.grads, recipe.clip)
+                apply(engine.params, engine.grads, Update(alpha))
+    if not finite(engine.params):
+        raise NonFinite("a weight of the device's own model is no number")
 
 
 def _place(params: Mapping[str, Floats], start: Arrays, along: Mapping[str, Floats], factor: float) -> None:

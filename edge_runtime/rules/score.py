@@ -98,6 +98,7 @@ def _snip(task: Task) -> tuple[tuple[float, ...], Arrays]:
     """Give the mean loss and the scores, which stand where the gradients were."""
     engine, count = task.engine, count_steps(task)
     clear(engine.grads)
+    received = {name: array.copy() for name, array in engine.params.items() if name not in engine.grads}
     total = 0.0
     for done, rows in enumerate(batches(task), 1):
         loss = 0.0
@@ -110,6 +111,8 @@ def _snip(task: Task) -> tuple[tuple[float, ...], Arrays]:
             raise NonFinite(f"the loss of batch {done} is {loss}")
         total += loss
         task.tell(done / count, loss)
+    for name, array in received.items():  # running statistics of norms, which follow every batch
+        engine.params[name][...] = array
     return (total / count,), _products(engine)
 
 

@@ -22,7 +22,7 @@ A group norm takes its mean over all places, also those of channels that are gon
 Knobs: ``threshold`` (default 0.5), ``target`` (0.5), ``prune`` (0.2), each from 0 to 1; ``lambda`` (at least 0, 0.001).
 
 The reply's metrics: ``accuracy.own`` before training and before a cut, ``channels`` the kept fraction of all channels, and
-``pruned`` 1 or 0.
+``pruned`` 1 if any went, else 0.
 """
 
 from __future__ import annotations
@@ -75,10 +75,13 @@ def train(task: Task) -> Trained:
         _, right = engine.evaluate(task.x, task.y, task.micro_batch)
         metrics["accuracy.own"] = accuracy = right / len(task.x)
         if accuracy >= knobs["threshold"] and 1.0 - channels(kept) < knobs["target"]:
+            before = channels(kept)
             kept = cut(engine.spec, engine.params, kept, prune=knobs["prune"], target=knobs["target"])
             masks = tensor_masks(engine.spec, kept)
             _apply(engine.params, masks)
-            metrics["pruned"] = 1.0
+            metrics["pruned"] = float(
+                channels(kept) < before
+            )  # the target of a group may be reached before that of all
     metrics["channels"] = channels(kept)
     trained = _train(task, masks, strength)
     own = {_OWN + name: _copied(array, task.own.get(_OWN + name)) for name, array in engine.params.items()}
@@ -180,11 +183,12 @@ def _copied(array: Floats, into: Floats | None) -> Floats:
 
 
 def _moved(array: Floats, received: Floats, mask: Mask | None) -> Extra:
-    """Give trained minus received weights where the mask keeps them."""
+    """Give trained minus received weights where the mask keeps them; `received` is written to."""
+    np.subtract(array, received, out=received)
     if mask is None:
-        return Extra(np.subtract(array, received, out=received))
+        return Extra(received)
     places = np.flatnonzero(mask)
-    return Extra(array.reshape(-1)[places] - received.reshape(-1)[places], places)
+    return Extra(received.reshape(-1)[places], places)
 
 
 def _knob(task: Task, name: str, most: float, default: float | None = None) -> float:

@@ -113,6 +113,8 @@ def _knobs(recipe: Recipe) -> _Knobs:
     for name, soft in (("distil", distil), ("upward", upward)):
         if not 0 <= soft <= 1:
             raise SpecError(f"knob {name} = {soft}: write a number from 0 to 1")
+    if (distil or upward) and recipe.loss != "cross_entropy":
+        raise SpecError(f"knobs distil and upward make targets for cross_entropy, not for {recipe.loss}")
     if distil and upward:
         raise SpecError(f"knobs distil = {distil} and upward = {upward}: write 0 for one of them")
     return _Knobs(int(widths), distil, upward)

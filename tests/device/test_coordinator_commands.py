@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from coordinator.advance import load_state, structures_of
 from coordinator.algorithm import State
-from coordinator.algorithms import nestfl
+from coordinator.algorithms import ALGORITHMS, nestfl
 from coordinator.events import Arrived
 from coordinator.export import JOURNAL, SPOOL, standing_of
 from coordinator.journal import Closed, Entry, Journal, Planned, RunStarted
@@ -31,7 +31,9 @@ from wire.schema import from_plain
 from wire.spec import ModelSpec
 from wire.spool import Spool
 
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
+TIERS = ("paper", "ours", "baseline")
 MODEL = "digits-mlp"
 ROUNDS = 3
 STILL = {"rule": "still"}
@@ -246,7 +248,13 @@ def test_without_a_journal_there_is_nothing_to_read(tmp_path: Path, command: str
 
 def test_algos_lists_and_explains(tmp_path: Path) -> None:
     facts = json.loads(run("algos", "--json").stdout)["algorithms"]
-    assert {"fedavg", "nestfl"} <= set(facts)
+    assert set(facts) == set(ALGORITHMS)
+    head, _, *rows, blank, hint = run("algos").stdout.splitlines()
+    assert head.split() == ["algorithm", "tier", "paper", "tests"]
+    assert {row.split()[0] for row in rows} == set(facts)
+    assert [row.split()[1] for row in rows] == sorted((about["tier"] for about in facts.values()), key=TIERS.index)
+    assert (blank, hint) == ("", "coordinator algos NAME explains one; its tests are in tests/unit/test_TESTS.py")
+    assert f"`coordinator algos` lists all {len(facts)} with" in (ROOT / "README.md").read_text("utf-8")
     assert facts["nestfl"]["params"] == dict(nestfl.PARAMS)
     text = run("algos", "nestfl").stdout
     assert "MobiCom 2022" in text

@@ -32,6 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "broken.py").write_text(
         "from torch import nn\nNet = lambda: nn.Sequential(nn.Linear(4, 3), nn.ELU())\nlist_of = list\n"
     )
+    (made / "odd").mkdir()
+    (made / "odd/json.py").write_text(
+        "import sys\nfrom torch import nn\nfrom parts import last\nprint('loading')\n"
+        "def loud():\n    print('making')\n    return nn.Sequential(nn.Linear(4, 3), last())\n"
+        "def leaves():\n    sys.exit(0)\n"
+    )
+    (made / "odd/parts.py").write_text("from torch import nn\nlast = nn.Tanh\n")
+    (made / "exits.py").write_text("raise SystemExit(0)\n")
     return made
 
 
@@ -74,6 +82,41 @@ def test_nothing_is_written_of_what_is_refused(folder):
     assert done.returncode == exits.CONFIG
     assert "1: ELU: this module is not on the list; nearest supported form: silu" in done.stderr.replace("SiLU", "silu")
     assert not (folder / "never.spec").exists()
+
+
+def test_what_a_factory_prints_is_not_in_the_report_and_its_file_may_have_any_name(folder):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    done = run(elsewhere, "../odd/json.py:loud", "--input", "4", "--json")
+    assert json.loads(done.stdout)["classes"] == 3
+    assert done.stderr.splitlines() == ["loading", "making"]
+
+
+@pytest.mark.parametrize("target", ["exits.py:Net", "odd/json.py:leaves"])
+def test_a_factory_that_exits_is_a_mistake(folder, target):
+    done = run(folder, target, "--input", "4", "--out", str(folder / "left.spec"))
+    assert done.returncode == exits.CONFIG
+    assert "SystemExit: 0" in done.stderr
+    assert not (folder / "left.spec").exists()
+
+
+def test_files_are_written_whole_or_not_at_all(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    asked = ["export-spec", "mine.py:Mine", "--input", "1,8,8"]
+    (old, weights) = (tmp_path / "old.spec", tmp_path / "taken")
+    old.write_bytes(b"old")
+    weights.mkdir()
+    assert cli.main([*asked, "--out", str(old), "--weights", str(weights)]) == exits.DISK
+    assert str(weights) in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.spec", "taken"]
+    assert old.read_bytes() == b"old"
+    assert cli.main([*asked, "--out", str(old), "--weights", str(old)]) == exits.CONFIG
+    assert "two files" in capsys.readouterr().err
+    assert old.read_bytes() == b"old"
+    assert cli.main([*asked, "--out", str(old), "--weights", str(tmp_path / "w")]) == exits.OK
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.spec", "taken", "w"]
+    assert zoo.load(old).name == "Mine"
 
 
 @pytest.mark.parametrize(

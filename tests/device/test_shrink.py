@@ -110,7 +110,7 @@ def test_the_next_order_starts_with_what_there_is(tmp_path, worker):
     failed, _ = worker.end()
     assert isinstance(failed, Failed), failed
     assert failed.reason == "memory"
-    assert failed.bytes_needed == bound(0, recipe)
+    assert failed.bytes_needed == memory.predict(SPEC, NESTED.narrowed(0), recipe, 1).bound
     worker.limit.unlink()
     few = Recipe(batch=32, clip=1.0, rate=0.01, steps=5)
     worker.child.send(job(tmp_path / "b", SPEC, arrays, [NESTED], few, budget=bound(4, few)))

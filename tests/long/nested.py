@@ -1,4 +1,4 @@
-"""The structured family side by side on real data: the comparisons whose results stand in docs/results.
+"""The structured family side by side on real data, by width and by what devices get for themselves.
 
 `python -m tests nested` runs them all, `python -m tests nested digits ratios` some. Each is one `coordinator compare`:
 finished runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples

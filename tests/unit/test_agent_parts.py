@@ -8,12 +8,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edge_runtime import life
 from edge_runtime.config import BrokerConfig, Config
+from edge_runtime.desk import Desk
 from edge_runtime.fetch import SECONDS_PATIENCE, Fetcher
+from edge_runtime.memory import probe
 from edge_runtime.offer import Offers
 from tests.support.messages import a_reply, an_order
 from wire import codec, topics
@@ -365,3 +368,17 @@ class TestLife:
                 assert other.recv(100) == b"WATCHDOG=1"
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
         life.notify("READY=1")  # nobody listens: no harm
+
+
+def test_what_the_order_in_hand_takes_is_there_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that comes back online, or hears from its operator, in mid-order does not announce what is left beside it."""
+    desk, held = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None), [0]
+    monkeypatch.setattr(probe, "resident", lambda _: held[0])
+    assert desk.bytes_coming == 240 << 20, "a guess, as long as no worker has told"
+    desk._child = SimpleNamespace(pid=1)  # type: ignore[assignment]  # as much of a child as is looked at
+    held[0] = 300 << 20
+    assert desk.bytes_coming == 0, "what it holds may be its base"
+    desk._bytes_base = 200 << 20
+    assert desk.bytes_coming == -(100 << 20)
+    held[0] = 150 << 20
+    assert desk.bytes_coming == 50 << 20

@@ -178,3 +178,8 @@ def test_the_speed_reward_is_bounded_and_prefers_the_faster_round():
     assert bandit.speed_reward(7.0, 2.0) == 0.5
     assert bandit.speed_reward(-7.0, 2.0) == 0.0
     assert bandit.speed_reward(0.3, 1.0) > bandit.speed_reward(0.3, 2.0)
+
+
+def test_a_reward_far_beyond_the_others_is_cut_and_not_divided():
+    assert bandit.scaled((1e308, *(30 * [1e-300])), 0.95).tolist() == [1.0] * 31
+    assert bandit.scaled((-1e308, 0.5, 2.0), 0.5).tolist() == [0.0, 0.25, 1.0]

@@ -232,3 +232,14 @@ def test_an_order_drops_by_its_seed_and_round(tmp_path):
         np.testing.assert_array_equal(found[0][name], move)
         np.testing.assert_array_equal(found[1][name], move)
     assert any(np.abs(by_hand[1][name] - move).max() > 1e-4 for name, move in by_hand[0].items())
+
+
+def test_scores_leave_statistics_as_they_came():
+    spec = normed()
+    engine = loaded(spec)
+    before = {name: array.copy() for name, array in engine.params.items()}
+    x, y = batch(spec, 9)
+    task = Task(Recipe(rule="score", batch=3), engine, x, y, 1, 3, lambda *_: None)
+    assert set(find("score").train(task).extras) == {"a.weight", "o.weight"}
+    for name, array in engine.params.items():
+        np.testing.assert_array_equal(array, before[name])

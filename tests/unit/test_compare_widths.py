@@ -6,7 +6,7 @@ import json
 import pytest
 
 from coordinator.simulate import compare, compare_report
-from coordinator.simulate.trials import Store, Trial
+from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, build
 from tests.long import nested, sparse
 from tests.unit.test_compare import a_result, asked, found_of, played
@@ -69,6 +69,16 @@ def test_widths_and_personal_accuracies_by_hand():
     assert (flat["worst"]["median"], flat["reached_worst"], flat["to_target_worst"]["round"]) == (None, 0, None)
     assert (old["by_width"], old["personal"]["after"]["mean"]) == ({}, None)
     json.dumps(facts, allow_nan=False)
+
+
+def test_a_run_that_failed_has_never_got_to_the_target():
+    """Of three runs two failed: one cost is no median, as it would be none if those two had ended below the target."""
+    found = nested_of({"nest": [0.5, 0.3, 1.0]})
+    failed = [(trial, one if trial.config.seed == 2 else Failure("it broke")) for trial, one in found]
+    (row,) = compare_report.summed_up(failed, "0.19")["summary"]
+    assert (row["runs"], row["failed"], row["reached"], row["reached_worst"]) == (3, 2, 1, 1)
+    assert (row["to_target"]["round"], row["to_target_worst"]["round"]) == (None, None)
+    assert row["accuracy"]["median"] == pytest.approx(0.9)
 
 
 def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results(tmp_path):

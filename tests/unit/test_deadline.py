@@ -92,6 +92,27 @@ def test_alike_devices_get_alike_ratios_and_slower_ones_higher():
     assert found[0] == found[1] < found[2]
 
 
+@pytest.mark.parametrize("times", [1.0, 1.5, 4.0])
+def test_a_stretched_deadline_is_met_by_the_least_ratios_that_do(times):
+    seconds = np.array([k * (0.05 + (1.0 - RATIOS) ** 2) for k in (1.0, 2.0, 4.0)])
+    value = 1.0 - RATIOS**2
+    rows, before = np.arange(3), deadline.equalised(seconds, [0.0] * 3, 0.9, value)
+    longest = times * seconds[rows, np.rint(before * GRID).astype(int)].max()
+    after = deadline.equalised(seconds, [0.0, 0.0, 0.7], 0.9, value, times)
+    for row, ratio in enumerate(after):
+        allowed = [r for r in RATIOS[:91] if seconds[row, round(r * GRID)] <= longest * (1.0 + 1e-9)]
+        assert ratio == max(min(allowed), 0.7 if row == 2 else 0.0)
+
+
+def test_the_deadline_grows_as_the_losses_fall_by_hand():
+    assert deadline.stretch([], 0.5, 0.5) == 1.0
+    assert deadline.stretch([2.0, 0.6, 0.5], 0.5, 0.5) == 1.0, "not before it has learnt"
+    assert deadline.stretch([0.125, 0.1, 9.0], 0.5, 0.5) == 2.0
+    assert deadline.stretch([0.125, 0.1, 1e-9], 0.5, 1.0) == 5.0, "one device's word is not the fleet's"
+    assert deadline.stretch([1e-300], 0.5, 1.0) == 500.0
+    assert deadline.stretch([1e-3], 0.5, 0.0) == 1.0
+
+
 def test_the_least_ratio_is_the_least_that_fits():
     spec, recipe = small_cnn(channels=40, hidden=80), Recipe(batch=8)
     budget = predict(spec, uniform(spec, 0.4), recipe, 1).bound
@@ -151,3 +172,13 @@ def test_worth_is_from_0_to_1_and_falls_whatever_is_said(seed, trust):
     assert (np.diff(found) <= 1e-12).all()
     assert (found >= 0.0).all()
     assert found[0] == pytest.approx(1.0)
+
+
+def test_one_device_cannot_make_a_ratio_worth_nothing():
+    said = [Said(f"d{d}", r, ratio, 2.0) for r in range(24) for d in range(9) for ratio in (0.3, 0.7, 0.95)]
+    lies = [Said("liar", r, ratio, 1e308 if ratio > 0.9 else 1e-300) for r in range(24) for ratio in (0.3, 0.95)]
+    found, great = (worth.worth([*said, *lies[:count]], RATIOS, 2.0) for count in (0, len(lies)))
+    assert (great > 0.05).all()
+    bounded = [Said(one.device, one.round, one.ratio, min(100.0, max(1e-3, one.loss))) for one in lies]
+    assert np.array_equal(great, worth.worth([*said, *bounded], RATIOS, 2.0))
+    assert (found >= great).all()

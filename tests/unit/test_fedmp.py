@@ -195,11 +195,11 @@ def settle(state, metrics, seconds):
 def test_the_papers_reward_by_hand():
     state = start(policy="eucb")
     state = settle(state, [{"loss.first": 2.0, "loss": 1.5}, {"loss.first": 2.0, "loss": 2.6}], [1.0, 3.0])
-    clients = ratios.read(state.scalars["clients"])
+    clients = ratios.read(state)
     assert clients["d0"].rewards[-1] == pytest.approx((2.0 - 1.5) / 1.0), "its first answer: first pass less last"
     assert clients["d1"].rewards[-1] == pytest.approx((2.0 - 2.6) / 1.0), "a loss that grew earns less than nothing"
     state = settle(state, [{"loss.first": 9.0, "loss": 1.2}, {"loss.first": 9.0, "loss": 2.0}], [2.0, 2.0])
-    clients = ratios.read(state.scalars["clients"])
+    clients = ratios.read(state)
     assert clients["d0"].rewards[-1] == pytest.approx((1.5 - 1.2) / (0.1 * 2.0)), "then last round's less this one's"
     assert clients["d0"].ratios[-1] in state.scalars["ratios"] or clients["d0"].ratios[-1] < 0.9
     assert [turn.seconds for turn in clients["d0"].turns] == [1.0, 2.0]
@@ -209,14 +209,14 @@ def test_the_bounded_reward_by_hand():
     state = settle(
         start(policy="bounded"), [{"loss.first": 2.0, "loss": 1.5}, {"loss.first": 2.0, "loss": 2.6}], [1.0, 4.0]
     )
-    clients = ratios.read(state.scalars["clients"])
+    clients = ratios.read(state)
     assert clients["d0"].rewards == (pytest.approx(0.25 / 4.0),)
     assert clients["d1"].rewards == (0.0,)
 
 
 def test_a_device_that_says_nothing_still_tells_its_time():
     state = settle(start(policy="eucb"), [{}, {"loss": math.nan, "loss.first": 1.0}], [1.0, 4.0])
-    clients = ratios.read(state.scalars["clients"])
+    clients = ratios.read(state)
     assert [len(clients[name].rewards) for name in ("d0", "d1")] == [0, 0]
     assert clients["d1"].turns[0].seconds == 4.0
 
@@ -251,6 +251,25 @@ def test_the_same_seed_gives_the_same_ratios(policy):
     assert once[-1][0] < once[-1][2]
 
 
+def test_once_the_loss_is_low_the_deadline_grows_and_never_shrinks_again():
+    spec, found = small_cnn(channels=50, hidden=100), []
+    state, took = start(spec=spec, policy="deadline", grow=0.5, learnt=0.5), (0.0, 0.0, 0.0)
+    low = 0.5 * math.log(spec.classes) / 4.0
+    for number, loss in enumerate([2.0] * 5 + [low] * 4 + [2.0] * 4, 1):
+        seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=s) for i, s in enumerate(took))
+        state, drafts = fedmp.plan(state, number, seen, rng_of(0, number))
+        played = [state.scalars["ratios"][d.structure.capacity] for d in drafts]
+        found.append((state.scalars["stretch"], played))
+        moves = [random_arrays(spec, d.structure, number, 0.001) for d in drafts]
+        told = {"loss.first": loss, "loss": loss}
+        state = fedmp.close(state, tuple(answer(state, d, 0, 10, told, m) for d, m in zip(drafts, moves, strict=True)))
+        took = tuple(k * (0.02 + (1.0 - r) ** 2) for k, r in zip((1, 2, 4), played, strict=True))
+    assert found[5][0] == 1.0
+    assert found[8][0] == pytest.approx(2.0), "a quarter of the loss, to the power of a half"
+    assert found[-1][0] == found[8][0]
+    assert all(later < earlier for later, earlier in zip(found[8][1], found[5][1], strict=True))
+
+
 def test_answers_of_another_ranking_are_refused():
     state, drafts = at_ratios(start(), 0.5)
     other = dataclasses.replace(drafts[0].structure, ranking="cd" * 32)
@@ -266,12 +285,15 @@ def test_answers_of_another_ranking_are_refused():
         ({"high": 0.0}, "high"),
         ({"probes": "0.5 x"}, "probes"),
         ({"probes": ""}, "probes"),
+        ({"probes": 25 * "0.5 "}, "probes"),
         ({"discount": 0.0}, "discount"),
         ({"granularity": 0.0}, "granularity"),
         ({"quantile": 1.5}, "quantile"),
         ({"padding": -1.0}, "padding"),
         ({"floor": 0.0}, "floor"),
         ({"trust": math.inf}, "trust"),
+        ({"fade": 1.5}, "fade"),
+        ({"grow": -1.0}, "grow"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_write(params, word):

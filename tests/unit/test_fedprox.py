@@ -91,6 +91,13 @@ def test_wrong_parameters_are_explained():
     for name in ("patience", "recipe.mu"):
         with pytest.raises(ConfigError, match=name):
             fedprox.init(linear(), random_arrays(linear(), Structure()), {name: -1.0})
+    with pytest.raises(ConfigError, match="patience"):
+        fedprox.init(linear(), random_arrays(linear(), Structure()), {"patience": float("nan")})
+
+
+def test_a_device_that_says_it_has_more_samples_than_there_are_numbers():
+    recipe = dataclasses.replace(fedprox.recipe_at(start().scalars["params"], 1), epochs=4096, batch=1)
+    assert fedprox.steps_of(recipe, 1 << 53) == 1 << 53, "what a recipe and a saved state can say"
 
 
 SMALL = Config(

@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.blocks.initial import initial_weights
 from coordinator.simulate import flops
+from edge_runtime import rules
+from edge_runtime.engines import open_engine
+from edge_runtime.rules import maml
 from tests.support import sequences
 from tests.support.messages import an_order
 from wire import zoo
@@ -143,3 +148,23 @@ def test_widths_of_a_step_are_counted_as_often_as_they_are_drawn():
     assert of(0, knobs={"widths": 1.0}) == 40 * each[0]
     assert of(3, rule="fjord") == 10 * sum(each)
     assert of(3, rule="fjord", knobs={"distil": 1.0}) == 40 * each[3] + 10 * sum(each[:3])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"hf": 1.0}, {"tune": 3.0}, {"tune": 0.0}, {"alpha": 0.0}])
+@pytest.mark.parametrize("how", [{"epochs": 2}, {"steps": 7}, {"epochs": 1, "batch": 64}])
+def test_every_pass_of_a_meta_gradient_is_counted(monkeypatch, knobs, how):
+    """Per-FedAvg's rule itself is run, and the samples of its passes are counted."""
+    seen, add = [], maml._add
+
+    def counted(task, x, y, factor):
+        seen.append(len(x))
+        return add(task, x, y, factor)
+
+    monkeypatch.setattr(maml, "_add", counted)
+    recipe = Recipe(rule="maml", rate=0.01, knobs=knobs, **{"batch": 10, **how})
+    engine, spec = open_engine("torch")(), zoo.by_name("digits-mlp")
+    engine.load(spec, Structure(), initial_weights(spec, 0))
+    x, y = np.random.default_rng(0).random((23, *spec.input_shape), np.float32), np.arange(23) % spec.classes
+    maml.train(rules.Task(recipe, engine, x, y, 1, 10, lambda *_: None, {}))
+    assert flops.passes(recipe, 23) == sum(seen)
+    assert flops.passes(recipe, 0) == 0

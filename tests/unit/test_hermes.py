@@ -100,7 +100,7 @@ def test_each_device_is_told_the_common_channels_of_its_last_round(tmp_path):
     told = {draft.device: from_words(SPEC, words_of(draft)) for draft in drafts}
     assert told["b"]["a"].tolist() == kept([5], [])["a"].tolist()
     assert told["a"]["a"].tolist() == told["c"]["a"].tolist() == COMMON["a"].tolist()
-    assert state.scalars["clients"] == ["a", "b", "c", "d"]
+    assert state.scalars["clients"] == ["a", "c", "b", "d"], "who was heard of last is the last"
 
 
 def words_of(draft):

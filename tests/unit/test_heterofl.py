@@ -315,3 +315,17 @@ def test_static_statistics_stand_still_in_training_and_are_what_devices_saw_by_s
 def low_of(state):
     recipe = heterofl.plan(state, 1, (DeviceView("a", AMPLE),), rng_of(0, 1))[1][0].recipe
     return predict(state.spec, whole_of(state).narrowed(1), recipe, 1).bound - 1
+
+
+def test_where_nobody_holds_the_whole_model_the_widest_that_somebody_holds_is_calibrated():
+    spec = normed()
+    state = heterofl.init(spec, random_arrays(spec, Structure(), 1), {"fractions": "0.5 1", "calibrate": 1.0})
+    poor = DeviceView("low", low_of(heterofl.init(spec, state.weights, {"fractions": "0.5 1"})))
+    state, drafts = heterofl.plan(state, 1, (poor,), rng_of(0, 1))
+    assert [(d.verb, d.structure.capacity) for d in drafts] == [("calibrate", 0)], "or the run would wait for ever"
+    one = Answer("low", 5, drafts[0].structure, {}, Usage(), random_arrays(spec, drafts[0].structure, 9))
+    after = heterofl.close(state, (one,))
+    count = len(one.update["n.mean"])
+    np.testing.assert_allclose(after.weights["n.mean"][:count], state.weights["n.mean"][:count] + one.update["n.mean"])
+    assert np.array_equal(after.weights["n.mean"][count:], state.weights["n.mean"][count:])
+    assert heterofl.plan(state, 1, (), rng_of(0, 1))[1] == ()

@@ -282,3 +282,28 @@ def test_an_order_that_is_cut_gives_back_the_rows_of_the_narrower_width():
     seen.clear()
     heterofl.train(scaled)
     assert not seen, "the rate belongs to the width, so that an order with a scaler stays as it is"
+
+
+def test_rows_that_read_several_runs_of_channels_come_back_from_each_run():
+    """Columns of two runs (steps of a sequence, say): the narrower width is a part of either run, not a prefix."""
+    tensors = (
+        TensorSpec("f.weight", (Axis("a", outer=2), Axis(inner=3)), "fan", 3),
+        TensorSpec("f.bias", (Axis("a", outer=2),)),
+        TensorSpec("o.weight", (Axis("classes"), Axis("a", outer=2)), "fan", 8),
+        TensorSpec("o.bias", (Axis("classes"),)),
+    )
+    nodes = (
+        Node("f", "linear", ("input",), {"weight": "f.weight", "bias": "f.bias"}),
+        Node("o", "linear", ("f",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    groups = (AxisGroup("a", 4), AxisGroup("classes", 4, prunable=False))
+    spec, wide = check(ModelSpec("runs", (3,), 4, groups, tensors, nodes)), widths(a=(2, 4))
+
+    def squeeze(done, held):
+        if done >= 0.5 and task.engine.structure.capacity:
+            shrink.narrow(task.engine, wide.narrowed(0), held)
+
+    task = dataclasses.replace(task_of(Recipe(rule="heterofl", batch=8), wide, spec=spec), squeeze=squeeze)
+    heterofl.train(task)
+    before = random_arrays(spec, wide)["o.weight"]
+    assert np.array_equal(task.engine.params["o.weight"][[1, 3]], before[[1, 3]][:, [0, 1, 4, 5]])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 
-from edge_runtime.memory import limit
+from edge_runtime import health
+from edge_runtime.config import BrokerConfig, Config, MemoryConfig, StateConfig
+from edge_runtime.memory import limit, probe
 from edge_runtime.memory.guard import Gauge
 
 MIB = 1 << 20
@@ -29,6 +32,18 @@ def test_the_operators_file(tmp_path, text, found):
     assert limit.told(path) == 0
     path.write_text(text)
     assert limit.told(path) == found
+
+
+def test_what_is_no_file_says_nothing_and_holds_nobody_up(tmp_path):
+    """A pipe that nobody writes to would stop the agent; a link is followed, a loop of links is not."""
+    pipe, loop, device = (tmp_path / name for name in ("pipe", "loop", "device"))
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    device.symlink_to("/dev/zero")
+    assert [limit.told(path) for path in (pipe, loop, device, tmp_path)] == [0, 0, 0, 0]
+    (tmp_path / "real").write_text("24 MiB")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    assert limit.told(tmp_path / "linked") == 24 * MIB
 
 
 @pytest.mark.parametrize(
@@ -56,6 +71,21 @@ def test_another_word_of_the_operators_is_heard_at_once(tmp_path):
     assert (grant.changed(), grant.changed(), grant.now(0)) == (True, False, 48 * MIB)
     file.unlink()
     assert (grant.changed(), grant.now(0)) == (True, 500 * MIB)
+
+
+def test_check_says_what_the_operators_file_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "budget", lambda configured, _: configured or 500 * MIB)
+    config = Config("d", BrokerConfig("mqtt://localhost"), state=StateConfig(str(tmp_path)))
+    file = tmp_path / limit.FILE
+    assert str(file) not in health._memory(config).found
+    for text, fine, allowed in (("24 MiB", True, "24 MiB"), ("8 MiB", False, "8 MiB"), ("lots", False, "'lots'")):
+        file.write_text(text)
+        found = health._memory(config)
+        assert (found.fine, str(file) in found.found, allowed in found.found) == (fine, True, True)
+        assert fine or str(file) in found.advice
+    capped = dataclasses.replace(config, memory=MemoryConfig("96 MiB"))
+    file.write_text("24 MiB")
+    assert health._memory(capped).advice == "", "not more than is free, but more than the operator allows now"
 
 
 def machine(root, free, resident):
@@ -89,6 +119,17 @@ def test_half_a_reserve_left_is_made_whole(tmp_path, free, room):
 def test_never_nothing(tmp_path):
     machine(tmp_path, 1 * MIB, resident=120 * MIB)
     assert looked(tmp_path)(0.5) == 1, "0 would mean that there is no limit"
+
+
+def test_an_order_is_not_measured_by_what_held_for_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(limit.time, "monotonic", lambda: 10.0)
+    file = tmp_path / limit.FILE
+    file.write_text("1 MiB")
+    machine(tmp_path, 500 * MIB, resident=200 * MIB)
+    look = looked(tmp_path, file=file)
+    assert look(0.9) == MIB
+    file.unlink()
+    assert (look(0.95), look(0.0), look(0.05)) == (MIB, 0, 0), "the order that begins looks for itself"
 
 
 def test_the_lesser_of_both_five_times_a_second(tmp_path, monkeypatch):

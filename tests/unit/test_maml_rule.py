@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from edge_runtime.rules.maml import Look, Spare, meta_gradient
 from tests.support.models import batch, random_arrays, small_cnn, widths
 from tests.support.orders import some_masks
 from wire import memory
-from wire.errors import SpecError
+from wire.errors import NonFinite, SpecError
 from wire.messages import Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check
 
@@ -176,6 +178,19 @@ def test_the_engine_ends_with_the_devices_own_model_and_the_update_is_the_metas(
     for name, array in meta.params.items():
         np.testing.assert_allclose(own.params[name], array, atol=1e-6, err_msg=name)
     assert own.evaluate(task.x, task.y)[0] < trained(recipe)[0].evaluate(task.x, task.y)[0]
+
+
+def test_a_model_of_its_own_that_runs_away_is_named():
+    """Meta-steps of rate 0 are fine, but a device is not to keep what is no number."""
+    nodes = (SMOOTH.nodes[0], Node("t", "relu", ("f",)), SMOOTH.nodes[2])
+    steep = check(dataclasses.replace(SMOOTH, nodes=nodes))
+    fine, wild = (
+        Recipe(rule="maml", epochs=1, batch=24, rate=0.0, knobs={"alpha": 1000.0, "tune": tune})
+        for tune in (0.0, 100.0)
+    )
+    assert trained(fine, spec=steep)[1].steps == 1
+    with pytest.raises(NonFinite, match="own"):
+        trained(wild, spec=steep)
 
 
 def test_a_width_is_trained_like_the_whole():

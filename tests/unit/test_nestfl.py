@@ -169,9 +169,9 @@ def test_angles_of_a_device_are_averaged_over_its_own_rounds():
                 dataclasses.replace(before, scalars={**before.scalars, "clients": []}, arrays={}), answers
             )
             angles.append(float(fresh.arrays["angles"][0, 0]))
-    assert state.scalars["clients"] == ["a", "b", "c"]
+    assert state.scalars["clients"] == ["b", "a", "c"], "who was heard of last is the last"
     assert state.arrays["rounds"][:, 0].tolist() == [2, 2, 2]
-    assert state.arrays["angles"][0, 0] == pytest.approx(sum(angles) / 2)
+    assert state.arrays["angles"][1, 0] == pytest.approx(sum(angles) / 2)
 
 
 def test_a_device_twice_is_a_device_with_twice_the_samples():
@@ -261,3 +261,15 @@ def test_wrong_parameters_are_explained():
     broken["c.weight"][0] = np.inf
     with pytest.raises(NonFinite, match=r"c\.weight"):
         nestfl.init(SPEC, broken, {})
+
+
+@pytest.mark.parametrize("angle", [-1.0, 1e3, math.nan, math.inf])
+def test_an_angle_that_has_no_weights_is_refused(angle):
+    with pytest.raises(ConfigError, match="angle"):
+        start(angle=angle)
+
+
+def test_the_steepest_angle_still_has_weights():
+    state = start(angle=100.0)
+    after = nestfl.close(state, mixed(state, 3))
+    assert all(np.isfinite(array).all() for array in after.weights.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coordinator.answers import Answers, check_update
-from edge_runtime import personal, rules
+from edge_runtime import outgoing, personal, rules
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
 from edge_runtime.rules import Extra, Trained
@@ -120,11 +121,11 @@ def test_a_whole_tensor_may_be_said_and_an_empty_update_too(tmp_path):
         {"o.bias": Extra(np.arange(4, dtype=np.float32))},
         {"f.weight": Extra(np.empty(0), np.empty(0, int))},
     ):
-        trained = Trained((), 0, update=said)
-        outgoing = Outgoing(SPEC, Structure(), WHOLE, ARRAYS, trained, "float16")
-        outgoing.write("", received, tmp_path / "update", tmp_path / "keep")
+        names, trained = set(said), Trained((), 0, update=said)
+        going = Outgoing(SPEC, Structure(), WHOLE, ARRAYS, trained, "float16")
+        going.write("", received, tmp_path / "update", tmp_path / "keep")
         answer = answer_of(tmp_path, tmp_path / "update", Structure())
-        assert set(answer.update) == set(said)
+        assert set(answer.update) == names
         assert [array.ravel().tolist() for array in answer.update.values()] in ([], [[0, 1, 2, 3]], [[0.0] * 648])
 
 
@@ -202,3 +203,23 @@ def test_updates_that_must_not_be_counted(tmp_path):
     refused(MaskUnknown, {"z/f.weight": floats(1)}, {"z/f.weight": mask}, known={"z/f.weight": mask_digest(mask)})
     write_blob(path, "update", {"o.bias": floats(4), "z/o.bias": floats(4)})
     check_update(path, SPEC, Structure())
+
+
+def test_places_are_let_go_before_the_file_is_written(tmp_path, monkeypatch):
+    """They take more than the weights that they are about, and are a mask by then."""
+    shapes, alive = tensor_shapes(SPEC, Structure()), []
+    said = {name: Extra(np.zeros(1, np.float32), np.zeros(1, np.int64)) for name in shapes}
+    watched = [weakref.ref(extra.places) for extra in said.values()]
+    real = outgoing.write_blob
+
+    def write(*how, **more):
+        alive.append(sum(ref() is not None for ref in watched))
+        return real(*how, **more)
+
+    monkeypatch.setattr(outgoing, "write_blob", write)
+    made = job(tmp_path, SPEC, ARRAYS, [Structure()])
+    going = Outgoing(SPEC, Structure(), WHOLE, dict(ARRAYS), Trained((), 1, update=said))
+    going.write("", Received(SPEC, Structure(), made.shells), tmp_path / "update", tmp_path / "keep")
+    assert alive == [0]
+    with open_blob(tmp_path / "update") as blob:
+        assert list(blob.names) == list(shapes)

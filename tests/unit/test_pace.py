@@ -145,3 +145,12 @@ def test_a_device_that_dropped_is_joined_on_what_it_covers():
     alone = nestfl.close(state, (one, dataclasses.replace(two, samples=0)))
     kept = state.levels["a"] == 0
     np.testing.assert_allclose(alone.weights["c.bias"], state.weights["c.bias"] + kept, atol=1e-6)
+
+
+def test_a_device_that_sits_a_round_out_is_heard_of_when_it_is_back():
+    state, drafts = nestfl.plan(start(deadline=9.0), 1, (view("a"), view("b")), rng_of(0, 1))
+    state = nestfl.close(state, tuple(answered(state, drafts)))
+    state, drafts = nestfl.plan(state, 2, (view("b", 4.0),), rng_of(0, 2))
+    state = nestfl.close(state, tuple(answered(state, drafts)))
+    state, _ = nestfl.plan(state, 3, (view("a", 3.0), view("b", 5.0)), rng_of(0, 3))
+    assert state.scalars["turns"] == {"b": [[2, 4.0], [2, 5.0]], "a": [[2, 3.0]]}

@@ -139,6 +139,12 @@ def test_knobs_are_checked():
             trained(Recipe(knobs=knobs), number=name)
 
 
+@pytest.mark.parametrize("name", ["distil", "upward"])
+def test_soft_targets_are_those_of_a_softmax(name):
+    with pytest.raises(SpecError, match="binary_cross_entropy"):
+        trained(Recipe(loss="binary_cross_entropy", knobs={"widths": 1.0, name: 0.5}))
+
+
 def test_no_samples_is_no_step():
     assert trained(Recipe(), count=0)[1] == rules.Trained((), 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -192,6 +193,30 @@ def test_cuts_wait_for_accuracy_and_stop_at_the_target():
         shares.append((trained.metrics["channels"], trained.metrics["pruned"]))
     assert [share for share, _ in shares] == sorted((share for share, _ in shares), reverse=True)
     assert shares[-1] == (0.5, 0.0)
+
+
+def test_a_cut_that_takes_nothing_is_none():
+    """Of 6 and 12 channels a target of 0.05 leaves all but a part of one: nothing goes, though the target is never met."""
+    for knobs in ({"target": 0.05}, {"prune": 0.0}):
+        _, trained = order(with_knobs(STILL, **{**CUT, **knobs}))
+        assert (trained.metrics["pruned"], trained.metrics["channels"]) == (0.0, 1.0)
+
+
+def test_what_is_sent_takes_no_more_memory_than_is_planned_for():
+    """12 bytes per weight beside the received ones: a tensor may be nearly all of the model."""
+    size = 1 << 20
+    array, received = (np.full(size, value, np.float32) for value in (3.0, 1.0))
+    mask = np.ones(size, bool)
+    mask[7] = False
+    tracemalloc.start()
+    try:
+        said = selfprune._moved(array, received, mask)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert said.places.tolist() == [*range(7), *range(8, size)]
+    assert (said.values == 2.0).all()
+    assert most < 12.1 * size
 
 
 def test_no_samples_change_nothing():

@@ -146,11 +146,17 @@ def test_gated_axes_and_running_statistics_are_sliced_too():
 # --- when, and to what -----------------------------------------------------------------------------------------------
 
 
-def watch(rooms, granted=100, needs=(20, 50, 90)):
-    """A watched engine; `needs` is what the widths take, `rooms` what there is from call to call."""
+def watch(rooms, granted=100, needs=(20, 50, 90), micro=1):
+    """A watched engine; `needs` is what the widths take, half of it the samples', `rooms` what there is from call to call."""
     engine, settled = loaded(), []
     left = iter(rooms)
-    squeeze = Squeezed(engine, lambda _: next(left), lambda s: needs[s.capacity], settled.append, (granted, needs[2]))
+
+    def price(structure, size):
+        return needs[structure.capacity] * (micro + size) // (2 * micro)
+
+    squeeze = Squeezed(
+        engine, lambda _: next(left), price, lambda room, _: settled.append(room), (granted, needs[2], micro)
+    )
     return engine, squeeze, settled
 
 
@@ -181,6 +187,21 @@ def test_no_limit_was_granted_and_one_comes():
     engine, squeeze, found = watch([60], granted=0)
     squeeze(0.5, Held())
     assert (engine.structure.capacity, found) == (1, [60])
+
+
+@pytest.mark.parametrize(
+    ("rooms", "capacity", "micro", "settled"),
+    [
+        ([50, 50], 1, 8, [50]),  # width first
+        ([19, 19], 0, 4, [19]),  # 20 with 8 samples at once, 15 with 4
+        ([19, 11], 0, 1, [19, 11]),
+        ([12, 99], 0, 2, [12]),
+    ],
+)
+def test_the_narrowest_in_smaller_parts(rooms, capacity, micro, settled):
+    engine, squeeze, found = watch(rooms, micro=8)
+    assert [squeeze(done, Held()) for done in (0.25, 0.5)][-1] == micro == squeeze.micro_batch
+    assert (engine.structure, found, squeeze.at) == (NESTED.narrowed(capacity), settled, 0.25)
 
 
 def test_not_even_the_narrowest():
@@ -244,21 +265,47 @@ def test_an_order_ends_with_a_narrower_answer(tmp_path, capacity, form, rule):
     assert again.update_ref == done.update_ref
 
 
-@pytest.mark.parametrize(
-    ("structure", "room"), [(NESTED, 1000), (NESTED.narrowed(0), 1000), (WHOLE, 1000)], ids=["all", "narrow", "whole"]
-)
-def test_what_cannot_be_cut_is_given_up(tmp_path, structure, room):
+@pytest.mark.parametrize("structure", [NESTED, NESTED.narrowed(0), WHOLE], ids=["all", "narrow", "whole"])
+def test_what_cannot_be_cut_is_given_up(tmp_path, structure):
     made = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [structure], RECIPE, budget=1 << 30)
-    failed = perform(made, dataset(SPEC), room=shrinking(room, 0.5)[0])
+    failed = perform(made, dataset(SPEC), room=shrinking(1000, 0.5)[0])
     assert isinstance(failed, Failed)
     assert failed.reason == "memory"
     wanted = structure.narrowed(0) if structure.widths else WHOLE
-    assert failed.bytes_needed == price(made, SPEC, wanted, 8).bound
+    assert failed.bytes_needed == price(made, SPEC, wanted, 1).bound
 
 
-def test_masks_have_no_widths(tmp_path):
-    made = masked_job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), some_masks(SPEC), RECIPE, budget=1 << 30)
-    failed = perform(made, dataset(SPEC), pinned=True, room=shrinking(1000, 0.5)[0])
+@pytest.mark.parametrize("rule", ["sgd", "prox", "maml", "heterofl", "fjord"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_what_has_no_narrower_width_goes_on_in_smaller_parts(tmp_path, rule, clip):
+    """Micro-batches add up to the batch, so that the answer is the same but for rounding, also where none was needed."""
+    recipe = dataclasses.replace(RECIPE, rule=rule, clip=clip)
+    arrays, data = random_arrays(SPEC, WHOLE), dataset(SPEC)
+    made = [job(tmp_path / name, SPEC, arrays, [WHOLE], recipe, budget=1 << 30) for name in ("a", "b")]
+    wanted, left = perform(made[0], data), price(made[0], SPEC, WHOLE, 2).bound
+    assert left < price(made[0], SPEC, WHOLE, 4).bound
+    done = perform(made[1], data, room=shrinking(left, 0.5)[0])
+    assert isinstance(done, Done), done
+    assert (done.structure, done.metrics["squeezed"], done.usage.micro_batch) == (WHOLE, 0.5, 2)
+    assert (done.usage.bytes_budget, done.usage.bytes_peak) == (left, price(made[0], SPEC, WHOLE, 2).peak)
+    for name, array in personal.read(Path(wanted.keep)).arrays.items():
+        np.testing.assert_allclose(personal.read(Path(done.keep)).arrays[name], array, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_masks_have_no_widths(tmp_path, clip):
+    recipe = dataclasses.replace(RECIPE, clip=clip)
+    parts = [tmp_path / name for name in "abc"]
+    made = [masked_job(p, SPEC, random_arrays(SPEC, WHOLE), some_masks(SPEC), recipe, budget=1 << 30) for p in parts]
+    wanted = perform(made[0], dataset(SPEC), pinned=True)
+    whole = made[0].order.structures[0]
+    left = price(made[0], SPEC, whole, 2).bound
+    done = perform(made[1], dataset(SPEC), pinned=True, room=shrinking(left, 0.5)[0])
+    assert isinstance(done, Done), done
+    assert (done.structure, done.usage.micro_batch) == (whole, 2)
+    for name, array in personal.read(Path(wanted.keep)).arrays.items():
+        np.testing.assert_allclose(personal.read(Path(done.keep)).arrays[name], array, atol=2e-5, err_msg=name)
+    failed = perform(made[2], dataset(SPEC), pinned=True, room=shrinking(1000, 0.5)[0])
     assert isinstance(failed, Failed)
     assert failed.reason == "memory"
     assert failed.bytes_needed > 8 << 20

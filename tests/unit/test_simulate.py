@@ -192,6 +192,24 @@ def test_a_squeezed_device_answers_about_a_narrower_width_and_nothing_is_lost(tm
     assert min(narrower) >= 0
     assert max(narrower) > 0
     assert log.view.finished
+    for one in rounds:
+        ends = {n: _turn(world, one.orders[n], reply) for n, reply in one.replies.items()}
+        for n, reply in one.replies.items():
+            assert reply.usage.seconds == pytest.approx(ends[n][0])
+        if one.number == 1:  # of the next one the devices hold some blobs already
+            assert one.seconds == pytest.approx(max(end for _, end in ends.values()))
+
+
+def _turn(world, order, reply):
+    """Work and whole turn of an order by hand: the granted width until the squeeze, from then on what was answered about."""
+    machine, samples = world.clients[order.device].machine, len(world.clients[order.device].data.train[0])
+    fate = weather.fate(world.weather, world.config.seed, order.round, order.device)
+    share = 1.0 if fate.squeezed_at is None else fate.squeezed_at
+    narrow = dataclasses.replace(order, structures=(reply.structure,))
+    (granted, found) = (fleet.seconds_of_work(machine, world.spec, one, samples) for one in (order, narrow))
+    work = share * granted + (1.0 - share) * found
+    moved = machine.seconds_down(sum(ref.size for ref in order.blobs)) + machine.seconds_up(reply.update.size)
+    return work, machine.seconds_order + work + moved
 
 
 def test_a_squeeze_leaves_the_other_fates_as_they_are():

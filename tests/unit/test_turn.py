@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.events import Arrived, Lost
 from coordinator.journal import Cleared, Closed, Evaluated
-from coordinator.turn import SECONDS_GATHER, Turn
+from coordinator.turn import SECONDS_GATHER, Pace, Turn
 from tests.golden.cases import MESSAGES
 from wire.messages import Ack
 from wire.spool import Spool
@@ -59,3 +59,12 @@ def test_updates_are_flushed_unless_their_round_closes_with_them(tmp_path, monke
     turn = Turn(rows=[ARRIVED, CLOSED], files=[state.digest], updates=[update.digest])
     assert turn.make_durable(spool) == update.size + state.size
     assert flushed == [state.digest]
+
+
+def test_a_turn_that_an_earlier_life_began_has_no_known_length():
+    pace = Pace(issued=5.0)
+    assert pace.turn(7.5) == 2.5
+    pace.issued = pace.resumed = 100.0
+    assert pace.turn(100.1) == 0.0, "the device may have been at it for long"
+    pace.issued = 101.0
+    assert pace.turn(103.0) == 2.0

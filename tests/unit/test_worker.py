@@ -219,6 +219,18 @@ def test_nan_weights_are_refused(tmp_path):
     assert failed.reason == "nonfinite"
 
 
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_a_test_loss_that_is_no_number_is_named_and_never_sent(tmp_path, verb):
+    """Every weight is a number still, but what they make of the test data is none; a frame with that could not be read."""
+    arrays = random_arrays(SPEC, WHOLE)
+    recipe = dataclasses.replace(RECIPE, rate=1e38, clip=0.0, steps=1)
+    if verb == "evaluate":
+        arrays["o.weight"][...] = 3e38
+    failed = perform(job(tmp_path, SPEC, arrays, [WHOLE], recipe, verb=verb), dataset(SPEC))
+    assert isinstance(failed, Failed)
+    assert (failed.reason, "test" in failed.detail) == ("nonfinite", True)
+
+
 def test_no_partial_result_is_left_under_its_name_when_training_fails(tmp_path):
     recipe = dataclasses.replace(RECIPE, rate=1e18, decay=1e18)
     perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], recipe), dataset(SPEC))

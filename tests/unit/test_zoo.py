@@ -121,3 +121,9 @@ def test_a_narrower_model_has_the_weights_of_that_width_and_begins_by_its_own_in
 def test_a_narrower_model_of_no_fraction_is_refused(word):
     with pytest.raises(ConfigError, match="behind the @"):
         zoo.load(f"digits-mlp@{word}")
+
+
+def test_a_model_that_would_be_too_narrow_is_refused_as_a_setting():
+    """A filter for each of one channel is a convolution in one group, which cannot be cut."""
+    with pytest.raises(ConfigError, match=r"mobilenet-v3-small@0\.01.*too narrow"):
+        zoo.load("mobilenet-v3-small@0.01")

@@ -1,0 +1,52 @@
+"""One step of a run: what devices may say without stopping it."""
+
+import numpy as np
+import pytest
+
+from coordinator.advance import Task, advance, load_state, write
+from coordinator.algorithm import DeviceView
+from tests.support.models import small_cnn
+from wire.messages import Reply, Usage
+from wire.spec import encode, tensor_shapes
+from wire.spool import Spool
+
+SPEC = small_cnn()
+TOKEN = "ab" * 8
+VIEWS = (DeviceView("a", 1 << 40, 10), DeviceView("b", 1 << 40, 10))
+
+
+def stepped(spool, algo, state, number, replies=()):
+    return advance(
+        Task(
+            spool=str(spool.root), spec=spool.add_bytes(encode(SPEC)).digest, algo=algo, params={}, recipe={},
+            seed=3, state=state, closing=bool(replies), replies=replies, round=number, devices=VIEWS,
+        )
+    )  # fmt: skip
+
+
+def told(spool, draft, value):
+    """Move every weight by the same number."""
+    shapes = tensor_shapes(SPEC, draft.structure)
+    update = {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
+    ref = write(spool, "update", update, {})
+    return Reply(TOKEN, draft.device, TOKEN, draft.structure, ref, "", 10, {}, Usage())
+
+
+@pytest.mark.parametrize("algo", ["fedavg", "nestfl", "fledge", "fedmp", "heterofl", "fjord", "perfedavg", "fiarse"])
+def test_updates_that_add_up_to_more_than_there_is_are_left_out_and_the_run_goes_on(algo, tmp_path):
+    spool = Spool(tmp_path)
+    outcome = stepped(spool, algo, "", 1)
+    for number in range(2, 5):
+        before = load_state(spool, outcome.state, SPEC)
+        replies = tuple(told(spool, draft, 3e38) for draft in outcome.drafts)
+        outcome = stepped(spool, algo, outcome.state, number, replies)
+        after = load_state(spool, outcome.state, SPEC)
+        assert all(np.isfinite(array).all() for array in after.weights.values())
+        assert len(outcome.drafts) == 2
+        if outcome.note:
+            assert "not finite" in outcome.note
+            for name, array in before.weights.items():
+                assert np.array_equal(array, after.weights[name])
+    assert outcome.note
+    good = tuple(told(spool, draft, 0.5) for draft in stepped(spool, algo, "", 1).drafts)
+    assert not stepped(spool, algo, stepped(spool, algo, "", 1).state, 2, good).note
