@@ -4,7 +4,8 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 A device whose memory cannot hold the whole model, not even with one sample at a time, is not asked.
 
 With ``width`` below 1 the model is that much narrower from the start: the first ``ceil(width C)`` channels of every prunable
-layer, which is what training one width alone takes. It is the measure of all methods of nested widths.
+layer, which is what training one width alone takes. It is the measure of all methods of nested widths. With ``beta`` above 0
+the coordinator carries a momentum (`blocks.momentum`), as in the methods of our own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks import momentum
 from coordinator.blocks.aggregate import counted, moved, shares
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.fixed import TRAINING, ask_to_train, joined, recipe_at
@@ -26,7 +28,7 @@ from wire.spec import ModelSpec
 from wire.structure import paste_add
 
 ABOUT = About("McMahan et al., AISTATS 2017", "baseline", "tests/unit/test_fedavg.py")
-PARAMS: Mapping[str, float | str] = MappingProxyType({**TRAINING, "width": 1.0})
+PARAMS: Mapping[str, float | str] = MappingProxyType({**TRAINING, "width": 1.0, **momentum.MOMENTUM})
 """Names of all parameters with their defaults."""
 
 
@@ -42,7 +44,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels: it has no width but 1")
     sizes = {group.name: group.size for group in spec.groups}
     levels = {name: (np.arange(sizes[name]) >= count).astype(np.uint8) for name, (count,) in widths.items()}
-    return State(spec, 0, dict(weights), levels, widths, {"params": known})
+    return State(spec, 0, dict(weights), levels, widths, {"params": known}, momentum.still(spec, weights, known))
 
 
 def plan(
@@ -65,7 +67,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is not about the whole model, or the width that is trained.
     """
     if not state.widths:
-        return joined(state, answers)
+        return momentum.carried(state, joined(state, answers))
     whole = whole_of(state)
     samples = [answer.samples for answer in counted(answers, whole)]
     if not samples:
@@ -73,4 +75,4 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     total = {name: np.zeros_like(array) for name, array in state.weights.items()}
     for answer, share in zip(counted(answers, whole), shares(samples), strict=True):
         paste_add(state.spec, total, answer.update, whole, share)
-    return moved(state, total)
+    return momentum.carried(state, moved(state, total))

@@ -21,7 +21,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate
+from coordinator.blocks import aggregate, momentum
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.widths import fractions_of, structures_of, widest
 from coordinator.recipes import merged, recipe_of, scheduled
@@ -32,6 +32,7 @@ ABOUT = About("Horvath et al., NeurIPS 2021", "baseline", "tests/unit/test_fjord
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         "fractions": "0.2 0.4 0.6 0.8 1",
+        **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "fjord",
         "recipe.epochs": 2.0,
@@ -53,7 +54,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     widths = widths_of(spec, fractions_of(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fjord needs some, fedavg does not")
-    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known})
+    still = momentum.still(spec, weights, known)
+    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known}, still)
 
 
 def plan(
@@ -80,4 +82,5 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of another ranking than this run's.
     """
-    return aggregate.joined(state, answers, lambda cover: aggregate.shares([seat.samples for seat in cover]))
+    by_samples = aggregate.joined(state, answers, lambda cover: aggregate.shares([seat.samples for seat in cover]))
+    return momentum.carried(state, by_samples)

@@ -23,18 +23,16 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import pace
-from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved
+from coordinator.blocks import momentum, pace
+from coordinator.blocks.aggregate import covers_of, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
-from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
+from coordinator.blocks.nesting import rank, whole_of, widths_of
 from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged
 from wire.errors import ConfigError
 from wire.spec import ModelSpec
-from wire.structure import to_canonical, to_wire
 
 ABOUT = About("ours; docs/decisions/fledge.md", "ours", "tests/unit/test_fledge.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
@@ -50,8 +48,6 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults."""
 
-_MOMENTUM = "momentum/"
-
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
@@ -62,9 +58,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fledge needs some, fedavg does not")
     if not float(known["deadline"]) >= 0.0:
         raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
-    if not 0.0 <= float(known["beta"]) <= 0.999:
-        raise ConfigError(f"parameter beta = {known['beta']}: write a number from 0 to 0.999")
-    still = {_MOMENTUM + name: np.zeros_like(array) for name, array in weights.items()}
+    still = momentum.still(spec, weights, known)
     return State(spec, 0, dict(weights), rank(spec, weights, widths), widths, {"params": known}, still)
 
 
@@ -90,24 +84,5 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     params, whole = state.scalars["params"], whole_of(state)
     if params["deadline"]:
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
-    covers = covers_of(answers, whole)
-    if not covers[0]:
-        return state
-    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    say = 1.0 / len(covers[0])  # the narrowest width is covered by all
-    add_up(state.spec, total, counted(answers, whole), covers, [[say] * len(cover) for cover in covers])
-    arrays = _sped(state, covers, total)
-    return dataclasses.replace(moved(state, total), arrays=arrays)
-
-
-def _sped(state: State, covers: Covers, total: Arrays) -> dict[str, NDArray[np.float32]]:
-    """Feed the momentum with the movement of the partitions that somebody covers, and add it to that, in wire order."""
-    beta, whole = np.float32(state.scalars["params"]["beta"]), whole_of(state)
-    kept = {name: state.arrays[_MOMENTUM + name] for name in state.weights}
-    momentum = to_wire(state.spec, kept, state.levels)
-    for capacity, cover in enumerate(covers):
-        parts = (partition(state.spec, arrays, whole, capacity) for arrays in (momentum, total))
-        for speed, step in zip(*parts, strict=True) if cover else ():
-            np.add(beta * speed, step, out=speed)
-            np.add(step, beta * speed, out=step)
-    return {_MOMENTUM + name: array for name, array in to_canonical(state.spec, momentum, state.levels).items()}
+    heard = len(covers_of(answers, whole)[0])  # the narrowest width is covered by all
+    return momentum.carried(state, joined(state, answers, lambda cover: [1.0 / heard] * len(cover)))

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate
+from coordinator.blocks import aggregate, momentum
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of, structures_of, widest
@@ -51,6 +51,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "mix": "",
         "scaler": 0.0,
         "calibrate": 0.0,
+        **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "heterofl",
         "recipe.epochs": 2.0,
@@ -89,7 +90,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
             head_of(spec)
         except SpecError as error:
             raise ConfigError(f"{error}; heterofl runs it with recipe.mask 0") from None
-    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known, "devices": {}})
+    scalars, still = {"params": known, "devices": {}}, momentum.still(spec, weights, known)
+    return State(spec, 0, dict(weights), prefix(spec, widths), widths, scalars, still)
 
 
 def plan(
@@ -142,7 +144,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         if params["calibrate"]:
             moving -= statistics(state.spec)
     weights = {name: (after if name in moving else state).weights[name] for name in state.weights}
-    return dataclasses.replace(after, weights=weights) if after is not state else state
+    return momentum.carried(state, dataclasses.replace(after, weights=weights)) if after is not state else state
 
 
 def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:

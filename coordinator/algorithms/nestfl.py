@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import pace
+from coordinator.blocks import momentum, pace
 from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
@@ -43,6 +43,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "ranking_rounds": 1000.0,
         "angle": 5.0,
         "deadline": 0.0,
+        **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
@@ -87,7 +88,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
     levels = rank(spec, weights, widths)
     scalars = {"params": known, "clients": []}
-    return State(spec, 0, dict(weights), levels, widths, scalars)
+    return State(spec, 0, dict(weights), levels, widths, scalars, momentum.still(spec, weights, known))
 
 
 def plan(
@@ -124,7 +125,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     for array in total.values():
         array[...] = 0.0
     add_up(state.spec, total, counted(answers, whole), covers, _weights(state, covers))
-    return moved(state, total)
+    return momentum.carried(state, moved(state, total))
 
 
 def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[float]:
@@ -170,7 +171,7 @@ def _remembered(state: State, covers: Covers, angles: Mapping[str, list[float]])
             means[at] = smoothed(float(means[at]), int(counts[at]), angles[seat.device][capacity])
             counts[at] += 1
     scalars = {**state.scalars, "clients": clients}
-    return dataclasses.replace(state, scalars=scalars, arrays={"angles": means, "rounds": counts})
+    return dataclasses.replace(state, scalars=scalars, arrays={**state.arrays, "angles": means, "rounds": counts})
 
 
 def _weights(state: State, covers: Covers) -> list[list[float]]:

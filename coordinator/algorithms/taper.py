@@ -32,6 +32,7 @@ from coordinator.blocks.erk import erk_counts
 from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
 from coordinator.blocks.flow import flow_order, obstacle
 from coordinator.blocks.masks import maskable, masked_weights, random_masks, top_global
+from coordinator.blocks.momentum import PREFIX, beta_of, carried
 from coordinator.blocks.schedule import cubic
 from coordinator.recipes import merged
 from wire.errors import ConfigError
@@ -69,9 +70,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     for name, least in (("iterations", 1.0), ("every", 1.0), ("horizon", 1.0)):
         if float(known[name]) < least or not float(known[name]).is_integer():
             raise ConfigError(f"parameter {name} = {known[name]}: write a whole number, at least {least:g}")
-    for name, most in (("start", 1.0), ("until", 1.0), ("beta", 0.999)):
+    for name, most in (("start", 1.0), ("until", 1.0)):
         if not 0.0 <= float(known[name]) <= most:
             raise ConfigError(f"parameter {name} = {known[name]}: write a number from 0 to {most:g}")
+    beta_of(known)
     if known["first"] not in ("flow", "erk") or known["form"] not in FORMS:
         raise ConfigError("parameter first is flow or erk, parameter form is empty, bfloat16, float16 or int8")
     state = State(spec, 0, dict(weights), scalars={"params": known, "begun": 0}, form=str(known["form"]))
@@ -102,16 +104,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         return _scored(state, answers)
     if not sum(answer.samples for answer in answers):
         return state  # not even the momentum moves it
-    moved = joined(state, answers).weights
-    beta = np.float32(state.scalars["params"]["beta"])
-    momentum: dict[str, NDArray[np.float32]] = {}
-    weights: dict[str, NDArray[np.float32]] = {}
-    for name, before in state.weights.items():
-        step = moved[name] - before
-        momentum[name] = beta * state.arrays[f"momentum/{name}"] + step
-        weights[name] = moved[name] + beta * momentum[name]
-    state = dataclasses.replace(state, weights=weights, arrays=_arrays(momentum, _first(state)))
-    return _narrowed(state)
+    return _narrowed(carried(state, joined(state, answers)))
 
 
 def _scored(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -139,7 +132,7 @@ def _narrowed(state: State) -> State:
         for name, mask in state.masks.items()
     }
     masks = top_global(scores, wanted)
-    momentum = masked_weights(_part(state, "momentum/"), masks)
+    momentum = masked_weights(_part(state, PREFIX), masks)
     weights = masked_weights(state.weights, masks)
     return dataclasses.replace(state, masks=masks, weights=weights, arrays=_arrays(momentum, first))
 
@@ -165,7 +158,7 @@ def _start(params: Mapping[str, float | str]) -> float:
 
 
 def _arrays(momentum: Arrays, first: Arrays) -> dict[str, NDArray[np.float32]]:
-    named = {f"momentum/{name}": array for name, array in momentum.items()}
+    named = {PREFIX + name: array for name, array in momentum.items()}
     return {**named, **{f"first/{name}": array for name, array in first.items()}}
 
 

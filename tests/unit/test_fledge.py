@@ -88,7 +88,8 @@ def test_rounds_are_the_loop_over_coordinates(seed, beta, most):
         state = fledge.close(state, answers[:: 1 if number % 2 else -1])
         for name, array in weights.items():
             np.testing.assert_allclose(state.weights[name], array, atol=1e-5)
-            np.testing.assert_allclose(state.arrays[f"momentum/{name}"], momentum[name], atol=1e-5)
+            if beta:
+                np.testing.assert_allclose(state.arrays[f"momentum/{name}"], momentum[name], atol=1e-5)
 
 
 def test_what_nobody_covers_stands_still_with_its_momentum():
