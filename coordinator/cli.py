@@ -238,7 +238,7 @@ def _add_compare(commands: _Commands) -> None:
         default=[],
         metavar="METHOD.PARAM=VALUE",
         help="change a parameter of one method, or with * of all that have it: fedavg.recipe.rate=0.1; "
-        "run.model and run.fleet are a method's own model and fleet",
+        "run.model, run.fleet and run.rounds are a method's own",
     )
     compare.add_argument(
         "--configs", type=Path, metavar="FILE", help='JSON: {"METHOD or *": [{"PARAM": value}, ...]}, at most six each'

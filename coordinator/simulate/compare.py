@@ -35,8 +35,9 @@ PARAM_OF_DENSITY: Mapping[str, str] = {"prunefl": "target", "lotteryfl": "recipe
 for the fraction that goes, ``sparsity``."""
 ROUNDS = "horizon"
 """The parameter that tells an algorithm how many rounds there will be."""
-OWN = ("run.model", "run.fleet")
-"""What a method may have of its own, as if they were parameters: one that cannot cut, a narrower model."""
+OWN = ("run.model", "run.fleet", "run.rounds")
+"""What a method may have of its own, as if they were parameters: one that cannot cut, a narrower model; one whose rounds cost
+less, more of them (it is then measured as many times as the others)."""
 
 Params = Mapping[str, float | str]
 _SECONDS_BETWEEN = 30.0
@@ -98,17 +99,19 @@ class Comparison:
             ConfigError: The algorithm does not take these parameters.
         """
         known = algorithms.by_name(method.algo).PARAMS
-        horizon = {ROUNDS: float(self.base.rounds)} if ROUNDS in known else {}
-        full: dict[str, float | str] = {**horizon, **({} if density is None else method.keeping(density)), **params}
-        model, fleet = (
-            str(full.pop(name, kept)) for name, kept in zip(OWN, (self.base.model, self.base.fleet), strict=True)
-        )
+        base = self.base
+        rounds = _rounds(method.label, params.get("run.rounds", base.rounds))
+        model, fleet = str(params.get("run.model", base.model)), str(params.get("run.fleet", base.fleet))
+        horizon = {ROUNDS: float(rounds)} if ROUNDS in known else {}
+        full = {**horizon, **({} if density is None else method.keeping(density)), **params}
+        full = {name: value for name, value in full.items() if name not in OWN}
         try:
             merged(known, full)
         except ConfigError as error:
             raise ConfigError(f"{method.label}: {error}") from None
-        terms = dataclasses.replace(self.base.terms, tuning=tuning)
-        base = dataclasses.replace(self.base, model=model, fleet=fleet)
+        every = max(1, base.terms.evaluate_every * rounds // base.rounds)
+        terms = dataclasses.replace(base.terms, tuning=tuning, evaluate_every=every)
+        base = dataclasses.replace(base, model=model, fleet=fleet, rounds=rounds)
         config = dataclasses.replace(base, algo=method.algo, seed=seed, params=full, terms=terms)
         return Trial(method.label, density, config)
 
@@ -279,6 +282,12 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         tuning_seeds=tuple(tuning),
         target=args.target,
     )
+
+
+def _rounds(label: str, value: float | str) -> int:
+    if isinstance(value, str) or value < 1 or not float(value).is_integer():
+        raise ConfigError(f"{label}: run.rounds = {value}: write a whole number of rounds, such as 100")
+    return int(value)
 
 
 def _numbers(text: str, flag: str, kind: type[int | float]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, build
 from tests.long import nested, sparse
 from tests.unit.test_compare import a_result, asked, found_of, played
+from wire.errors import ConfigError
 from wire.spec import Structure, parameter_count
 
 
@@ -26,6 +27,18 @@ def test_a_method_may_have_a_model_and_a_fleet_of_its_own(monkeypatch, tmp_path)
         ("small", "digits-mlp@0.2", "spread", {}),
         ("top", "digits-mlp", "spread-whole", {}),
     ]
+
+
+def test_a_method_may_have_rounds_of_its_own_and_is_measured_as_often(monkeypatch, tmp_path):
+    played(monkeypatch, lambda _: 0.5)
+    flags = ("--algos", "taper,long=fedavg", "--rounds", "10", "--evaluate-every", "2", "--seeds", "0")
+    comparison = asked(*flags, "--set", "long.run.rounds=35", "--set", "taper.run.rounds=5")
+    found = [(t.config.rounds, t.config.terms.evaluate_every, dict(t.config.params)) for t, _ in
+             compare.compare(comparison, Store(tmp_path), 1)]  # fmt: skip
+    assert found == [(5, 1, {"horizon": 5.0}), (35, 7, {})]
+    for wrong in ("0", "2.5", "many"):
+        with pytest.raises(ConfigError, match=r"long: run\.rounds"):
+            compare.compare(asked(*flags, "--set", f"long.run.rounds={wrong}"), Store(tmp_path), 1)
 
 
 def test_the_fleet_of_a_narrower_model_is_that_of_the_whole(tmp_path):
