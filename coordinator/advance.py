@@ -24,6 +24,7 @@ from coordinator.algorithms import by_name
 from coordinator.answers import Answers
 from coordinator.blocks.initial import initial_weights
 from coordinator.blocks.masks import capacities_of, masks_at, structure_at
+from coordinator.weights import KIND, started
 from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
@@ -52,6 +53,7 @@ class Task:
         replies: Its counted replies.
         round: Number of the round to plan.
         devices: Whom to plan it for; none to rank and encode the weights only.
+        weights: Digest of what to start from (see `coordinator.weights`); empty for weights by chance.
     """
 
     spool: str
@@ -65,6 +67,7 @@ class Task:
     replies: tuple[Reply, ...]
     round: Natural
     devices: tuple[DeviceView, ...]
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ def advance(task: Task) -> Outcome:
     if task.state:
         state = load_state(spool, task.state, spec)
     else:
-        weights = initial_weights(spec, task.seed)
+        weights = started(spool, task.weights) if task.weights else initial_weights(spec, task.seed)
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
     note = ""
     if task.closing:
@@ -328,6 +331,11 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
 def write(spool: Spool, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> BlobRef:
     """Write one blob into the spool."""
     return _into(spool, lambda path: tensor.write_blob(path, kind, tensors, meta=meta))
+
+
+def stored(spool: Spool, weights: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Put weights that a run is to start from into the spool; gives the digest for `Task.weights`."""
+    return write(spool, KIND, weights, {}).digest
 
 
 def _into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:

@@ -66,6 +66,7 @@ class Config:
     Attributes:
         algo: Name of the algorithm; `coordinator algos` lists them.
         model: Name in the zoo or path of a spec file.
+        weights: File of weights to start from, as safetensors; empty for weights by chance.
         rounds: How many.
         seed: Root of all randomness of the run.
         federation: Name that keeps several fleets on one broker apart.
@@ -79,6 +80,7 @@ class Config:
 
     algo: Name
     model: str = "digits-cnn"
+    weights: str = ""
     rounds: Positive = 20
     seed: Natural = 0
     federation: Name = "home"

@@ -350,7 +350,7 @@ class Server:
         if self._pace.bytes_old < _SWEEP_BYTES and self._pace.rounds_old < _SWEEP_ROUNDS:
             return
         self._pace.bytes_old = self._pace.rounds_old = 0
-        keep = {self._standing.state, self._store.spec_ref.digest, *self._standing.live}
+        keep = {self._standing.state, *self._store.lasting, *self._standing.live}
         if self._evaluator is not None:
             keep |= self._evaluator.needs()
         self._store.spool.sweep(keep)
@@ -360,7 +360,7 @@ class Server:
     def _resume(self) -> None:
         standing = self._standing
         arrived = counted(self._round, standing.done)
-        self._store.spool.sweep({standing.state, self._store.spec_ref.digest, *standing.live, *arrived})
+        self._store.spool.sweep({standing.state, *self._store.lasting, *standing.live, *arrived})
         if self._evaluator is not None:
             self._evaluator.start()
         if self._round is None or standing.done >= self._round.number:

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 from coordinator import algorithms
+from coordinator.advance import stored
 from coordinator.broker import Broker, choose, instructions
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator
@@ -22,6 +23,7 @@ from coordinator.mail import Mail, offline
 from coordinator.server import Server
 from coordinator.standing import Standing, absorb, fold
 from coordinator.steps import Store
+from coordinator.weights import read
 from wire import codec, topics, zoo
 from wire import spec as specs
 from wire.errors import ConfigError
@@ -76,10 +78,11 @@ def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
     spec = zoo.load(config.model)
     spool = Spool(state / SPOOL)
     ref = spool.add_bytes(specs.encode(spec))
-    spool.sync([ref.digest])
+    weights = stored(spool, read(Path(config.weights).expanduser(), spec)) if config.weights else ""
+    spool.sync([ref.digest, *([weights] if weights else [])])
     journal = Journal(state / JOURNAL)
     standing = fold(journal.replay())
-    asked = digest(config)
+    asked = digest(config, weights)
     if standing.started is None:
         about: dict[str, str | int | float | bool] = {
             "algo": config.algo,
@@ -98,14 +101,15 @@ def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
             f"{state} holds a run with other settings ({dict(standing.started.about)}); use another --state,"
             " or give the settings that it was started with"
         )
-    return Store(spool, journal, spec, ref), standing
+    return Store(spool, journal, spec, ref, weights), standing
 
 
-def digest(config: Config) -> str:
-    """Name what defines a run's result: everything but the broker, the waiting and the evaluation."""
+def digest(config: Config, weights: str = "") -> str:
+    """Name what defines a run's result: everything but the broker, the waiting and the evaluation; files by their content."""
     parts = {"algo", "model", "rounds", "seed", "federation", "recipe", "params"}
     chosen = {key: value for key, value in to_plain(config).items() if key in parts}
     chosen["select"] = config.round.select
+    chosen |= {"weights": weights} if weights else {}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 

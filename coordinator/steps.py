@@ -38,12 +38,19 @@ class Store:
         journal: What happened.
         spec: The model.
         spec_ref: The model's blob.
+        weights: Digest of the weights that the run starts from; empty for chance.
     """
 
     spool: Spool
     journal: Journal
     spec: ModelSpec
     spec_ref: BlobRef
+    weights: str = ""
+
+    @property
+    def lasting(self) -> frozenset[str]:
+        """What the spool keeps as long as the run lasts."""
+        return frozenset({self.spec_ref.digest, self.weights})
 
 
 class Steps:
@@ -119,6 +126,7 @@ class Steps:
             replies=current.replies if closing and current is not None else (),
             round=number,
             devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
+            weights=self._store.weights,
         )
 
 

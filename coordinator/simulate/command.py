@@ -22,12 +22,12 @@ def run_simulation(args: argparse.Namespace) -> int:
     config = config_of(args)
     bare = args.json is not None and str(args.json) == "-"
     if bare:
-        result = simulate(config)
+        result = simulate(config, weights=args.weights)
         json.dump(result, sys.stdout)
         print()
         return 0
     with Screen(config.rounds) as screen:
-        result = simulate(config, screen.show)
+        result = simulate(config, screen.show, args.weights)
     print(report.text(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1), "utf-8")

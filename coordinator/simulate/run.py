@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import journal
-from coordinator.advance import Head, Outcome, Task, advance, load_state, structures_of
+from coordinator.advance import Head, Outcome, Task, advance, load_state, stored, structures_of
 from coordinator.algorithm import DeviceView, Draft
 from coordinator.answers import check_update
 from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
@@ -27,6 +27,7 @@ from coordinator.select import choose
 from coordinator.show import RunView
 from coordinator.simulate import fleet, report, weather
 from coordinator.simulate.world import Client, Config, World, build, token
+from coordinator.weights import read
 from edge_runtime.data import Dataset
 from edge_runtime.shrink import Room, as_granted
 from edge_runtime.worker import perform
@@ -52,6 +53,7 @@ class Log:
         held: Device to the digests of the blobs that it had for its last order, and need not be sent again.
         done: Device to what came of its order, while that is on its way up.
         state: Digest of the algorithm's state. One that is there before the run is what the run starts from.
+        weights: Digest of weights to start from; empty for chance.
     """
 
     view: RunView = field(default_factory=RunView)
@@ -62,18 +64,22 @@ class Log:
     held: dict[str, frozenset[str]] = field(default_factory=dict)
     done: dict[str, Done | Failed] = field(default_factory=dict)
     state: str = ""
+    weights: str = ""
 
     def write(self, round_number: int, record: journal.Record) -> None:
         """Append one record."""
         self.view.absorb([journal.Entry(self.view.last + 1, self.now, round_number, record)])
 
 
-def simulate(config: Config, progress: Callable[[RunView], None] | None = None) -> report.Result:
+def simulate(
+    config: Config, progress: Callable[[RunView], None] | None = None, weights: Path | None = None
+) -> report.Result:
     """Run it; the result has the shape of DESIGN section 6, and ``seconds_virtual`` is the virtual time.
 
     Args:
         config: What to run.
         progress: Told after every round.
+        weights: File to start from, as safetensors; None for weights by chance.
 
     Raises:
         NestlingError: The configuration, the data or the model cannot work; the text says what to write.
@@ -81,7 +87,7 @@ def simulate(config: Config, progress: Callable[[RunView], None] | None = None) 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="simulate-") as folder:
         world = build(config, Path(folder))
-        log = Log()
+        log = Log() if weights is None else Log(weights=stored(world.spool, read(weights, world.spec)))
         for _ in play(world, log):
             if progress is not None:
                 progress(log.view)
@@ -307,6 +313,7 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
             replies=ended.replies if ended is not None and closing else (),
             round=number,
             devices=views,
+            weights=log.weights,
         )
     )
 

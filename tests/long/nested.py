@@ -7,21 +7,24 @@ and MotionSense, see `coordinator compare --help`.
 All methods have the same devices, of five classes: a class is what a width takes, from a fifth of the channels to all, and
 the widest class is four times as fast as the narrowest (fleet `spread`). What cannot cut its model is compared in three ways:
 where it fits (``fedavg``: only the widest class takes part), at the width that every device holds (``fedavg-20``), and, as a
-ceiling, where every device had memory for the whole model (``fedavg-all``). ``alone-40`` to ``alone-80`` train that width
-alone, on every device that can hold it: what a width of a nested model must not fall behind.
+ceiling, where every device had memory for the whole model (``fedavg-all``). ``alone-20`` to ``alone-100`` train that width
+alone, on every device that can hold it, with as many operations in all as fledge: what its widths must not fall behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.long._tables import run, told
 
 FRACTIONS = "0.2 0.4 0.6 0.8 1"
 NESTED = "fledge,nestfl,heterofl,fjord"
 PLAIN = "fedavg,fedavg-20=fedavg,fedavg-all=fedavg"
-ALONE = "alone-40=fedavg,alone-60=fedavg,alone-80=fedavg"
+ALONE = {"alone-20": 226, "alone-40": 75, "alone-60": 45, "alone-80": 38, "alone-100": 55}
+"""One width alone, on every device that holds it: rounds in which its devices together do the operations (`flops`) of fifteen
+rounds of fledge (median of three seeds, rounded up). The table's column of operations shows whether that is still so."""
 PERSONAL = "perfedavg-20=perfedavg,perfedavg-all=perfedavg,hermes-20=hermes,hermes-all=hermes"
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 """Percent that `uniform` cuts of every layer."""
@@ -34,9 +37,12 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "perfedavg-hf": {"recipe.hf": "1"},
     "eucb": {"policy": "eucb"},
     "bounded": {"policy": "bounded"},
+    **{label: {"run.rounds": str(rounds)} for label, rounds in ALONE.items()},
     **{f"uniform-{ratio}": {"policy": "uniform", "ratio": str(ratio / 100)} for ratio in RATIOS},
 }
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
+CONFIGS = Path(__file__).with_name("nested-configs.json")
+"""What a tuned table tries for each method: three rates, with and without a momentum at the coordinator where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,7 @@ class Table:
         fleet: A profile.
         recipe: Of all methods.
         target: Accuracy to reach.
+        tuned: Whether each method first chooses among `CONFIGS` on a validation part, with a seed of its own.
     """
 
     algos: str
@@ -67,6 +74,7 @@ class Table:
     fleet: str = "spread"
     recipe: Mapping[str, str] = field(default_factory=lambda: {"epochs": "2", "batch": "32"})
     target: str = "0.95*fedavg-all"
+    tuned: bool = False
 
     def words(self) -> list[str]:
         """Give the arguments."""
@@ -76,6 +84,7 @@ class Table:
         words += ["--devices", devices, "--select", self.select, "--evaluate-every", str(self.measured)]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--target", self.target]
+        words += ["--tune", "--configs", str(CONFIGS)] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
         return words
@@ -85,7 +94,7 @@ class Table:
         own = dict(OWN.get(label, {}))
         if end == "all":
             own["run.fleet"] = "spread-whole"
-        elif end.isdigit() and label not in OWN:
+        elif end.isdigit() and not label.startswith("uniform"):
             own["run.model"] = f"{self.model}@{int(end) / 100}"
         return own
 
@@ -95,7 +104,8 @@ _HAR = {"epochs": "1", "batch": "32"}
 _FEDMP = ",".join(["fedmp", "eucb=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)])
 
 TABLES = {
-    "digits": Table(f"{NESTED},{PLAIN},{ALONE},{PERSONAL}", 15),
+    "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, tuned=True),
+    "equal": Table(f"fledge,{','.join(f'{label}=fedavg' for label in ALONE)}", 15, target="0.95*fledge"),
     "digits-50": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3),
     "mnist": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",

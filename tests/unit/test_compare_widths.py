@@ -121,12 +121,17 @@ def test_the_committed_tables_can_be_asked_for(family, name, capsys):
     assert capsys.readouterr().out.startswith("coordinator compare --algos")
 
 
+def configs_of(table):
+    comparison = asked(*nested.TABLES[table].words()[1:])
+    return {m.label: comparison.trial(m, None, m.configurations[0], 0).config for m in comparison.methods}
+
+
 def test_a_table_gives_methods_the_model_and_the_fleet_that_their_labels_ask_for():
-    comparison = asked(*nested.TABLES["digits"].words()[1:])
-    found = {m.label: comparison.trial(m, None, m.configurations[0], 0).config for m in comparison.methods}
+    found = configs_of("digits")
     assert {label: (c.algo, c.model, c.fleet) for label, c in found.items() if c.algo == "fedavg"} == {
         "fedavg": ("fedavg", "digits-cnn", "spread"),
         "fedavg-20": ("fedavg", "digits-cnn@0.2", "spread"),
         "fedavg-all": ("fedavg", "digits-cnn", "spread-whole"),
-        **{f"alone-{10 * tenths}": ("fedavg", f"digits-cnn@0.{tenths}", "spread") for tenths in (4, 6, 8)},
     }
+    alone = {label: c.model for label, c in configs_of("equal").items() if label != "fledge"}
+    assert alone == {f"alone-{10 * tenths}": f"digits-cnn@{tenths / 10}" for tenths in (2, 4, 6, 8, 10)}
