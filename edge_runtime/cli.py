@@ -16,6 +16,7 @@ _EXAMPLES = """\
 examples:
   edge-runtime check --config pi.toml        is this machine ready, and what to do if it is not
   edge-runtime run --config pi.toml          take part in the federation until stopped
+  edge-runtime plan --config pi.toml --model resnet-18      what this device could train of a model
   edge-runtime predict --config pi.toml --input picture.npy
   edge-runtime keep --config pi.toml         what this device holds of its own
   edge-runtime export-spec mypkg:factory --input 1,28,28 --out mine.spec   a torch module as a model file
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "keep", "list or wipe what this device holds of its own", "keep --config pi.toml --wipe home", _keep
     )
     keep.add_argument("--wipe", metavar="FEDERATION", help="delete the states of this federation; 'all' for every one")
+    _add_plan(commands)
     export = _command(
         commands,
         "export-spec",
@@ -113,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, predict, keep, export):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from edge_runtime import planning
+
+    form = argparse.RawDescriptionHelpFormatter
+    about = f"{planning.ABOUT[0].upper()}{planning.ABOUT[1:]}."
+    added = commands.add_parser(
+        "plan", help=planning.ABOUT, description=about, epilog=planning.EXAMPLES, formatter_class=form
+    )
+    planning.arguments(added)
+    added.set_defaults(command=planning.run)
 
 
 def _command(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from wire.spec import Node
+from wire.spec import ModelSpec, Node, Structure, node_shapes
 
 Shape = tuple[int, ...]
 
@@ -35,6 +35,20 @@ class Masked:
 
     kept: Mapping[str, int]
     dense: Collection[str] = ()
+
+
+def maskable(spec: ModelSpec) -> tuple[str, ...]:
+    """Name the tensors that may be masked, in the spec's order.
+
+    They are the weights of linear layers and convolutions that one node alone uses, with a bias that it alone uses: what
+    engines take. Biases, norms, convolutions in groups and linear layers over many steps are never masked.
+    """
+    uses = [name for node in spec.nodes for name in node.params.values()]
+    shapes = node_shapes(spec, Structure())
+    plain = (node for node in spec.nodes if node.op in ("linear", "conv2d") and node.attrs.get("groups", 1) == 1)
+    layers = [node.params for node in plain if node.op == "conv2d" or len(shapes[node.name]) == 1]
+    found = {roles["weight"] for roles in layers if all(uses.count(name) == 1 for name in roles.values())}
+    return tuple(tensor.name for tensor in spec.tensors if tensor.name in found)
 
 
 def index_bytes(shape: Sequence[int], kept: int) -> int:

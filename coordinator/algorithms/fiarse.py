@@ -29,7 +29,6 @@ from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Dr
 from coordinator.blocks.masks import (
     NEVER,
     capacities_of,
-    maskable,
     masks_at,
     nested_levels,
     structure_at,
@@ -39,6 +38,7 @@ from coordinator.blocks.masks import (
 from coordinator.blocks.nesting import kept_counts
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.memory import Plan, fit
 from wire.spec import ModelSpec, Structure
 

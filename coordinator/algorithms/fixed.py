@@ -17,9 +17,10 @@ import numpy as np
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.erk import erk_counts, whole_counts
 from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, recipe_at
-from coordinator.blocks.masks import maskable, random_masks
+from coordinator.blocks.masks import random_masks
 from coordinator.recipes import merged
 from wire.errors import ConfigError
+from wire.masked import maskable
 from wire.spec import ModelSpec
 
 ABOUT = About("random masks; Evci et al., ICML 2020", "baseline", "tests/unit/test_ticket.py")

@@ -20,9 +20,10 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, recipe_at
-from coordinator.blocks.masks import maskable, top_per_tensor
+from coordinator.blocks.masks import top_per_tensor
 from coordinator.recipes import merged
 from wire.errors import ConfigError
+from wire.masked import maskable
 from wire.spec import ModelSpec
 
 ABOUT = About("Han et al., NeurIPS 2015", "baseline", "tests/unit/test_iterative.py")

@@ -42,11 +42,12 @@ from coordinator.blocks import timecost
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
-from coordinator.blocks.masks import densities, density, maskable, masked_mean, masked_weights, top_global
+from coordinator.blocks.masks import densities, density, masked_mean, masked_weights, top_global
 from coordinator.blocks.schedule import linear, progress
 from coordinator.blocks.told import Told, told
 from coordinator.recipes import Params, merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
 from wire.structure import masked

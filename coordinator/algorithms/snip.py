@@ -26,9 +26,10 @@ from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Dr
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.drafts import drafted, one_of
 from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
-from coordinator.blocks.masks import maskable, top_global
+from coordinator.blocks.masks import top_global
 from coordinator.recipes import merged
 from wire.errors import ConfigError
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
 

@@ -31,12 +31,13 @@ from coordinator.blocks.drafts import drafted, one_of
 from coordinator.blocks.erk import erk_counts
 from coordinator.blocks.fixed import TRAINING, ask_to_train, density_of, joined, mean_scores, recipe_at, told_scores
 from coordinator.blocks.flow import flow_order, obstacle
-from coordinator.blocks.masks import maskable, masked_weights, random_masks, top_global
+from coordinator.blocks.masks import masked_weights, random_masks, top_global
 from coordinator.blocks.momentum import PREFIX, beta_of, carried
 from coordinator.blocks.schedule import cubic
 from coordinator.recipes import merged
 from wire.errors import ConfigError
 from wire.forms import FORMS
+from wire.masked import maskable
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("ours; docs/decisions/taper.md", "ours", "tests/unit/test_taper.py")

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from coordinator.algorithm import Answer, Answers, State
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.erk import erk_counts
-from coordinator.blocks.masks import densities, maskable, masked_mean, masked_weights, random_masks, top_global
+from coordinator.blocks.masks import densities, masked_mean, masked_weights, random_masks, top_global
 from coordinator.blocks.schedule import cubic, progress
 from coordinator.recipes import Params
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, DeviceView, Draft, State
 from coordinator.blocks.drafts import drafted
-from coordinator.blocks.masks import maskable, masked_mean
+from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure, tensor_shapes
 from wire.structure import masked

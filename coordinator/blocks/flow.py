@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.blocks.masks import maskable
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec
 

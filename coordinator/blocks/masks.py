@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coordinator.algorithm import Answer, Answers, Arrays, Levels, Masks
 from coordinator.blocks.aggregate import shares
 from wire.errors import NonFinite
-from wire.spec import ModelSpec, Structure, node_shapes
+from wire.spec import ModelSpec, Structure
 from wire.structure import masked, paste_add
 
 Scores = Mapping[str, NDArray[Any]]
@@ -20,20 +20,6 @@ Mask = NDArray[np.bool_]
 
 NEVER = 255
 """Level of a weight that no capacity keeps."""
-
-
-def maskable(spec: ModelSpec) -> tuple[str, ...]:
-    """Name the tensors that may be masked, in the spec's order.
-
-    They are the weights of linear layers and convolutions that one node alone uses, with a bias that it alone uses: what
-    engines take. Biases, norms, convolutions in groups and linear layers over many steps are never masked.
-    """
-    uses = [name for node in spec.nodes for name in node.params.values()]
-    shapes = node_shapes(spec, Structure())
-    plain = (node for node in spec.nodes if node.op in ("linear", "conv2d") and node.attrs.get("groups", 1) == 1)
-    layers = [node.params for node in plain if node.op == "conv2d" or len(shapes[node.name]) == 1]
-    found = {roles["weight"] for roles in layers if all(uses.count(name) == 1 for name in roles.values())}
-    return tuple(tensor.name for tensor in spec.tensors if tensor.name in found)
 
 
 def top_global(scores: Scores, count: int) -> dict[str, Mask]:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from coordinator.blocks.importance import Base, Layer, protected, solve, stopped, undecided
-from coordinator.blocks.masks import maskable, top_global
+from coordinator.blocks.masks import top_global
 from tests.bench import Row, machine, outcome
 from wire import zoo
+from wire.masked import maskable
 from wire.spec import Structure, tensor_shapes
 
 SECONDS = (0.0, 7.10e-6, 1.93e-7, 1.78e-7)

@@ -4,7 +4,8 @@
 each device and the broker a relay that lets 1.4 MB/s through each way, as a Raspberry Pi's radio did for PruneFL. The
 simulated one: `coordinator simulate`'s own round over a fleet file with these links, in which every device's training takes
 the seconds that its real one reported (the median of its orders), and every order so many seconds more as a round of these
-processes took beside its training *on a link without a limit*, in a run of its own that is not compared with anything.
+processes takes beside its training where the model is next to nothing, on the same links, in a run of its own that is not
+compared with anything.
 Nothing else is fitted: that a round costs what its
 bytes take down, the training and its bytes up, and that those of different devices go on at the same time, is what is held
 against the clock. The first rounds are left out, because there the devices start their workers. All
@@ -41,6 +42,8 @@ _ROUNDS, _SKIPPED = 8, 2
 _SAMPLES = 40
 _TEST = 0.2
 _BATCH, _EPOCHS = 8, 3
+_TINY = (8,)
+"""Hidden layers of a model whose bytes take some hundredths of a second."""
 _TARGET = 0.1
 
 
@@ -71,13 +74,14 @@ def run() -> dict[str, object]:
 
 def _compared(root: Path, case: _Case) -> list[Row]:
     spec = zoo.mlp("bench-realism", (1, 8, 8), 10, case.hidden)
-    model = root / "model.msgpack"
+    model, tiny = root / "model.msgpack", root / "tiny.msgpack"
     model.write_bytes(encode(spec))
+    tiny.write_bytes(encode(zoo.mlp("bench-realism", (1, 8, 8), 10, _TINY)))
     load = os.getloadavg()[0]
     real = _real(root / "real", case, model, _RATE)
     seconds = _training_seconds(real)
-    free = _real(root / "free", case, model, None)
-    beside = max(0.0, _round_seconds(free) - max(_training_seconds(free).values()))
+    bare = _real(root / "bare", case, tiny, _RATE)
+    beside = max(0.0, _round_seconds(bare) - max(_training_seconds(bare).values()))
     virtual = _virtual(root, case, model, seconds, beside)
     measured, simulated = _round_seconds(real), _round_seconds(virtual)
     name = f"{case.name}, {parameter_count(spec, Structure()) / 1e6:.2f} M weights"
@@ -93,8 +97,8 @@ def _compared(root: Path, case: _Case) -> list[Row]:
     ]
 
 
-def _real(root: Path, case: _Case, model: Path, rate: float | None) -> RunView:
-    """Run the processes to their end, on links of so many bytes per second; None for no limit."""
+def _real(root: Path, case: _Case, model: Path, rate: float) -> RunView:
+    """Run the processes to their end, on links of so many bytes per second."""
     fleet = Federation(
         root,
         algo=case.algo,

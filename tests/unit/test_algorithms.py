@@ -12,8 +12,8 @@ from coordinator import algorithms
 from coordinator.advance import load_state, save_state
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.blocks.initial import initial_weights
-from coordinator.blocks.masks import maskable
 from wire import zoo
+from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import tensor_shapes
 from wire.spool import Spool

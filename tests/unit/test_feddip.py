@@ -10,12 +10,12 @@ import pytest
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, feddip
 from coordinator.blocks.erk import erk_counts
-from coordinator.blocks.masks import maskable
 from coordinator.blocks.schedule import segmented
 from edge_runtime import rules
 from edge_runtime.engines import Choice, open_engine
 from tests.support.models import batch, random_arrays, small_cnn
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import Structure, tensor_shapes
 

@@ -14,7 +14,6 @@ from coordinator.algorithms import fedavg, fiarse
 from coordinator.blocks.masks import (
     NEVER,
     capacities_of,
-    maskable,
     masks_at,
     nested_levels,
     structure_at,
@@ -25,6 +24,7 @@ from coordinator.simulate.world import Config
 from tests.support.models import linear, random_arrays, small_cnn
 from wire import zoo
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.memory import predict
 from wire.messages import Usage
 from wire.spec import Structure

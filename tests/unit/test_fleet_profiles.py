@@ -9,13 +9,13 @@ import pytest
 from coordinator import algorithms
 from coordinator.algorithm import DeviceView, rng_of
 from coordinator.blocks.initial import initial_weights
-from coordinator.blocks.masks import maskable
 from coordinator.recipes import merged, recipe_of
 from coordinator.simulate import fleet, flops, measured
 from tests.house.walk import ROOT
 from tests.support.messages import an_order
 from wire import zoo
 from wire.errors import ConfigError
+from wire.masked import maskable
 from wire.memory import predict, uniform
 from wire.messages import BlobRef, Recipe
 from wire.spec import Structure

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from coordinator.blocks.masks import maskable
 from edge_runtime import rules
 from edge_runtime.engines import Choice, open_engine
 from edge_runtime.kernels.choose import Layer, Timing
@@ -16,6 +15,7 @@ from edge_runtime.rules import importance, sgd
 from tests.support.models import batch, random_arrays, small_cnn
 from wire import memory
 from wire.errors import NonFinite, SpecError
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked

@@ -11,7 +11,6 @@ from coordinator.algorithms import fedavg
 from coordinator.blocks.masks import (
     densities,
     density,
-    maskable,
     masked_mean,
     masked_weights,
     random_masks,
@@ -20,6 +19,7 @@ from coordinator.blocks.masks import (
 )
 from tests.support.models import linear, random_arrays, small_cnn
 from wire.errors import NonFinite
+from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import ModelSpec, Node, Structure, tensor_shapes
 from wire.zoo import by_name

@@ -12,10 +12,11 @@ import pytest
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, prunefl
 from coordinator.blocks.importance import Base, Layer, solve
-from coordinator.blocks.masks import density, maskable
+from coordinator.blocks.masks import density
 from tests.support.models import random_arrays, small_cnn
 from wire import zoo
 from wire.errors import ConfigError, Malformed
+from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import Structure
 from wire.structure import masked

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from coordinator.blocks.initial import initial_weights
-from coordinator.blocks.masks import maskable
 from edge_runtime.engines import Choice, Update, open_engine
 from wire import memory, zoo
+from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import Structure, check, decode, encode, node_shapes, parameter_count, tensor_shapes
 

@@ -1,0 +1,118 @@
+"""`edge-runtime plan`: what it prices is what an order would be priced at, and the largest that fits is the one it names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime import exits, planning
+from edge_runtime.memory import candidates as parts
+from tests.support.models import small_cnn
+from tests.support.sequences import normed
+from wire import memory, zoo
+from wire.errors import ConfigError
+from wire.messages import Recipe
+from wire.spec import Structure, encode, parameter_count
+
+MIB = 1 << 20
+RECIPE = parts.recipe_of(32, 0.9, 2.0, adam=False)
+
+
+def asked(*words):
+    parser = argparse.ArgumentParser()
+    planning.arguments(parser)
+    return parser.parse_args(list(words))
+
+
+@settings(max_examples=25, deadline=None)
+@given(budget=st.integers(9 * MIB, 64 * MIB))
+def test_the_chosen_width_is_the_one_that_an_order_would_get(budget):
+    """`wire.memory.fit` chooses among real structures for the coordinator; this command must not say something else."""
+    spec, kept = zoo.by_name("digits-cnn"), (0.2, 0.4, 0.6, 0.8, 1.0)
+    structures = [Structure(k, {g.name: tuple(memory.uniform(spec, f).widths[g.name][0] for f in kept)
+                                for g in spec.groups if g.prunable}) for k in range(5)]  # fmt: skip
+    best = parts.chosen(parts.candidates(spec, RECIPE, budget, kept, ()), masked=False)
+    plan = memory.fit(spec, structures, RECIPE, budget)
+    assert (best is None) == (plan is None)
+    if best is not None and plan is not None:
+        assert (best.width, best.micro_batch, best.bytes_bound) == (
+            kept[plan.capacity],
+            plan.micro_batch,
+            plan.bytes_bound,
+        )
+
+
+def test_widths_then_densities_and_what_each_lacks():
+    spec = zoo.by_name("conv-2")
+    found = parts.candidates(spec, RECIPE, 36 * MIB, (0.2, 0.5), (0.05, 0.2))
+    assert [(one.width, one.density) for one in found] == [(1, 1), (0.5, 1), (0.2, 1), (1, 0.2), (1, 0.05)]
+    assert found[0].weights == parameter_count(spec, Structure()) == 6_603_710
+    assert [one.bytes_bound for one in found[:3]] == sorted((one.bytes_bound for one in found[:3]), reverse=True)
+    assert (found[0].micro_batch, found[0].fits) == (1, False)
+    assert 0.04 < found[4].weights / found[0].weights < 0.06
+    best = parts.chosen(found, masked=True)
+    assert best is not None
+    assert best == next(one for one in found if one.density < 1 and one.bytes_bound <= 36 * MIB)
+
+
+def test_no_limit_takes_all_at_once_and_batch_norm_is_exact_only_then():
+    spec = normed()
+    whole = parts.candidates(spec, RECIPE, 0, (0.5,), ())[0]
+    assert (whole.fits, whole.micro_batch, whole.exact, whole.kept) == (True, 32, True, True)
+    tight = parts.candidates(spec, RECIPE, 1, (0.5,), ())[0]
+    assert (tight.fits, tight.micro_batch, tight.exact) == (False, 1, False)
+    assert parts.candidates(small_cnn(), RECIPE, 1, (0.5,), ())[0].exact
+    fused = parts.candidates(spec, Recipe(batch=32), 0, (), ())[0]
+    assert not fused.kept
+
+
+def test_the_text_names_the_largest_and_the_json_says_the_same(capsys, tmp_path):
+    model = tmp_path / "mine.spec"
+    model.write_bytes(encode(small_cnn()))
+    words = ("--model", str(model), "--budget", "11 MiB", "--densities", "0.5")
+    assert planning.run(asked(*words)) == exits.OK
+    text = capsys.readouterr().out
+    assert text.count("<- largest that fits") == 2
+    assert planning.run(asked(*words, "--json")) == exits.OK
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes_budget"] == 11 * MIB
+    assert [one["width"] for one in told["candidates"] if one["chosen"]] == [1.0, 1.0]
+
+
+def test_nothing_fits_is_an_exit_code_and_an_advice(capsys):
+    assert planning.run(asked("--model", "conv-2", "--budget", "1 MiB")) == exits.UNFIT
+    text = capsys.readouterr().out
+    assert "nothing fits" in text
+    assert text.count("lacks") == 10
+
+
+def test_the_budget_is_what_an_order_would_be_granted(capsys, tmp_path):
+    config = tmp_path / "pi.toml"
+    config.write_text(
+        f'device = "a"\n[broker]\nurl = "mqtt://127.0.0.1"\n[memory]\nbudget = "48 MiB"\n[state]\ndir = "{tmp_path}"\n'
+    )
+    planning.run(asked("--model", "digits-cnn", "--config", str(config)))
+    assert "48.0 MiB may be taken above the worker's base ([memory] budget)" in capsys.readouterr().out
+    (tmp_path / "budget").write_text("24 MiB")
+    planning.run(asked("--model", "digits-cnn", "--config", str(config)))
+    assert "24.0 MiB may be taken above the worker's base (the file budget" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--model", "digits-cnn"), "--config FILE"),
+        (("--model", "digits-cnn", "--budget", "much"), "--budget"),
+        (("--model", "nothing", "--budget", "1 MiB"), "nothing"),
+        (("--model", "digits-cnn", "--budget", "1 MiB", "--widths", "a"), "--widths"),
+        (("--model", "digits-cnn", "--budget", "1 MiB", "--densities", "0"), "above 0"),
+        (("--model", "digits-cnn", "--budget", "1 MiB", "--batch", "0"), "--batch"),
+    ],
+)
+def test_wrong_words_are_explained(words, match):
+    with pytest.raises(ConfigError, match=match):
+        planning.run(asked(*words))
