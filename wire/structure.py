@@ -23,6 +23,8 @@ from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shap
 Floats = NDArray[np.float32]
 Levels = Mapping[str, NDArray[np.uint8]]
 Box = tuple[slice, ...]
+_BLOCK = 1 << 16
+"""Products that are held at once."""
 
 
 def order_of(levels: NDArray[np.uint8]) -> NDArray[np.intp]:
@@ -90,13 +92,26 @@ def _permuted(
     moving = {name: order for name, order in orders.items() if not np.array_equal(order, np.arange(len(order)))}
     result = {}
     for tensor in spec.tensors:
-        source = array = arrays[tensor.name]
-        for dimension, axis in enumerate(tensor.axes):
-            if axis.group in moving:
-                grid = np.arange(array.shape[dimension]).reshape(axis.outer, -1, axis.inner)
-                array = np.take(array, grid[:, moving[axis.group]].ravel(), axis=dimension)
-        result[tensor.name] = array.copy() if array is source else array
+        array = arrays[tensor.name]
+        grids = [np.arange(n).reshape(a.outer, -1, a.inner) for n, a in zip(array.shape, tensor.axes, strict=True)]
+        places = zip(grids, tensor.axes, strict=True)
+        result[tensor.name] = _gathered(
+            array, [grid[:, moving[a.group]].ravel() if a.group in moving else None for grid, a in places]
+        )
     return result
+
+
+def _gathered(array: NDArray[Any], places: Sequence[NDArray[np.intp] | None]) -> NDArray[Any]:
+    """Copy an array, taking these places along each axis, or all; some rows at a time, so that no second copy is made."""
+    found = np.empty(array.shape, array.dtype)
+    rows = max(1, _BLOCK * len(array) // max(1, array.size))
+    for start in range(0, len(array), rows):
+        some = slice(start, start + rows)
+        part = array[some] if places[0] is None else np.take(array, places[0][some], axis=0)
+        for dimension, place in enumerate(places[1:], 1):
+            part = part if place is None else np.take(part, place, axis=dimension)
+        found[some] = part
+    return found
 
 
 def cut(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], structure: Structure) -> dict[str, NDArray[Any]]:
@@ -141,8 +156,21 @@ def paste_add(
         value = part[tensor.name]
         if value.shape != tensor_shape(tensor, sizes):
             raise ValueError(f"tensor {tensor.name!r} is {value.shape}, expected {tensor_shape(tensor, sizes)}")
-        value = value.reshape(place.shape)
-        place += value if scale == 1.0 else np.multiply(value, scale, dtype=place.dtype)
+        add_scaled(place, value.reshape(place.shape), scale)
+
+
+def add_scaled(place: NDArray[Any], value: NDArray[Any], scale: float) -> None:
+    """Add ``scale * value`` to an array or a view of one, in place. Memory: one block of products, not an array of them.
+
+    Args:
+        place: Of a floating type, in which the product is taken too.
+        value: Of the same shape.
+        scale: Factor.
+    """
+    modes, writes = ["external_loop", "buffered", "zerosize_ok"], [["readwrite"], ["readonly"]]
+    with np.nditer([place, value], modes, writes, buffersize=_BLOCK) as blocks:  # type: ignore[arg-type]
+        for into, part in blocks:
+            np.add(into, np.multiply(part, scale, dtype=place.dtype), out=into)
 
 
 def _prefix(tensor: TensorSpec, array: NDArray[Any], sizes: Mapping[str, int]) -> NDArray[Any]:

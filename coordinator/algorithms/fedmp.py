@@ -116,7 +116,7 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`.
 
-    Memory: the model in wire order and one sum of its size.
+    Memory: one sum of the model's size, which becomes the new weights, and one answer.
 
     Raises:
         Malformed: An answer is of another ranking than this round's.

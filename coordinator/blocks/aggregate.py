@@ -18,7 +18,7 @@ from coordinator.algorithm import Answer, Answers, State
 from coordinator.blocks.nesting import partition, whole_of
 from wire.errors import Malformed
 from wire.spec import ModelSpec, Structure
-from wire.structure import to_canonical, to_wire
+from wire.structure import add_scaled, to_canonical
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -82,7 +82,7 @@ def joined(state: State, answers: Answers | Iterable[Answer], weigh: Weigh) -> S
     Raises:
         Malformed: As `counted`.
 
-    Memory: the model in wire order and one sum of its size, however many answers there are.
+    Memory: one sum of the model's size, which becomes the new weights, and one answer, however many there are.
     """
     whole = whole_of(state)
     covers = covers_of(answers, whole)
@@ -130,6 +130,7 @@ def joined_by_rows(
         add_partitions(body, total, answer.update, structure, [weights[k][device] for k in own])
         for k in own:
             _add_rows(ends, total, answer, k, row_weights[k][device])
+        del answer  # its file need not be mapped while the weights move
     return moved(state, total)
 
 
@@ -157,11 +158,19 @@ def _add_rows(spec: ModelSpec, total: Arrays, answer: Answer, capacity: int, wei
         np.add(place, by_row * part, out=place)
 
 
-def moved(state: State, total: Mapping[str, NDArray[np.float32]]) -> State:
-    """Give the state with its weights moved by `total`, which is in wire order and is written to."""
-    for name, array in to_wire(state.spec, state.weights, state.levels).items():
-        np.add(total[name], array, out=total[name])
-    return dataclasses.replace(state, weights=to_canonical(state.spec, total, state.levels))
+def moved(state: State, total: dict[str, NDArray[np.float32]]) -> State:
+    """Give the state with its weights moved by `total`, which is in wire order and is emptied on the way.
+
+    Memory: the new weights take the place of the sums, tensor by tensor.
+    """
+    weights = {}
+    for tensor in state.spec.tensors:
+        name = tensor.name
+        alone = dataclasses.replace(state.spec, tensors=(tensor,))
+        levels = {axis.group: state.levels[axis.group] for axis in tensor.axes if axis.group in state.levels}
+        step = to_canonical(alone, {name: total.pop(name)}, levels)[name]
+        weights[name] = np.add(step, state.weights[name], out=step)
+    return dataclasses.replace(state, weights=weights)
 
 
 def add_up(
@@ -202,14 +211,13 @@ def add_partitions(
         structure: What the update covers.
         weights: One for each capacity from 0 to the structure's.
 
-    Cost: one multiply-add per weight of the structure; memory for one box of products.
+    Cost: one multiply-add per weight of the structure; memory for one block of products.
     """
     whole = structure.narrowed(_top(structure))
     for capacity, weight in zip(range(structure.capacity + 1), weights, strict=True):
-        scale = np.float32(weight)
         places = partition(spec, total, whole, capacity)
         for place, part in zip(places, partition(spec, update, structure, capacity), strict=True):
-            np.add(place, scale * part, out=place)
+            add_scaled(place, part, weight)
 
 
 def _top(structure: Structure) -> int:

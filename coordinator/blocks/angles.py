@@ -11,10 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_BLOCK = 1 << 16
+"""Products that are held at once."""
+
 
 def inner_product(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Give ``<a, b>`` of two arrays of one shape, summed in float64 in an order that depends on the shape alone."""
-    return float(np.multiply(a, b, dtype=np.float64).sum())
+    total = 0.0
+    with np.nditer([a, b], ["external_loop", "buffered", "zerosize_ok"], buffersize=_BLOCK) as blocks:
+        for one, other in blocks:
+            total += float(np.multiply(one, other, dtype=np.float64).sum())
+    return total
 
 
 def angle(dot: float, square_a: float, square_b: float) -> float:

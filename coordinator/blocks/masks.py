@@ -149,7 +149,7 @@ def masked_mean(
             sum_held[answer.sent.get(name, ...)] += np.float32(share)
     for name, sum_held in held.items():
         np.divide(total[name], sum_held, out=total[name], where=sum_held > 0)
-    return {name: array + total[name] for name, array in weights.items()}
+    return {name: np.add(array, total[name], out=total[name]) for name, array in weights.items()}
 
 
 def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[list[int], list[str]]:

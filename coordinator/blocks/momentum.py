@@ -23,6 +23,8 @@ MOMENTUM: Mapping[str, float | str] = MappingProxyType({"beta": 0.0})
 """The parameter with its default: none."""
 PREFIX = "momentum/"
 _BETA_MAX = 0.999
+_BLOCK = 1 << 16
+"""Weights that are looked at together."""
 
 
 def beta_of(params: Mapping[str, float | str]) -> float:
@@ -53,9 +55,10 @@ def carried(before: State, after: State) -> State:
 
     Args:
         before: The state that the round began with, with the arrays of `still`; without them nothing is carried.
-        after: The same with the round's answers joined, and no weight named anew. Its other arrays stay.
+        after: The same with the round's answers joined, and no weight named anew. Tensors that are not `before`'s are this
+            function's to change; the other arrays stay.
 
-    Cost: three tensors beside the new weights and momentum; one pass over the model.
+    Memory: the new momentum. Cost: one pass over the model.
     """
     held = [name for name in after.weights if PREFIX + name in before.arrays]
     if after is before or not held:
@@ -63,9 +66,20 @@ def carried(before: State, after: State) -> State:
     beta = np.float32(before.scalars["params"]["beta"])
     weights, arrays = dict(after.weights), dict(after.arrays)
     for name in held:
-        array, speed = after.weights[name], before.arrays[PREFIX + name]
-        step = array - before.weights[name]
-        moves, fresh = step != 0, beta * speed + step
-        arrays[PREFIX + name] = np.where(moves, fresh, speed)
-        weights[name] = np.where(moves, array + beta * fresh, array)
+        old, new, speed = before.weights[name], after.weights[name], before.arrays[PREFIX + name]
+        if new is old:
+            continue
+        new, speed = np.ascontiguousarray(new), speed.copy()
+        _feed(beta, old.reshape(-1), new.reshape(-1), speed.reshape(-1))
+        weights[name], arrays[PREFIX + name] = new, speed
     return dataclasses.replace(after, weights=weights, arrays=arrays)
+
+
+def _feed(beta: np.float32, old: NDArray[np.float32], new: NDArray[np.float32], speed: NDArray[np.float32]) -> None:
+    """Let `speed` take in how `old` became `new`, and move `new` further, block by block; both are changed in place."""
+    for start in range(0, old.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        step = new[block] - old[block]
+        moves, fresh = step != 0, beta * speed[block] + step
+        np.copyto(speed[block], fresh, where=moves)
+        np.add(new[block], beta * fresh, out=new[block], where=moves)

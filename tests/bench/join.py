@@ -4,8 +4,8 @@
 updates that lie in a spool, as a coordinator's child does. The figure is its high-water mark above what it held before it
 closed, in models (the bytes of all weights). An update's pages are the kernel's, yet they count while they are mapped.
 
-The targets are what `coordinator.blocks.aggregate` promises: one answer, one sum, and one model in wire order; with a quarter
-of a model for all that is small, and one model more where a method holds momentum.
+The targets are what `coordinator.blocks.aggregate` promises: one sum, which becomes the new model, and one answer; with a
+quarter of a model for all that is small. Where a method holds a momentum, its new one takes the answer's place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
 from wire.spool import Spool
 from wire.tensor import write_blob
 
-MODELS = {"fedavg": 3.25, "heterofl": 3.25, "fedmp": 3.25, "nestfl": 3.25, "fledge": 4.25}
+MODELS = {"fedavg": 2.25, "heterofl": 2.25, "fedmp": 2.25, "nestfl": 2.25, "fledge": 2.25}
 """Algorithm to the models that closing a round may take."""
 FEW, MANY = 10, 100
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
