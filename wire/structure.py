@@ -167,8 +167,9 @@ def add_scaled(place: NDArray[Any], value: NDArray[Any], scale: float) -> None:
         value: Of the same shape.
         scale: Factor.
     """
-    modes, writes = ["external_loop", "buffered", "zerosize_ok"], [["readwrite"], ["readonly"]]
-    with np.nditer([place, value], modes, writes, buffersize=_BLOCK) as blocks:  # type: ignore[arg-type]
+    modes: list[Any] = ["external_loop", "buffered", "zerosize_ok"]
+    writes: list[Any] = [["readwrite"], ["readonly"]]
+    with np.nditer([place, value], modes, writes, buffersize=_BLOCK) as blocks:
         for into, part in blocks:
             np.add(into, np.multiply(part, scale, dtype=place.dtype), out=into)
 
