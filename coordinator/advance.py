@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithm import Algorithm, DeviceView, Draft, State, rng_of
+from coordinator.algorithm import Algorithm, DeviceView, Draft, Floats, State, rng_of
 from coordinator.algorithms import by_name
 from coordinator.answers import Answers
+from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
 from coordinator.blocks.masks import capacities_of, masks_at, structure_at
 from coordinator.weights import KIND, started
@@ -32,6 +33,7 @@ from wire.errors import Malformed, NestlingError, SpecError
 from wire.job import read_frame, write_frame
 from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
 from wire.messages import BlobRef, Order, Recipe, Reply
+from wire.norms import OWN
 from wire.schema import Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
@@ -170,13 +172,13 @@ def advance(task: Task) -> Outcome:
     """
     spool = Spool(Path(task.spool))
     spec = decode(spool.path(task.spec).read_bytes())
-    algorithm = by_name(task.algo)
+    algorithm, note = by_name(task.algo), ""
     if task.state:
         state = load_state(spool, task.state, spec)
     else:
         weights = started(spool, task.weights) if task.weights else initial_weights(spec, task.seed)
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
-    note = ""
+        note = norms.advice(state)
     if task.closing:
         state, note = _closed(
             algorithm, state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state))
@@ -199,7 +201,7 @@ def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State
     """
     with np.errstate(over="ignore", invalid="ignore"):
         after = algorithm.close(state, answers)
-    if all(np.isfinite(array).all() for array in after.weights.values()):
+    if all(np.isfinite(array).all() for arrays in (after.weights, *after.norms.values()) for array in arrays.values()):
         return after, ""
     return algorithm.close(
         state, ()
@@ -250,6 +252,7 @@ def encode_shells(
     shell_of = []
     for structure in structures:
         shell = cutting.shell(spec, whole, structure)
+        shell |= {OWN + name: array for name, array in norms.own(state, structure).items()}
         if shell:
             meta = {"capacity": structure.capacity, "ranking": structure.ranking}
             refs.append(write(spool, "shell", shell, meta))
@@ -292,6 +295,7 @@ def save_state(spool: Spool, state: State) -> BlobRef:
         **{f"x/{name}": array for name, array in state.arrays.items()},
         **{f"m/{name}": np.packbits(mask) for name, mask in state.masks.items()},
         **{f"k/{name}": array for name, array in state.mask_levels.items()},
+        **{f"n/{k}/{name}": array for k, arrays in state.norms.items() for name, array in arrays.items()},
     }
     meta = {"round": state.round, "widths": {k: list(v) for k, v in state.widths.items()}, "scalars": state.scalars}
     if state.form:
@@ -304,7 +308,7 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
     blob = tensor.open_blob(spool.path(digest))
     if blob.kind != "state":
         raise Malformed(f"expected a state, got a {blob.kind!r}")
-    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}, "m": {}, "k": {}}
+    parts: dict[str, dict[str, np.ndarray[Any, Any]]] = {"w": {}, "l": {}, "x": {}, "m": {}, "k": {}, "n": {}}
     for name in blob.names:
         room, _, rest = name.partition("/")
         parts[room][rest] = blob.tensor(name)
@@ -325,7 +329,16 @@ def load_state(spool: Spool, digest: str, spec: ModelSpec) -> State:
         masks=masks,
         form=blob.meta.get("form", ""),
         mask_levels=parts["k"],
+        norms=_by_capacity(parts["n"]),
     )
+
+
+def _by_capacity(named: Mapping[str, Floats]) -> dict[int, dict[str, Floats]]:
+    found: dict[int, dict[str, Floats]] = {}
+    for name, array in named.items():
+        capacity, _, tensor_name = name.partition("/")
+        found.setdefault(int(capacity), {})[tensor_name] = array
+    return found
 
 
 def write(spool: Spool, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> BlobRef:

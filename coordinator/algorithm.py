@@ -46,6 +46,8 @@ class State:
         mask_levels: Nested masks, for devices of several sizes, instead of `masks`: tensor name to the narrowest capacity that
             keeps each weight, in the tensor's shape, and 255 for a weight that none keeps. Capacity k keeps the levels up to
             k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`).
+        norms: By capacity the running statistics that its width has of its own (`coordinator.blocks.norms`), by tensor name,
+            whole and in canonical order; empty when all widths read those in `weights`.
         form: How the values of masked weights travel down, one of `wire.forms.FORMS`; what that loses is lost to the devices
             of one round, and never to `weights`.
     """
@@ -60,6 +62,7 @@ class State:
     masks: Masks = field(default_factory=dict)
     form: str = ""
     mask_levels: Levels = field(default_factory=dict)
+    norms: Mapping[int, Arrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class Draft:
     Attributes:
         device: Who is asked.
         verb: What to do.
-        structure: Which part of the model.
+        structure: Which part of the model; an order to calibrate is about all narrower widths as well.
         recipe: How to train; its seed is already this round's and this device's.
         bytes_peak: What the device's memory must hold above base, margin included.
     """
@@ -131,6 +134,7 @@ class Answer:
         sent: What was sent of each tensor that was not sent whole: the structure's masks, or what the rule chose.
         extras: What the rule tells beside the update (importance, saliency), by name of the tensor that it is about:
             positions in C order, ascending, and the values there.
+        norms: What an order to calibrate has observed, as ``CAPACITY/TENSOR``: compact, of that capacity, in wire order.
     """
 
     device: str
@@ -141,6 +145,7 @@ class Answer:
     update: Arrays
     sent: Masks = field(default_factory=dict)
     extras: Mapping[str, tuple[Places, Floats]] = field(default_factory=dict)
+    norms: Arrays = field(default_factory=dict)
 
 
 class Answers(Protocol):

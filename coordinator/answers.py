@@ -15,6 +15,7 @@ from wire import tensor
 from wire.errors import Malformed
 from wire.maskfile import TOLD, WHOLE, Held
 from wire.messages import BlobRef, Reply
+from wire.norms import OWN, observed_shapes
 from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
 from wire.spool import Spool
 
@@ -29,6 +30,7 @@ class _Read:
     update: Mapping[str, np.ndarray[Any, Any]]
     sent: Mapping[str, np.ndarray[Any, Any]]
     extras: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+    norms: Mapping[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Answers:
                 update=read.update,
                 sent=read.sent,
                 extras=read.extras,
+                norms=read.norms,
             )
 
     def _read(self, ref: BlobRef, about: str) -> _Read:
@@ -78,11 +81,12 @@ class Answers:
         path, outline = self.spool.path(ref.digest), held.outline
         with tensor.open_blob(path, elements_max=2 * parameter_count(self.spec, Structure()), outline=outline) as blob:
             told = [name for name in blob.names if name.startswith(TOLD)]
-            moved = [name for name in blob.names if not name.startswith(TOLD)]
+            moved = [name for name in blob.names if not name.startswith((TOLD, OWN))]
             known = _Read(
                 {name: _whole(held, blob, name) for name in moved},  # the views keep the file mapped
                 {name: _sent(blob, name, masks) for name in moved if blob.entry(name).encoding != "dense"},
                 {name.removeprefix(TOLD): blob.sparse(name) for name in told},
+                {name.removeprefix(OWN): blob.tensor(name) for name in blob.names if name.startswith(OWN)},
             )
             views = all(blob.entry(name).encoding == "dense" and not blob.entry(name).form for name in blob.names)
         if views and ref.size <= _KEPT_OPEN_BYTES:
@@ -123,7 +127,8 @@ def size_limit(spec: ModelSpec, structure: Structure) -> int:
 def check_update(path: Path, spec: ModelSpec, structure: Structure, held: Held = WHOLE) -> None:
     """Refuse an update before any arithmetic touches it.
 
-    It may lack tensors, which did not move. What a rule tells about a tensor has the tensor's shape too.
+    It may lack tensors, which did not move. What a rule tells about a tensor has the tensor's shape too, and what was observed
+    of a narrower width has that width's shape.
 
     Raises:
         Malformed: It is not an update blob, or a tensor is foreign, or of the wrong shape or type.
@@ -131,13 +136,16 @@ def check_update(path: Path, spec: ModelSpec, structure: Structure, held: Held =
         NonFinite: It holds a NaN or an infinity.
     """
     wanted = tensor_shapes(spec, structure)
+    observed = observed_shapes(spec, structure)
     with tensor.open_blob(path, elements_max=2 * sum(map(prod, wanted.values())), outline=held.outline) as blob:
         if blob.kind != "update":
             raise Malformed(f"expected an update, got {blob.kind!r}")
         for name in blob.names:
-            entry, shape = blob.entry(name), wanted.get(name.removeprefix(TOLD))
+            entry, shape = blob.entry(name), observed.get(name, wanted.get(name.removeprefix(TOLD)))
             if entry.shape != shape or entry.dtype != "float32":  # before anything of that shape is allocated
                 raise Malformed(f"tensor {name!r} is {entry.dtype}{entry.shape}, expected float32{shape}")
+            if name in observed and entry.encoding != "dense":
+                raise Malformed(f"tensor {name!r} was observed, and is {entry.encoding}, not dense")
             if entry.encoding != "dense" and not known_to(held, blob, name):
                 blob.sparse(name, held.masks.get(name))  # decoded once, to be sure that it can be
         blob.require_finite()

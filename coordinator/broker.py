@@ -1,8 +1,8 @@
 """Which broker carries a run: the one that is given, else mosquitto as our child, else iotcore for trying out.
 
 A child never outlives us, not even when we are killed: the kernel is asked to end it when its parent is gone. It binds
-this machine alone; only with `listen` does it open the network, and then every device has its own password and may
-touch only its own topics.
+this machine alone; only with `listen` does it open the network, and then over TLS, where every device shows a certificate and
+may touch only its own topics (`coordinator.keys`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from coordinator.enrolment import COORDINATOR, FOLDER, enroll, enrolled, prepare, revoke
+from coordinator.keys import require_cryptography
 from wire.errors import BrokerMissing, BrokerUnreachable, ConfigError, StoreError
 from wire.link import Address
 
-__all__ = ["Broker", "choose", "enroll", "enrolled", "find_mosquitto", "instructions", "revoke"]
-
+FOLDER = "broker"
+"""Name of the broker's folder inside a run's state."""
 PACKET_BYTES = 307_200
 INSTALL = "sudo apt install mosquitto    (on a Mac: brew install mosquitto)"
 _PORT = 1883
+_PORT_TLS = 8883
 _BEYOND_PATH = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/local/opt/mosquitto/sbin")
 _SECONDS_START = 10.0
 _TETHER = """
@@ -40,6 +41,7 @@ if os.getppid() == int(sys.argv[2]):
     os.execv(sys.argv[3], sys.argv[3:])
 """
 """Becomes the broker after asking for a signal at its parent's death (PR_SET_PDEATHSIG is 1); exec keeps that."""
+_CONNECT = bytes.fromhex("100d00044d51545405020005000000")  # MQTT 5, no name, no user: refused, but with an answer
 _SERVE = """
 import logging, sys
 from iotcore import IotCoreBroker
@@ -57,6 +59,7 @@ class Broker:
         url: How the coordinator gets in; may hold a password, so show `Address.parse(url)` instead.
         note: What it is good for, one sentence for people.
         listen: Address that devices on the network use; empty when it serves this machine alone.
+        names: By which devices may reach it.
         process: The child; None when it is not ours.
     """
 
@@ -64,6 +67,7 @@ class Broker:
     url: str = field(repr=False)
     note: str
     listen: str = ""
+    names: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -83,15 +87,29 @@ class Broker:
         self.stop()
 
 
-def choose(url: str | None, listen: str | None, state_dir: Path | str) -> Broker:
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """What a broker that is opened to the network has to know of its fleet.
+
+    Attributes:
+        federation: Its name.
+        address: Name or number by which devices reach this machine; empty to find out.
+    """
+
+    federation: str = "home"
+    address: str = ""
+
+
+def choose(url: str | None, listen: str | None, state_dir: Path | str, entrance: Entrance | None = None) -> Broker:
     """Find or start a broker; it accepts connections when this returns (an external one is not tried).
 
     Call it in the main thread: a child ends with the thread that started it.
 
     Args:
         url: A broker that is already there.
-        listen: ``ADDRESS[:PORT]`` to open on the network, for example ``0.0.0.0`` or ``[::]:1884``.
-        state_dir: The run's folder; ours goes into ``broker/`` inside it.
+        listen: ``ADDRESS[:PORT]`` to open on the network, for example ``0.0.0.0``; the port above is used too.
+        state_dir: The run's folder; ours goes into ``broker/`` inside it, keys into ``keys/``.
+        entrance: With `listen`: for which fleet.
 
     Raises:
         ConfigError: `url` or `listen` is not of its form, both are given, or the port is taken.
@@ -110,7 +128,7 @@ def choose(url: str | None, listen: str | None, state_dir: Path | str) -> Broker
         host, port = _listen_address(listen)
         if program is None:
             raise BrokerMissing(f"only mosquitto may listen on the network, and it is not installed: {INSTALL}")
-        return _open_mosquitto(program, folder, host, port)
+        return _open_mosquitto(program, folder, (host, port), entrance or Entrance())
     if program is not None:
         return _own_mosquitto(program, folder)
     if importlib.util.find_spec("iotcore") is not None:
@@ -120,9 +138,9 @@ def choose(url: str | None, listen: str | None, state_dir: Path | str) -> Broker
 
 def instructions(broker: Broker, federation: str) -> str:
     """Say in one line what a device's configuration needs to reach `broker`."""
-    lines = f'federation = "{federation}" and [broker] url = "'
     if broker.listen:
-        return f'{lines}{broker.listen}", its password from: coordinator enroll DEVICE'
+        return "edge-runtime enroll TOKEN, with the token that this prints here: coordinator enroll DEVICE"
+    lines = f'federation = "{federation}" and [broker] url = "'
     here = "" if broker.name == "external" else " (on this machine only; --listen opens the network)"
     return f'{lines}{Address.parse(broker.url)}"{here}'
 
@@ -143,24 +161,36 @@ def _own_mosquitto(program: str, folder: Path) -> Broker:
     raise BrokerUnreachable(f"mosquitto does not start: {_last_words(folder)}")
 
 
-def _open_mosquitto(program: str, folder: Path, host: str, port: int) -> Broker:
-    if not _is_free(host, port):
-        raise ConfigError(
-            f"--listen {host}:{port}: something else listens there, or it is not an address of this machine"
-        )
-    passwords, rules, password = prepare(folder)
-    # A device is known by its password alone: with another's client id it would take over that one's session.
-    access = f"allow_anonymous false\nuse_username_as_clientid true\npassword_file {passwords}\nacl_file {rules}"
+def _open_mosquitto(program: str, folder: Path, at: tuple[str, int], entrance: Entrance) -> Broker:
+    require_cryptography()
+    from coordinator.keys.names import names_of, outward
+    from coordinator.keys.opening import Doors, open_fleet, opened
+
+    host, port = at
+    for taken in (port, port + 1):
+        if not _is_free(host, taken):
+            raise ConfigError(
+                f"--listen {host}:{taken}: something else listens there, or it is not an address of this machine"
+                + (f" (devices with an invitation come in at the port above {port})" if taken != port else "")
+            )
+    outside = entrance.address or (outward() if _reach(host) != host else host)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        local = int(probe.getsockname()[1])
+    names = names_of(_reach(host), outside)
+    url, access = open_fleet(folder.parent, entrance.federation, Doors(host, outside, port, port + 1, local), names)
     process = _run_mosquitto(program, folder, host, port, access)
-    if process is None:
+    if process is None or not (_accepts(process, host, port + 1) and _answers(process, local)):
+        if process is not None:
+            _end(process)
         raise BrokerUnreachable(f"mosquitto does not start: {_last_words(folder)}")
-    inside = _reach(host)
-    outside = _outward() if inside != host else host
+    opened(folder.parent, process.pid)
     return Broker(
         "mosquitto",
-        f"mqtt://{COORDINATOR}:{password}@{_bracketed(inside)}:{port}",
-        f"ours, open at {_bracketed(host)}:{port}, a password for each device; what travels is not encrypted",
-        listen=f"mqtt://{_bracketed(outside)}:{port}",
+        url,
+        f"ours, open at {_bracketed(host)}:{port} over TLS to devices with a certificate, at {port + 1} to invited ones",
+        listen=f"mqtts://{_bracketed(outside)}:{port}",
+        names=names,
         process=process,
     )
 
@@ -247,11 +277,21 @@ def _start(
 ) -> subprocess.Popen[bytes] | None:
     """Start a child that ends with us; None when it ended before it accepted a connection."""
     tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(int(at_death)), str(os.getpid())]
-    with (folder / "log").open("wb") as log:
+    (folder / "log").write_bytes(b"")
+    with (folder / "log").open("ab") as log:  # appended to, so that it can be cut while it is written
         # A group of its own: Ctrl-C is for us, who still have to say goodbye through the broker.
         process = subprocess.Popen(
             [*tether, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, cwd=folder
         )
+    if _accepts(process, host, port):
+        _write(folder / "port", str(port))
+        return process
+    _end(process)
+    return None
+
+
+def _accepts(process: subprocess.Popen[bytes], host: str, port: int) -> bool:
+    """Wait until a child takes connections at a port; False when it has ended instead."""
     until = time.monotonic() + _SECONDS_START
     while process.poll() is None and time.monotonic() < until:
         try:
@@ -259,11 +299,22 @@ def _start(
         except OSError:
             time.sleep(0.005)
             continue
-        _write(folder / "pid", str(process.pid))
-        _write(folder / "port", str(port))
-        return process
-    _end(process)
-    return None
+        return True
+    return False
+
+
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until mosquitto speaks MQTT. A port is open before it takes signals, and one that comes earlier would end it."""
+    until = time.monotonic() + _SECONDS_START
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1.0) as door:
+                door.sendall(_CONNECT)
+                if door.recv(1):
+                    return True
+        except OSError:
+            time.sleep(0.005)
+    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -317,9 +368,11 @@ def _listen_address(listen: str) -> tuple[str, int]:
         host, port = None, None
     if not host or "/" in listen or not re.fullmatch(r"[0-9A-Za-z.:%-]+", host):
         raise ConfigError(
-            f"--listen {listen!r}: write ADDRESS or ADDRESS:PORT, for example 0.0.0.0 or 192.168.1.5:1883"
+            f"--listen {listen!r}: write ADDRESS or ADDRESS:PORT, for example 0.0.0.0 or 192.168.1.5:8883"
         )
-    return host, port or _PORT
+    if port == 65_535:
+        raise ConfigError(f"--listen {listen!r}: the port above is used too, and 65535 is the last one")
+    return host, port or _PORT_TLS
 
 
 def _reach(host: str) -> str:
@@ -328,16 +381,6 @@ def _reach(host: str) -> str:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _outward() -> str:
-    """Find the address by which the network knows this machine; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return socket.gethostname()
-        return str(probe.getsockname()[0])
 
 
 def _last_words(folder: Path) -> str:

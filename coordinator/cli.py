@@ -9,6 +9,7 @@ from pathlib import Path
 
 from coordinator import __version__
 from coordinator.flags import Commands, add_compare, add_simulate, add_ticket, subcommand
+from coordinator.keys.flags import add_keys
 from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError
 
 EXITS = {
@@ -29,6 +30,8 @@ examples:
   coordinator start --algo nestfl --broker mqtt://192.168.1.5
   coordinator simulate --algo nestfl --rounds 10     a virtual fleet on a virtual clock
   coordinator compare --algos fedavg,nestfl          several algorithms, same fleet, split and seeds
+  coordinator start --algo nestfl --listen 0.0.0.0   open to the network; then, for each device:
+  coordinator enroll kitchen-pi                      a one-time token, for `edge-runtime enroll` on the device
   coordinator status                                 what a running or finished run has reached
   coordinator export model.safetensors --width 0.2   the nested width that fits a small device
 """
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ticket(commands)
     add_compare(commands)
     _add_readers(commands)
-    _add_enroll(commands)
+    add_keys(commands)
     return parser
 
 
@@ -132,7 +135,10 @@ def _add_start(commands: Commands) -> None:
     start.add_argument(
         "--listen",
         metavar="ADDR[:PORT]",
-        help="start mosquitto here and open it to the network, with one password per device (`coordinator enroll`)",
+        help="start mosquitto here and open it to the network: TLS, a certificate for each device (`coordinator enroll`)",
+    )
+    start.add_argument(
+        "--address", metavar="NAME", help="with --listen: the name or number by which devices reach this machine"
     )
     start.set_defaults(command=_start)
 
@@ -178,18 +184,6 @@ def _add_readers(commands: Commands) -> None:
         reader.set_defaults(command=_read, what=name)
 
 
-def _add_enroll(commands: Commands) -> None:
-    enroll = subcommand(
-        commands,
-        "enroll",
-        "make a password for one device, for a broker that was started with --listen",
-        "  coordinator enroll kitchen-pi\n  coordinator enroll kitchen-pi --state /var/lib/nestling",
-    )
-    enroll.add_argument("device", help="name of the device: letters, digits, '-' and '_'")
-    enroll.add_argument("--state", type=Path, default=Path("coordinator-state"), metavar="DIR", help="the run's folder")
-    enroll.set_defaults(command=_enroll)
-
-
 def _demo(args: argparse.Namespace) -> int:
     from coordinator.simulate.demo import Demo, run_demo
 
@@ -216,6 +210,7 @@ def _start(args: argparse.Namespace) -> int:
         "round.keepalive": args.keepalive,
         "broker.url": args.broker,
         "broker.listen": args.listen,
+        "broker.address": args.address,
         "broker.password_file": args.password_file,
     }
     return start(load(args.config, flags))
@@ -238,17 +233,6 @@ def _read(args: argparse.Namespace) -> int:
         return show.show_round(args.state, args.round, as_json=args.json)
     readers = {"status": show.show_status, "devices": show.show_devices, "replay": show.show_journal}
     return readers[args.what](args.state, as_json=args.json)
-
-
-def _enroll(args: argparse.Namespace) -> int:
-    from coordinator.broker import enroll
-
-    password = enroll(args.state, args.device)
-    print(
-        f"device {args.device}: password {password}\nIt is shown only this once; on the device write it into the file"
-        " that `password_file` names."
-    )
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ class BrokerConfig:
 
     Attributes:
         url: ``mqtt://[user[:password]@]host[:port]`` or ``mqtts://...``.
-        listen: Address to open on the network with a broker of our own, for example ``0.0.0.0`` or ``192.168.1.5:1883``.
+        listen: Address to open on the network with a broker of our own, for example ``0.0.0.0`` or ``192.168.1.5:8883``; the
+            port above it is for invitations.
+        address: With `listen`, the name or number by which devices reach this machine; empty to find out.
+        seconds_certificate: With `listen`, how long a device's certificate is valid; it is renewed when a third is left.
         username: Of the coordinator at the broker.
         password_file: File with its password on the first line.
         ca: File with the broker's certificate authority.
@@ -33,6 +36,8 @@ class BrokerConfig:
 
     url: str = ""
     listen: str = ""
+    address: str = ""
+    seconds_certificate: Annotated[float, Limit(3.0, 3.2e8)] = 2_592_000.0
     username: str = ""
     password_file: str = ""
     ca: str = ""
@@ -106,6 +111,8 @@ def load(path: Path | None, flags: Mapping[str, object]) -> Config:
     topics.valid_name(config.federation, "federation")
     if config.broker.url and config.broker.listen:
         raise ConfigError("give --broker (a broker that runs already) or --listen (start one here), not both")
+    if config.broker.address and not config.broker.listen:
+        raise ConfigError("--address is for --listen: it says how devices reach a broker that is started here")
     if config.round.quorum > config.round.devices:
         raise ConfigError(
             f"round.quorum {config.round.quorum} is above round.devices {config.round.devices}: no round could reach it"

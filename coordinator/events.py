@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wire.messages import Refusal, Reply
+from wire.messages import Reason, Refusal, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +118,8 @@ class Abandon:
 
 
 Effect = Arm | Send | Settle | Unwanted | Close | Abandon
+
+
+def unusable(reply: Reply, reason: Reason, detail: str) -> Refused:
+    """Give what a reply that cannot be used comes to."""
+    return Refused(reply.device, reply.order, Refusal(reply.order, reply.device, reply.boot, reason, detail[:2000]))

@@ -10,6 +10,7 @@ import numpy as np
 
 from coordinator.advance import load_state, structures_of
 from coordinator.algorithm import State
+from coordinator.blocks import norms
 from coordinator.journal import Journal
 from coordinator.standing import Standing, fold
 from wire import structure as cutting
@@ -49,7 +50,11 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     Returns:
         The file and what is in it. The file's metadata hold the spec of exactly these tensors as JSON.
     """
-    from safetensors.numpy import save_file
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError:
+        how = "pip install safetensors (in Termux first: pkg install rust), or copy the folder to a computer"
+        raise ConfigError(f"an export is written with safetensors, which is not installed: {how}") from None
 
     standing = standing_of(folder)
     spool = Spool(folder / SPOOL)
@@ -65,6 +70,7 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     else:
         whole = cutting.to_wire(spec, weights, state.levels)
         arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, whole, structure).items()}
+        arrays |= {name: np.ascontiguousarray(a) for name, a in norms.own(state, structure).items()}
     target = folder / MODEL if file is None else file
     small = narrowed_spec(spec, structure)
     fraction = 1.0 if width is None else width

@@ -13,11 +13,13 @@ from typing import Literal
 from immutables import Map
 
 from coordinator.events import Born, Lost
-from wire.messages import Beat, Caps, Presence, Usage
+from wire.messages import Beat, Caps, Order, Presence, Refusal, Usage
 
 _SILENCE = 1.5
 _GRAIN = 0.25
 _FORGETTING = 0.9
+_RISE = 1.25
+_SCALE_MAX = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,15 @@ class Fleet:
             taught = self._with(replace(known, usage=usage, memory_scale=scale, seconds_turn=seconds_turn))
         return replace(taught, scales=self.scales.set(name, scale))
 
+    def starved(self, refusal: Refusal, order: Order | None) -> Fleet:
+        """Learn from a refusal: one for want of memory that was not foreseen teaches as `oom_scale` says, others nothing."""
+        if refusal.reason != "oom" or order is None or order.id != refusal.order:
+            return self
+        known = self.devices.get(refusal.device)
+        scale = oom_scale(self.scales.get(refusal.device, 1.0), refusal.bytes_needed, order.bytes_peak)
+        taught = self if known is None else self._with(replace(known, memory_scale=scale))
+        return replace(taught, scales=self.scales.set(refusal.device, scale))
+
     def online(self) -> tuple[Device, ...]:
         """Give the devices that are here and have said what they bring, sorted by name. Cost: O(n log n)."""
         here = (d for d in self.devices.values() if d.state == "online" and d.caps is not None)
@@ -157,6 +168,17 @@ def memory_scale(known: float, bytes_measured: int, bytes_predicted: int) -> flo
     """
     measured = bytes_measured / bytes_predicted if bytes_predicted > 0 else 1.0
     return max(1.0, measured, 1.0 + (known - 1.0) * _FORGETTING if known > 1.001 else 1.0)
+
+
+def oom_scale(known: float, bytes_needed: int, bytes_predicted: int) -> float:
+    """Correct the same factor after an order that a device ran out of memory with.
+
+    What was seen before the end need not be more than what was predicted, since nobody sees the byte that was one too many.
+    So the factor rises by a quarter at least; it stays below `_SCALE_MAX` (or what it was), as a device that never gets an
+    order again could never show that it has recovered.
+    """
+    risen = max(known * _RISE, memory_scale(known, bytes_needed, bytes_predicted))
+    return max(known, min(risen, _SCALE_MAX))
 
 
 def _alive(known: Device | None, presence: Presence, now: float) -> Device:

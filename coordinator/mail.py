@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from coordinator.keys.between import Between
 from coordinator.publish import Publisher
 from coordinator.uploads import Uploads
 from wire import codec, topics
@@ -17,19 +18,27 @@ _KINDS = {Order: "order", Ack: "ack"}
 class Mail:
     """One federation's traffic at one broker."""
 
-    def __init__(self, link: Link, spool: Spool, federation: str, lead: Lead) -> None:
-        """Nothing is sent before `start`. `lead` is what every device is told, retained."""
+    def __init__(self, link: Link, spool: Spool, federation: str, lead: Lead, door: Between | None = None) -> None:
+        """Nothing is sent before `start`. `lead` is what every device is told, retained; `door` sees every event first."""
         self.link = link
         self.publisher = Publisher(link, spool, federation)
         self.uploads = Uploads(spool)
         self.is_up = False
         self._federation = federation
         self._lead = lead
+        self._door = door
 
     def start(self) -> None:
         """Connect, in the background, for as long as it takes."""
         self.link.subscribe([topics.all_up(self._federation), topics.presence(self._federation, "+")], qos=1)
+        if self._door is not None:
+            self._door.start()
         self.link.start()
+
+    def next(self, timeout: float) -> object | None:
+        """Give the next event that is the server's business; None after `timeout` seconds, or when it was the door's."""
+        event = self.link.next(timeout)
+        return event if self._door is None else self._door.passes(event)
 
     def up(self, session_present: bool) -> None:
         """Announce this life; publish the live pieces again when the broker has forgotten us."""
@@ -43,8 +52,11 @@ class Mail:
         self.is_up = False
 
     def send(self, device: str, message: Order | Ack) -> None:
-        """Send one message to one device."""
-        self.link.publish(topics.down(self._federation, device, _KINDS[type(message)]), codec.encode(message), qos=1)
+        """Send one message to one device; orders signed, where there is an authority."""
+        kind, payload = _KINDS[type(message)], codec.encode(message)
+        if kind == "order" and self._door is not None:
+            kind, payload = "signed", self._door.seal(payload)
+        self.link.publish(topics.down(self._federation, device, kind), payload, qos=1)
 
     def retire(self, live: tuple[BlobRef, ...]) -> None:
         """Delete what is retained for these blobs: the run is over."""

@@ -70,12 +70,12 @@ class Server:
         self._mail.start()
         self._resume()
         while not stop():
-            event = self._mail.link.next(self._turn.look(time.monotonic(), _TICK))
+            event = self._mail.next(self._turn.look(time.monotonic(), _TICK))
             taken = 0
             while event is not None:
                 self._take(event)
                 taken += 1
-                event = self._mail.link.next(0.0) if taken < _TURN_EVENTS else None
+                event = self._mail.next(0.0) if taken < _TURN_EVENTS else None
             self._tick()
             self._flush()
             if self._finished():
@@ -160,7 +160,7 @@ class Server:
             return
         problem = self._unusable(reply)
         if problem:
-            self._happen(Refused(device, reply.order, _refusal(reply, "unsupported", problem)))
+            self._happen(ev.unusable(reply, "unsupported", problem))
         elif self._mail.uploads.offer(reply, time.monotonic()):
             self._arrived(reply)
 
@@ -182,7 +182,7 @@ class Server:
             check_update(self._store.spool.path(reply.update.digest), self._store.spec, reply.structure, held)
         except PeerError as error:
             reason: Reason = "nonfinite" if isinstance(error, NonFinite) else "unsupported"
-            self._happen(Refused(reply.device, reply.order, _refusal(reply, reason, str(error))))
+            self._happen(ev.unusable(reply, reason, str(error)))
             if reply.update.digest not in counted(self._round, self._standing.done):
                 self._store.spool.drop(reply.update.digest)
             return
@@ -215,6 +215,8 @@ class Server:
         self._round, effects = step(before, event)
         if self._round is not before and not isinstance(event, (ev.Issued, ev.Resumed)):
             self._turn.rows.append(event)
+            if isinstance(event, Refused):
+                self._fleet = self._fleet.starved(event.refusal, self._standing.orders.get(event.device))
         for effect in effects:
             self._perform(effect)
 
@@ -394,7 +396,3 @@ class Server:
             if isinstance(event, link.Published):
                 self._mail.publisher.sent(event.id)
         self._stop()
-
-
-def _refusal(reply: Reply, reason: Reason, detail: str) -> Refusal:
-    return Refusal(reply.order, reply.device, reply.boot, reason, detail[:2000])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from immutables import Map
 
 from coordinator.events import Arrived, Born, Deadline, Issued, Lost, Refused, Stopped
-from coordinator.fleet import memory_scale
+from coordinator.fleet import memory_scale, oom_scale
 from coordinator.journal import (
     Abandoned,
     Cleared,
@@ -109,8 +109,11 @@ def _happened(standing: Standing, record: Arrived | Refused | Lost | Born | Dead
     event = Deadline(float("inf")) if isinstance(record, Deadline) else record
     after, _ = step(standing.round, event)
     scales = standing.scales
-    order = standing.orders.get(record.device) if isinstance(record, Arrived) else None
-    if isinstance(record, Arrived) and order is not None and order.id == record.order:
+    order = standing.orders.get(record.device) if isinstance(record, Arrived | Refused) else None
+    if isinstance(record, Arrived | Refused) and order is not None and order.id == record.order:
         known = scales.get(record.device, 1.0)
-        scales = scales.set(record.device, memory_scale(known, record.reply.usage.bytes_peak, order.bytes_peak))
+        if isinstance(record, Arrived):
+            scales = scales.set(record.device, memory_scale(known, record.reply.usage.bytes_peak, order.bytes_peak))
+        elif record.refusal.reason == "oom":
+            scales = scales.set(record.device, oom_scale(known, record.refusal.bytes_needed, order.bytes_peak))
     return replace(standing, round=after, scales=scales)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from coordinator import algorithms
 from coordinator.advance import stored
-from coordinator.broker import Broker, choose, instructions
+from coordinator.broker import Broker, Entrance, choose, instructions
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator
 from coordinator.export import JOURNAL, SPOOL, standing_of, write_model
 from coordinator.journal import Journal, RunStarted
+from coordinator.keys.between import Between
 from coordinator.mail import Mail, offline
 from coordinator.server import Server
 from coordinator.standing import Standing, absorb, fold
@@ -54,8 +55,9 @@ def start(config: Config) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: stopping.append(caught))
-    with closing(store.journal), choose(config.broker.url, config.broker.listen, state) as broker:
-        say("broker: %s at %s: %s", broker.name, broker.url, broker.note)
+    entrance = Entrance(config.federation, config.broker.address)
+    with closing(store.journal), choose(config.broker.url, config.broker.listen, state, entrance) as broker:
+        say("broker: %s at %s: %s", broker.name, Address.parse(broker.url), broker.note)
         say("on a device: %s", instructions(broker, config.federation))
         server = compose(config, store, standing, broker, say)
         done = server.run(stop=lambda: bool(stopping))
@@ -129,9 +131,17 @@ def compose(config: Config, store: Store, standing: Standing, broker: Broker, sa
     link = MqttLink(
         address, f"{config.federation}-coordinator", session_seconds=3600, keepalive=config.round.keepalive, will=will
     )
-    mail = Mail(link, store.spool, config.federation, lead)
+    mail = Mail(link, store.spool, config.federation, lead, _door(config, broker, link, say))
     evaluator = Evaluator(link.post, source(config.data), store.spool) if config.data else None
     return Server(config, store, standing, mail, evaluator, say=say)
+
+
+def _door(config: Config, broker: Broker, link: MqttLink, say: Callable[[str], None]) -> Between | None:
+    if not broker.listen:
+        return None
+    from coordinator.keys.door import Door, Policy
+
+    return Door(Policy(Path(config.state).resolve(), broker.names, config.broker.seconds_certificate), link, say=say)
 
 
 def source(data: str) -> str:

@@ -13,16 +13,17 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from edge_runtime import session as table
 from edge_runtime.config import Config, amount
 from edge_runtime.desk import Desk, Finished
 from edge_runtime.fetch import Fetcher
+from edge_runtime.frugal import give_back
+from edge_runtime.guest import Guest, Move
 from edge_runtime.keep import Keep
-from edge_runtime.life import Life, address, claim, client_id, next_seq, notify
-from edge_runtime.memory import plan as planning
-from edge_runtime.memory.limit import FILE, Grant
+from edge_runtime.life import Life, address, claim, next_seq, notify
+from edge_runtime.memory.limit import Grant
 from edge_runtime.offer import Offers
 from edge_runtime.session import Session
 from wire import codec, link, topics
@@ -30,7 +31,6 @@ from wire.child import Ended, Said
 from wire.errors import DataError, NestlingError, PeerError, SpecError
 from wire.job import Done, Job, Ready
 from wire.link import Will
-from wire.link.mqtt import MqttLink
 from wire.messages import Ack, Beat, Cancel, Lead, Order, Presence, Reason, Reply
 from wire.spec import ModelSpec, decode
 from wire.spool import Spool
@@ -39,8 +39,12 @@ log = logging.getLogger("edge_runtime")
 
 SECONDS_SILENCE = 5.0
 _SECONDS_IDLE = 3600.0
-_SECONDS_SESSION = 86_400
-_SECONDS_KEEPALIVE = 30.0
+_MOVES: dict[Move, str] = {
+    "still": "standing still",
+    "on": "all hold again, going on",
+    "away": "no orders until all hold again",
+    "back": "all hold, taking orders",
+}
 
 
 class Stop:
@@ -63,20 +67,14 @@ class Agent:
         self._spool = Spool(root / "spool", amount(config.state.bytes_spool, "state.bytes_spool"))
         self._keep = Keep(root / "keep")
         self._session = Session(config.device, os.urandom(8).hex())
-        self._life = Life(next_seq(root, time.time()))
+        self._life = Life(next_seq(root, time.time()), Guest(config.conditions))
         gone = Presence(config.device, "lost", self._session.boot, self._life.seq)
         will = Will(topics.presence(config.federation, config.device), codec.encode(gone), retain=True)
-        self._link = MqttLink(
-            address(config),
-            client_id(config),
-            session_seconds=_SECONDS_SESSION,
-            keepalive=_SECONDS_KEEPALIVE,
-            will=will,
-        )
+        self._link = self._life.link(config, will)
         self._desk = Desk(config, self._link.post)
         self._fetcher = Fetcher(self._link, self._spool, config.federation, config.device)
         self._spec: tuple[str, ModelSpec | None] = "", None
-        self._grant = Grant(config.bytes_budget, config.bytes_reserve, root / FILE)
+        self._grant = Grant(config.bytes_budget, config.bytes_reserve, config.budget_file)
         self._offers = Offers(self._link, root / "out", config.federation)
 
     def run(self) -> None:
@@ -90,17 +88,19 @@ class Agent:
         self._recall()
         federation, device = self._config.federation, self._config.device
         self._link.subscribe([topics.down(federation, device, "+"), topics.lead(federation)])
+        self._heed(time.monotonic())
         self._desk.start(time.monotonic())
         self._link.start()
         try:
             while not self._life.leaving:
-                event = self._link.next(max(0.0, min(self._due() - time.monotonic(), _SECONDS_IDLE)))
+                event = self._life.next(self._link, max(0.0, min(self._due() - time.monotonic(), _SECONDS_IDLE)))
                 if event is not None:
                     self._take(event)
                 self._tick(time.monotonic())
         finally:
             self._desk.stop()
             self._fetcher.stop()
+            self._life.guest.close()
             bye = Presence(device, "bye", self._session.boot, self._life.seq)
             self._link.stop((topics.presence(federation, device), codec.encode(bye), True))
             self._claim.close()
@@ -157,7 +157,9 @@ class Agent:
             self._life.led(lead)
             self._happen(table.Led(lead))
         elif place.room == "d" and place.kind == "order":
-            self._happen(table.Ordered(codec.decode(message.payload, Order)))
+            guest = self._life.guest
+            unmet = f"not now: {guest.why}" if guest.standing == "away" else ""
+            self._happen(table.Ordered(codec.decode(message.payload, Order), unmet))
         elif place.room == "d" and place.kind == "ack":
             self._happen(table.Acked(codec.decode(message.payload, Ack)))
         elif place.room == "d" and place.kind == "cancel":
@@ -177,7 +179,8 @@ class Agent:
         told = self._desk.take(event, time.monotonic())
         if isinstance(told, Ready):
             news = self._life.learnt(told)
-            if self._config.worker.mode == "spawn" and self._session.phase not in ("fetching", "working"):
+            spare = self._config.worker.mode == "spawn" or self._life.guest.standing == "away"
+            if spare and self._session.phase not in ("fetching", "working"):
                 self._desk.stop()
             if news:
                 self._announce()
@@ -189,9 +192,11 @@ class Agent:
     def _finished(self, told: Finished) -> None:
         order, result = told.job.order, told.result
         if not isinstance(result, Done):
-            needed = max(result.bytes_needed, result.bytes_peak)
-            self._happen(table.Failed(order.id, result.reason, result.detail, needed, told.job.bytes_budget))
+            refusing = self._life.tries.failed(told.job, result, time.monotonic())
+            if refusing is not None:
+                self._happen(refusing)
             return
+        self._life.tries.done(told.job, result)
         reply = Reply(
             order=order.id,
             device=self._config.device,
@@ -230,11 +235,19 @@ class Agent:
         now = time.monotonic()
         match effect:
             case table.Fetch(order=order):
-                log.info("round %d: %s, width %d", order.round, order.verb, order.structures[-1].capacity)
+                named = {"fields": {"order": order.id, "round": order.round}}
+                log.info("round %d: %s, width %d", order.round, order.verb, order.structures[-1].capacity, extra=named)
+                self._life.guest.took(order, now)
                 if self._fetcher.begin(order, now):
                     self._happen(table.Fetched(order.id))
             case table.Work(order=order):
                 self._work(order, now)
+            case table.Hold():
+                self._life.guest.broke(now, self._desk.progress.done)
+                self._desk.drop()
+                self._fetcher.stop()
+            case table.Offer() | table.Push() if self._life.guest.quiet:
+                self._life.silence = float("inf")  # `Silence` comes when the network is free again
             case table.Offer(reply=reply):
                 self._life.silence = now + SECONDS_SILENCE
                 self._offers.offer(reply)
@@ -242,7 +255,8 @@ class Agent:
                 self._life.silence = now + SECONDS_SILENCE
                 self._offers.more(have)
             case table.Refuse(refusal=refusal):
-                log.warning("refusing order %s: %s: %s", refusal.order, refusal.reason, refusal.detail)
+                named = {"fields": {"order": refusal.order, "reason": refusal.reason}}
+                log.warning("refusing order %s: %s: %s", refusal.order, refusal.reason, refusal.detail, extra=named)
                 self._life.silence = now + SECONDS_SILENCE
                 topic = topics.up(self._config.federation, self._config.device, "refusal")
                 self._link.publish(topic, codec.encode(refusal))
@@ -255,6 +269,7 @@ class Agent:
                 self._offers.drop(order_id)
                 self._keep.drop()
                 self._life.silence = float("inf")
+                give_back()
 
     def _work(self, order: Order, now: float) -> None:
         path = self._spool.path(order.spec.digest)
@@ -263,13 +278,13 @@ class Agent:
         if spec is None or known != order.spec.digest:
             spec = decode(path.read_bytes())
             self._spec = order.spec.digest, spec
-        fits = planning.plan(order, spec, budget)
-        if isinstance(fits, planning.Refused):
-            self._happen(table.Failed(order.id, "memory", fits.detail, fits.bytes_needed, fits.bytes_free))
+        fits = self._life.tries.fit(order, spec, budget)
+        if isinstance(fits, table.Failed):
+            self._happen(fits)
             return
         held = self._keep.current(self._config.federation, order.recipe.rule)
         job = Job(
-            order=order,
+            order=fits.order,
             spec=str(path),
             shells=tuple(str(self._spool.path(ref.digest)) for ref in order.shells),
             out=str(self._offers.out),
@@ -280,6 +295,9 @@ class Agent:
             masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
         )
         self._desk.give(job, now)
+        self._life.guest.began(now)
+        if self._life.guest.standing == "still":
+            self._desk.still()
 
     def _granted(self) -> int:
         """What an order may take above the worker's base, as of this second; 0 means that nothing bounds it."""
@@ -292,9 +310,12 @@ class Agent:
 
     def _tick(self, now: float) -> None:
         life = self._life
+        self._heed(now)
         if now >= self._fetcher.due:
             self._fetcher.late(now)
-        told = self._desk.tick(now)
+        if now >= life.tries.due:
+            self._happen(life.tries.again())
+        told = self._desk.tick(now, life.watch.tick(now, busy=self._desk.busy))
         if told is not None:
             self._finished(told)
         if now >= life.silence:
@@ -307,7 +328,40 @@ class Agent:
             life.watchdog = now + life.seconds_watchdog
             notify("WATCHDOG=1")
 
+    def _heed(self, now: float) -> None:
+        """Keep to the owner's conditions."""
+        guest, working = self._life.guest, self._session.phase == "working"
+        threads = self._config.worker.threads if working and guest.standing == "present" else 0
+        move = guest.tick(now, threads, self._desk.progress.done)
+        if move is not None:
+            self._moved(move, now)
+        order = self._session.order
+        if order is not None and self._session.phase == "waiting" and now >= guest.hopeless:
+            self._happen(table.Failed(order.id, "busy", f"given back, no time is left to wait: {guest.why}"))
+
+    def _moved(self, move: Move, now: float) -> None:
+        why = self._life.guest.why
+        log.info("conditions: %s%s", _MOVES[move], f": {why}" if why else "", extra={"fields": {"move": move}})
+        match move:
+            case "still":
+                self._desk.still()
+            case "on":
+                self._desk.go_on(now)
+            case "away":
+                self._happen(table.Unmet())
+                if self._life.ready is not None:
+                    self._desk.stop()
+                self._announce()
+            case "back":
+                self._announce()
+                if self._config.worker.mode == "warm":
+                    self._desk.start(now)
+                self._happen(table.Met())
+                self._happen(table.Silence())
+
     def _beat(self) -> None:
+        if self._life.guest.standing == "away":
+            return  # a beat would say that it is here
         if self._grant.changed():
             self._announce()  # the next order is to fit
         order, progress = self._session.order, self._desk.progress
@@ -326,12 +380,15 @@ class Agent:
         """Tell that this device is here, as soon as it knows what it brings."""
         if self._life.ready is None:
             return
-        caps = self._life.caps(self._config, self._granted())
-        presence = Presence(self._config.device, "online", self._session.boot, self._life.seq, caps)
+        away = self._life.guest.standing == "away"
+        caps = None if away else self._life.caps(self._config, self._granted())
+        state: Literal["online", "bye"] = "bye" if away else "online"
+        presence = Presence(self._config.device, state, self._session.boot, self._life.seq, caps)
         topic = topics.presence(self._config.federation, self._config.device)
         self._link.publish(topic, codec.encode(presence), retain=True)
         self._life.beat = time.monotonic()
         notify("READY=1")
+        give_back()
 
     def _signalled(self, number: int, _: FrameType | None) -> None:
         log.info("signal %d: leaving", number)

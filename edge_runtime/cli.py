@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_runtime import __version__, exits
-from wire.errors import ConfigError, DataError, LinkError, NestlingError, StoreError
+from wire.errors import ConfigError, DataError, EnrolmentError, LinkError, NestlingError, StoreError
 
 _EXAMPLES = """\
 examples:
+  edge-runtime enroll TOKEN                  get a key and a certificate, with what `coordinator enroll` printed
   edge-runtime check --config pi.toml        is this machine ready, and what to do if it is not
   edge-runtime run --config pi.toml          take part in the federation until stopped
   edge-runtime plan --config pi.toml --model resnet-18      what this device could train of a model
   edge-runtime predict --config pi.toml --input picture.npy
   edge-runtime keep --config pi.toml         what this device holds of its own
+  edge-runtime termux install --config phone.toml   a service on a phone, from when it is switched on
   edge-runtime export-spec mypkg:factory --input 1,28,28 --out mine.spec   a torch module as a model file
 
 a configuration file, whole:
@@ -31,12 +32,21 @@ a configuration file, whole:
   path = "/home/pi/pictures"
   [memory]
   budget = "96 MiB"
+  [conditions]                    # when it may train; without this table always (docs/conditions.md)
+  charging = true
+  celsius_max = 75
+  hours = ["22:00-06:00"]
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `exits`)."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["run"]:
+        from edge_runtime import frugal
+
+        frugal.put_aside()  # before anything that it is about, and for the agent alone
+    args = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
@@ -55,6 +65,7 @@ def _code(error: NestlingError) -> int:
         (DataError, exits.DATA),
         (LinkError, exits.BROKER),
         (StoreError, exits.DISK),
+        (EnrolmentError, exits.ENROLMENT),
     ):
         if isinstance(error, kind):
             return code
@@ -92,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "keep", "list or wipe what this device holds of its own", "keep --config pi.toml --wipe home", _keep
     )
     keep.add_argument("--wipe", metavar="FEDERATION", help="delete the states of this federation; 'all' for every one")
+    _add_enroll(commands)
     _add_plan(commands)
+    _add_termux(commands)
     export = _command(
         commands,
         "export-spec",
@@ -112,9 +125,33 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=Path, metavar="FILE", help="write the module's own weights here, as safetensors"
     )
     export.add_argument("--name", default="", help="of the model (default: the module's class)")
+    _add_service(commands)
     for command in (check, predict, keep, export):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_enroll(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from edge_runtime import joining
+
+    enroll = _command(commands, "enroll", joining.ABOUT, "", joining.run, config=False)
+    enroll.epilog = joining.EXAMPLES
+    joining.arguments(enroll)
+
+
+def _add_service(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from edge_runtime import service
+
+    install = _command(commands, "install", service.INSTALL, "", _service)
+    uninstall = _command(commands, "uninstall", service.UNINSTALL, "", _service, config=False)
+    service.arguments(install, service.INSTALL_EXAMPLES)
+    service.arguments(uninstall, service.UNINSTALL_EXAMPLES)
+
+
+def _service(args: argparse.Namespace) -> int:
+    from edge_runtime.service.command import install, uninstall
+
+    return install(args) if "config" in args else uninstall(args)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,6 +164,18 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     planning.arguments(added)
     added.set_defaults(command=planning.run)
+
+
+def _add_termux(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from edge_runtime.termux import command
+
+    form = argparse.RawDescriptionHelpFormatter
+    about = f"{command.ABOUT[0].upper()}{command.ABOUT[1:]}."
+    added = commands.add_parser(
+        "termux", help=command.ABOUT, description=about, epilog=command.EXAMPLES, formatter_class=form
+    )
+    command.arguments(added)
+    added.set_defaults(command=command.run)
 
 
 def _command(
@@ -154,14 +203,13 @@ def _command(
 def _run(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
+    from edge_runtime import frugal, logs
     from edge_runtime.config import load
-    from edge_runtime.frugal import without_openssl
 
     config = load(args.config)
-    with nullcontext() if config.broker.url.startswith("mqtts:") else without_openssl():
+    with nullcontext() if config.broker.url.startswith("mqtts:") else frugal.without_openssl():
         from edge_runtime.agent import Agent
-    level = logging.WARNING if args.quiet else logging.INFO
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logs.begin(config.log.form, config.device, quiet=args.quiet)
     Agent(config).run()
     return exits.OK
 

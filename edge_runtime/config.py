@@ -45,10 +45,12 @@ class MemoryConfig:
     Attributes:
         budget: Above the worker's base, as bytes or as text such as ``"48 MiB"``; 0 for what the machine has to give.
         reserve: What must stay available to the rest of the machine.
+        file: File with an amount that counts from the next batch on; default: ``budget`` in the state folder.
     """
 
     budget: int | str = 0
     reserve: int | str = "64 MiB"
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class WorkerConfig:
         threads: Cores that training may use.
         seconds_warm: For ``auto``: how long it is kept.
         seconds_stall: A worker that has shown no progress for so long is killed.
+        socket: Socket of a service manager that starts the worker for each connection; empty to start a child.
+        priority: What an order gets of processor and disk: ``idle`` what nobody else wants, ``low``, or ``normal``.
     """
 
     mode: Literal["auto", "spawn", "warm"] = "auto"
@@ -68,6 +72,52 @@ class WorkerConfig:
     threads: Positive = 1
     seconds_warm: Annotated[float, Limit(0, 86400)] = 60.0
     seconds_stall: Annotated[float, Limit(1, 86400)] = 600.0
+    socket: str = ""
+    priority: Literal["idle", "low", "normal"] = "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionsConfig:
+    """When this device may train; nothing is demanded by default. See `edge_runtime.probes`.
+
+    Attributes:
+        charging: Only when plugged in; a machine without a battery always is.
+        battery_min: Percent that the battery must have.
+        battery_celsius_max: How warm the battery may be.
+        celsius_max: How warm the processor may be.
+        unthrottled: Only while the processor is not held back for want of power or for heat.
+        unmetered: Only on a network that is not paid by volume.
+        metered: Interfaces that are, although they do not look like it: ``["wlan1"]``.
+        load_max: What others may do on this machine, as load per core.
+        hours: When, by this device's clock: ``["22:00-06:00"]``.
+        seconds_settle: How long all must have held before training goes on.
+        seconds_still: How long a worker stands still, with its memory, before it is ended.
+        root: Where /proc and /sys are: in a container, where the machine's own are mounted.
+    """
+
+    charging: bool = False
+    battery_min: Annotated[float, Limit(0, 100)] = 0.0
+    battery_celsius_max: Annotated[float, Limit(0, 100)] = 0.0
+    celsius_max: Annotated[float, Limit(0, 150)] = 0.0
+    unthrottled: bool = False
+    unmetered: bool = False
+    metered: Annotated[tuple[Name, ...], Limit(0, 16)] = ()
+    load_max: Annotated[float, Limit(0, 1000)] = 0.0
+    hours: Annotated[tuple[Annotated[str, Limit(1, 32)], ...], Limit(0, 16)] = ()
+    seconds_settle: Annotated[float, Limit(0, 86400)] = 30.0
+    seconds_still: Annotated[float, Limit(0, 86400)] = 1.0
+    root: str = "/"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What the agent says on stderr.
+
+    Attributes:
+        form: ``plain``, ``logfmt`` or ``json``; ``auto`` is plain on a terminal and logfmt elsewhere.
+    """
+
+    form: Literal["auto", "plain", "logfmt", "json"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +145,8 @@ class Config:
         memory: See `MemoryConfig`.
         worker: See `WorkerConfig`.
         state: See `StateConfig`.
+        conditions: See `ConditionsConfig`.
+        log: See `LogConfig`.
     """
 
     device: Name
@@ -104,11 +156,18 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     state: StateConfig = field(default_factory=StateConfig)
+    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def bytes_budget(self) -> Natural:
         """The memory budget in bytes; 0 for no limit of the owner's."""
         return amount(self.memory.budget, "memory.budget")
+
+    @property
+    def budget_file(self) -> Path:
+        """Where the operator says what an order may take, see `edge_runtime.memory.limit`."""
+        return Path(self.memory.file or Path(self.state.dir) / "budget")
 
     @property
     def bytes_reserve(self) -> Natural:
@@ -129,10 +188,18 @@ def load(path: Path) -> Config:
         amount(config.memory.budget, "memory.budget")
         amount(config.memory.reserve, "memory.reserve")
         amount(config.state.bytes_spool, "state.bytes_spool")
+        _hours(config.conditions)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     folder = Path(config.state.dir).expanduser()
     return dataclasses.replace(config, state=dataclasses.replace(config.state, dir=str(folder)))
+
+
+def _hours(conditions: ConditionsConfig) -> None:
+    if conditions.hours:
+        from edge_runtime.probes.hours import spans  # only who names hours loads what reads them
+
+        spans(conditions.hours)
 
 
 def amount(value: int | str, key: str) -> int:

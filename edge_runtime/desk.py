@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_runtime import exits, priority
 from edge_runtime.config import Config
-from edge_runtime.memory import limit, probe
+from edge_runtime.door import Visit, landed
+from edge_runtime.memory import probe
 from edge_runtime.spawn import command, surroundings
 from wire.child import Child, Ended, Said
-from wire.errors import WorkerLost
+from wire.errors import StoreError, WorkerLost
 from wire.job import Done, Failed, Job, Progress, Ready
 from wire.messages import Reason
 from wire.schema import to_plain
@@ -20,13 +22,18 @@ from wire.schema import to_plain
 log = logging.getLogger("edge_runtime")
 
 NEVER = float("inf")
+_MEBIBYTE = 1 << 20
 TIMINGS = "timings.json"
 """File in the state folder for what workers find out about this device's speed."""
 _SECONDS_RETRY_MAX = 60.0
+_SECONDS_AFRESH = 2.0
+_DOUBLINGS = 6
+_TRIES = 6
+"""How often a socket's worker is asked for before an order is given back: half a minute in all."""
 _BASE_GUESS = 240 << 20
 """What a worker with a loaded engine takes, until one has told: torch on x86-64 and aarch64 measured 220 to 245 MiB."""
-_OUT_OF_MEMORY = frozenset({-9, -11, -7, 3})
-"""Exit codes: the kernel's out-of-memory killer, the two signals that torch dies of at its memory limit, the worker's own."""
+_OUT_OF_MEMORY = frozenset({-9, -11, -7, -6, exits.WORKER_MEMORY})
+"""Exit codes: the kernel's out-of-memory killer, three signals that torch dies of at its memory limit, the worker's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +62,9 @@ class Desk:
         self.problem = ""
         self._config = config
         self._post = post
-        self._child: Child | None = None
+        self._child: Child | Visit | None = None
         self._job: Job | None = None
+        self._sent = False
         self._since = 0.0  # the latest sign of life of a busy worker, or the beginning of idleness
         self._retry = NEVER
         self._failures = 0
@@ -69,10 +77,15 @@ class Desk:
         if self._child is None:
             return self._retry
         if self._job is not None:
-            return self._since + self._config.worker.seconds_stall
+            return NEVER if self._frozen else self._since + self._config.worker.seconds_stall
         if self._config.worker.mode == "auto" and self._ready:
             return self._since + self._config.worker.seconds_warm
         return NEVER
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a job."""
+        return self._job is not None
 
     @property
     def bytes_coming(self) -> int:
@@ -80,7 +93,10 @@ class Desk:
 
         Below 0 where it holds more than that: what an order has taken is there for the next one.
         """
-        held = probe.resident(self._child.pid) if self._child is not None else 0
+        if isinstance(self._child, Visit):
+            held = self._child.bytes_held
+        else:
+            held = probe.resident(self._child.pid) if self._child is not None else 0
         return self._bytes_base - held if self._bytes_base else max(0, _BASE_GUESS - held)
 
     def start(self, now: float) -> None:
@@ -88,31 +104,50 @@ class Desk:
         if self._child is not None:
             return
         worker = self._config.worker
+        self._since = now
+        self._retry = NEVER
+        self._ready = False
+        if worker.socket:
+            self._child = Visit("worker", worker.socket, self._post)
+            return
         argv = command(
             json.dumps(to_plain(self._config.data)),
             engine=worker.engine,
             threads=worker.threads,
             preload=worker.mode == "warm",
             timings=str(Path(self._config.state.dir) / TIMINGS),
-            limit=str(Path(self._config.state.dir) / limit.FILE),
+            limit=str(self._config.budget_file),
             reserve=self._config.bytes_reserve,
         )
-        self._since = now
-        self._retry = NEVER
-        self._ready = False
         self._child = Child("worker", argv, self._post, env=surroundings(worker.threads))
 
     def give(self, job: Job, now: float) -> None:
-        """Have a job done; `take` tells its end."""
+        """Have a job done; `take` tells its end.
+
+        Raises:
+            StoreError: One of its files cannot be opened.
+        """
         self.progress = Progress(0.0, None, 0)
-        self._job = job
+        self._job, self._sent = job, False
         self.start(now)
         self._since = now
+        self.go_on(now)  # a warm one that stands still would not read
+        if isinstance(self._child, Child):  # a unit says it itself: Nice=, CPUSchedulingPolicy=, IOSchedulingClass=
+            priority.lower(self._child.pid, self._config.worker.priority)
+        if self._ready or not self._config.worker.socket:
+            self._send()
+
+    def _send(self) -> None:
         assert self._child is not None
+        assert self._job is not None
+        self._sent = True
         try:
-            self._child.send(job)
+            self._child.send(self._job)
         except WorkerLost:
-            self._child.kill()
+            self._child.kill()  # its end follows
+        except StoreError:
+            self.drop()
+            raise
 
     def take(self, event: Said | Ended, now: float) -> Finished | Ready | None:
         """Take in a worker's word. Words of workers that were given up mean nothing."""
@@ -124,25 +159,47 @@ class Desk:
         frame = event.frame
         if isinstance(frame, Progress):
             self.progress = frame
-        elif isinstance(frame, Ready):
+            return self._measured(frame)
+        if isinstance(frame, Ready):
             self._ready, self._failures = True, 0
             if self._config.worker.mode == "warm":
                 self._bytes_base = max(self._bytes_base, frame.bytes_base)
-            return frame
-        elif isinstance(frame, (Done, Failed)):
+            return self._late(frame)
+        if isinstance(frame, (Done, Failed)):
             if self._job is None:
                 self.problem = frame.detail if isinstance(frame, Failed) else ""
                 return None
             job, self._job = self._job, None
-            if isinstance(frame, Done) and frame.usage.engine:
-                self._bytes_base = frame.usage.bytes_base
-            if self._config.worker.mode == "spawn" or not self._affordable():
+            if isinstance(frame, Done):
+                frame = landed(frame, job) if isinstance(self._child, Visit) else frame
+                self._bytes_base = frame.usage.bytes_base if frame.usage.engine else self._bytes_base
+            broken = isinstance(frame, Failed) and frame.reason in ("oom", "crash")  # it is about to end
+            if self._config.worker.mode == "spawn" or broken or not self._affordable():
                 self.stop()
+                self._retry = now + _SECONDS_AFRESH if self._config.worker.mode == "warm" else NEVER
             return Finished(job, frame)
         return None
 
-    def tick(self, now: float) -> Finished | None:
-        """Let an idle worker go, kill a stalled one, or try again to start one that had ended."""
+    def _late(self, ready: Ready) -> Finished | Ready:
+        """Hand over the job that a worker behind a socket was started for."""
+        if self._job is None or self._sent:
+            return ready
+        job = self._job
+        try:
+            self._send()
+        except StoreError as error:
+            return Finished(job, Failed("data", str(error), 0, 0))
+        return ready
+
+    def tick(self, now: float, breach: str = "") -> Finished | None:
+        """Let an idle worker go, kill a stalled one, or try again to start one that had ended.
+
+        Args:
+            now: On the monotonic clock.
+            breach: Why a busy one must end at once, for want of memory; empty when it need not.
+        """
+        if breach and self._job is not None:
+            return self._cut_off(self._job, "oom", breach)
         if now < self.due:
             return None
         if self._child is None:
@@ -151,10 +208,21 @@ class Desk:
         if self._job is None:
             self.stop()
             return None
-        job, self._job = self._job, None
-        self.stop()
         detail = f"no progress for {self._config.worker.seconds_stall:g} s; the worker was killed"
-        return Finished(job, Failed("stalled", detail, 0, self.progress.bytes_peak))
+        return self._cut_off(self._job, "stalled", detail)
+
+    def _measured(self, progress: Progress) -> Finished | None:
+        """Kill a worker that takes more than its job allows: the wall around it is wider, as it counts more."""
+        job, peak = self._job, progress.bytes_peak
+        if job is None or not 0 < job.bytes_budget < peak:
+            return None
+        detail = f"it took {peak / _MEBIBYTE:.1f} MiB of the {job.bytes_budget / _MEBIBYTE:.1f} MiB that it may"
+        return self._cut_off(job, "oom", f"{detail}; the worker was killed")
+
+    def _cut_off(self, job: Job, reason: Reason, detail: str) -> Finished:
+        self._job = None
+        self.stop()
+        return Finished(job, Failed(reason, detail, 0, self.progress.bytes_peak))
 
     def drop(self) -> None:
         """Give the job in hand up; a worker that is in the middle of it is killed."""
@@ -162,13 +230,32 @@ class Desk:
             self._job = None
             self.stop()
 
+    def still(self) -> None:
+        """Let a worker stand still in the middle of its job. One behind a socket cannot, and goes on until `drop`."""
+        if self._job is not None and isinstance(self._child, Child):
+            self._child.freeze()
+
+    def go_on(self, now: float) -> None:
+        """Let it go on."""
+        if isinstance(self._child, Child) and self._child.frozen:
+            self._since = now
+            self._child.thaw()
+
+    @property
+    def _frozen(self) -> bool:
+        return isinstance(self._child, Child) and self._child.frozen
+
     def stop(self) -> None:
-        """End the worker."""
+        """End the worker; its memory is free when this returns, where the kernel can do that."""
         self._retry = NEVER
-        if self._child is not None:
-            self._child.kill()
-            self._child.close()
-            self._child = None
+        child, self._child = self._child, None
+        if isinstance(child, Child):
+            child.kill()
+            priority.release(child.pid)
+            child.let_go()  # in the idle class, its end may take longer than the watchdog waits
+        elif child is not None:
+            child.kill()
+            child.close()
 
     def _affordable(self) -> bool:
         """Whether memory allows to keep the worker: what it holds must not eat into the reserve."""
@@ -179,10 +266,14 @@ class Desk:
         assert self._child is not None
         self._child.close()
         self._child = None
+        if self._job is not None and not self._sent and self._failures < _TRIES:
+            self._failures += 1  # the unit before may still be going away, and then no other is let in
+            self._retry = now + 2.0**self._failures / 4
+            return None
         job, self._job = self._job, None
         if job is None:
             self._failures += 1
-            seconds = min(_SECONDS_RETRY_MAX, 2.0**self._failures)
+            seconds = min(_SECONDS_RETRY_MAX, 2.0 ** min(self._failures, _DOUBLINGS))
             if self._config.worker.mode == "warm" or not self._ready:
                 self._retry = now + seconds
             log.warning(

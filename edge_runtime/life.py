@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import IO
 
 from edge_runtime import __version__
-from edge_runtime.config import Config
+from edge_runtime.config import ConditionsConfig, Config
 from edge_runtime.engines import available
+from edge_runtime.guest import Guest
+from edge_runtime.memory.watch import Watch
+from edge_runtime.renewal import Renewal
+from edge_runtime.retry import Tries
 from wire.errors import ConfigError, StoreError
 from wire.job import Ready
-from wire.link import Address
+from wire.link import Address, Will
+from wire.link.mqtt import MqttLink
 from wire.messages import Caps, Lead
 
 NEVER = float("inf")
 _CLIENT_ID_MAX = 128
+_SECONDS_SESSION = 86_400
+_SECONDS_KEEPALIVE = 30.0
 
 
 class Life:
@@ -35,10 +42,18 @@ class Life:
         beat: When the next sign of life is due.
         watchdog: When systemd's watchdog is to be fed.
         seconds_watchdog: How often.
+        guest: Whether the owner's conditions hold.
+        renewal: What replaces this device's certificate in time; None before `link`.
+        tries: How often the order in hand was tried.
+        watch: Sees when the machine runs out of memory.
     """
 
-    def __init__(self, seq: int) -> None:
+    def __init__(self, seq: int, guest: Guest | None = None) -> None:
         self.seq = seq
+        self.guest = guest or Guest(ConditionsConfig())
+        self.renewal: Renewal | None = None
+        self.tries = Tries()
+        self.watch = Watch(0)
         self.ready: Ready | None = None
         self.leaving = False
         self.keepalive = 20.0
@@ -50,7 +65,25 @@ class Life:
     @property
     def due(self) -> float:
         """The earliest of the timers."""
-        return min(self.silence, self.beat, self.watchdog)
+        return min(self.silence, self.beat, self.watchdog, self.guest.due, self.tries.due, self.watch.due)
+
+    def link(self, config: Config, will: Will) -> MqttLink:
+        """Prepare the agent's link; its certificate is looked after from then on, in `next`.
+
+        Raises:
+            ConfigError: The broker's address or files cannot be used.
+        """
+        where = address(config)
+        made = MqttLink(
+            where, client_id(config), session_seconds=_SECONDS_SESSION, keepalive=_SECONDS_KEEPALIVE, will=will
+        )
+        self.renewal = Renewal(config, where, made)
+        self.watch = Watch(config.bytes_reserve)
+        return made
+
+    def next(self, link: MqttLink, timeout: float) -> object | None:
+        """Give the link's next event that is the agent's business."""
+        return link.next(timeout) if self.renewal is None else self.renewal.next(timeout)
 
     def led(self, lead: Lead) -> None:
         """Take over a coordinator's keepalive."""

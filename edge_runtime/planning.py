@@ -1,18 +1,19 @@
-"""`edge-runtime plan`: which part of a model this device could train, and why no larger one."""
+"""`edge-runtime plan`: which part of a model this device could train, and why no larger one.
+
+Light until it runs: every `edge-runtime` command loads it, the agent's too.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_runtime.config import load
-from edge_runtime.memory import candidates as parts
-from edge_runtime.memory import limit, probe
-from edge_runtime.memory.candidates import Candidate
-from wire import zoo
 from wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edge_runtime.memory.candidates import Candidate
 
 ABOUT = "which part of a model this device could train, and why no larger one"
 EXAMPLES = """\
@@ -50,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: A flag, the configuration or the model cannot be used.
     """
+    import dataclasses
+
     from edge_runtime import exits
+    from edge_runtime.memory import candidates as parts
+    from wire import zoo
 
     spec = zoo.load(args.model)
     recipe = parts.recipe_of(args.batch, args.momentum, args.clip, adam=args.adam)
@@ -69,18 +74,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> tuple[int, str]:
-    from edge_runtime.config import amount
+    from edge_runtime.config import amount, load
+    from edge_runtime.memory import limit, probe
 
     if args.budget:
         return amount(args.budget, "--budget"), "--budget"
     if args.config is None:
         raise ConfigError('give --config FILE, for what this device grants, or --budget "48 MiB"')
     config = load(args.config)
-    told = limit.said(Path(config.state.dir) / limit.FILE)
+    told = limit.said(config.budget_file)
     configured = min((most for most in (config.bytes_budget, told) if most), default=0)
     granted = probe.budget(configured, config.bytes_reserve)
     if configured and granted == configured:
-        whence = f"the file {limit.FILE} in {config.state.dir}" if told == configured else "[memory] budget"
+        file = config.budget_file
+        whence = f"the file {file.name} in {file.parent}" if told == configured else "[memory] budget"
     else:
         whence = "what is free now less [memory] reserve"
     return granted, whence

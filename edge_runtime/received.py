@@ -12,6 +12,7 @@ from edge_runtime.engines.arrays import Floats
 from wire.entries import Entry
 from wire.errors import Malformed
 from wire.maskfile import WHOLE, Held
+from wire.norms import OWN, own_shapes
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, parameter_count
 from wire.structure import shell_blocks, views_of
 from wire.tensor import Blob, open_blob
@@ -26,7 +27,8 @@ class Received:
     """The weights of one width, in shells.
 
     A shell says in its meta which capacity it is (``capacity``); where it does not, its place in the list counts. With masks
-    there is one shell, of values alone, and arrays are the kept values in C order.
+    there is one shell, of values alone, and arrays are the kept values in C order. The running statistics are those that the
+    width has of its own, where its shell has any (`wire.norms`).
     """
 
     def __init__(self, spec: ModelSpec, structure: Structure, shells: Sequence[str], held: Held = WHOLE) -> None:
@@ -54,11 +56,37 @@ class Received:
             Malformed: A shell lacks a tensor, or has another length than the structure says.
         """
         self._pour(arrays, np.copyto)
+        for name, own in self.norms(self._structure.capacity).items():
+            np.copyto(arrays[name], own)
+
+    def norms(self, capacity: int) -> dict[str, Floats]:
+        """Give copies of the running statistics that a width has of its own; nothing where its shell has none.
+
+        Raises:
+            Malformed: They are not of this model's norms, or of another length than the structure says.
+        """
+        path = self._shells.get(capacity)
+        if path is None or self._held.masks:
+            return {}
+        with self._opened(path) as blob:
+            names = [name for name in blob.names if name.startswith(OWN)]
+            shapes = own_shapes(self._spec, self._structure.narrowed(capacity)) if names else {}
+            found = {}
+            for name in names:
+                entry, shape = blob.entry(name), shapes.get(name.removeprefix(OWN))
+                if entry.shape != shape or entry.dtype != "float32" or entry.encoding != "dense":
+                    said = f"{entry.encoding} {entry.dtype}{entry.shape}"
+                    raise Malformed(f"a shell's tensor {name!r} is {said}, expected dense float32{shape}", "$.shells")
+                found[name.removeprefix(OWN)] = blob.tensor(name).copy()
+        return found
 
     def subtract_from(self, arrays: Mapping[str, Floats]) -> None:
         """Take the weights away from compact arrays, or lines of kept values, in place; same errors as `fill`."""
         if not self._held.masks:
+            moves = {name: arrays[name] - own for name, own in self.norms(self._structure.capacity).items()}
             self._pour(arrays, _subtract)
+            for name, move in moves.items():
+                np.copyto(arrays[name], move)
             return
         for name, values in self.lines():
             np.subtract(arrays[name], values.reshape(arrays[name].shape), out=arrays[name])

@@ -6,15 +6,22 @@ phase        event                becomes      effects
 any          `Ordered`, new       fetching     `Forget` the old one, `Fetch`
 any          `Ordered`, older     same
 any          `Ordered`, ended     same         (a late copy; done again, its Keep would be promoted twice)
+any          `Ordered`, unmet     refusing     `Forget` the old one, `Refuse`: the owner's conditions do not hold
 fetching     `Ordered`, same      fetching     (it is being worked on)
 working      `Ordered`, same      working
 offering     `Ordered`, same      offering     `Offer` again
+waiting      `Ordered`, same      waiting
 refusing     `Ordered`, same      refusing     `Refuse` again
 fetching     `Fetched`            working      `Work`
 working      `Worked`             offering     `Offer`
+working      `Again`              working      `Work`: a worker ran out of memory, a fresh one tries something smaller
 fetching     `Failed`             refusing     `Refuse`
 working      `Failed`             refusing     `Refuse`
 offering     `Failed`             refusing     `Refuse` (the update's file was lost)
+fetching     `Unmet`              waiting      `Hold`: no traffic, no worker, no memory
+working      `Unmet`              waiting      `Hold`
+waiting      `Met`                fetching     `Fetch` what is not here yet; the work begins anew
+waiting      `Failed`             refusing     `Refuse` (the order is given back)
 offering     `Acked` more         offering     `Push` on from what is durable there
 any but idle `Acked` committed    idle         `Promote` the Keep, `Forget` (in other phases than offering, an earlier
                                                life's reply was counted: there is nothing left to do)
@@ -37,14 +44,20 @@ from typing import Literal
 
 from wire.messages import Ack, Cancel, Lead, Order, Reason, Refusal, Reply
 
-Phase = Literal["idle", "fetching", "working", "offering", "refusing"]
+Phase = Literal["idle", "fetching", "working", "waiting", "offering", "refusing"]
 
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """The coordinator asks."""
+    """The coordinator asks.
+
+    Attributes:
+        order: For what.
+        unmet: Which of the owner's conditions does not hold now; empty when all do.
+    """
 
     order: Order
+    unmet: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,13 @@ class Worked:
     """The worker has an answer."""
 
     reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The order may be worked on once more."""
+
+    order: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +118,17 @@ class Silence:
     """Nobody has answered our offer or refusal for a while."""
 
 
-Event = Ordered | Fetched | Worked | Failed | Acked | Cancelled | Led | Silence
+@dataclass(frozen=True, slots=True)
+class Unmet:
+    """The owner's conditions no longer hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """They hold again."""
+
+
+Event = Unmet | Met | Ordered | Fetched | Worked | Again | Failed | Acked | Cancelled | Led | Silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +180,14 @@ class Forget:
     order: str
 
 
-Effect = Fetch | Work | Offer | Push | Refuse | Promote | Forget
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Stop working on the order, but keep it: what was fetched, and its place."""
+
+    order: str
+
+
+Effect = Hold | Fetch | Work | Offer | Push | Refuse | Promote | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +242,8 @@ def step(session: Session, event: Event) -> Step:
             return _fetched(session, event)
         case Worked():
             return _worked(session, event)
+        case Again(order=order_id) if session.order is not None and session.order.id == order_id:
+            return session, (Work(session.order),) if session.phase == "working" else ()
         case Failed():
             return _failed(session, event)
         case Acked():
@@ -215,6 +254,12 @@ def step(session: Session, event: Event) -> Step:
             return _led(session, event)
         case Silence():
             return session, _again(session)
+        case Unmet() if session.order is not None and session.phase in ("fetching", "working"):
+            return replace(session, phase="waiting"), (Hold(session.order.id),)
+        case Met() if session.order is not None and session.phase == "waiting":
+            return replace(session, phase="fetching"), (Fetch(session.order),)
+        case _:
+            return session, ()
 
 
 def _ordered(session: Session, event: Ordered) -> Step:
@@ -226,6 +271,10 @@ def _ordered(session: Session, event: Ordered) -> Step:
     if held is not None and held.run == order.run and held.round > order.round:
         return session, ()
     forget = () if held is None else (Forget(held.id),)
+    if event.unmet:
+        taken = replace(session.idle, phase="fetching", order=order)
+        refusing, effects = _failed(taken, Failed(order.id, "busy", event.unmet))
+        return refusing, (*forget, *effects)
     return replace(session.idle, phase="fetching", order=order), (*forget, Fetch(order))
 
 

@@ -13,7 +13,7 @@ It is looked at between two batches, so that a step that has begun is the last a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats
@@ -24,6 +24,9 @@ from wire.structure import cut
 
 Room = Callable[[float], int]
 """Bytes above base that an order may take by now, given the fraction of it that is done; 0 for what it was granted."""
+
+Own = Callable[[int], Mapping[str, Floats]]
+"""The running statistics of norms that a width has of its own, by its capacity."""
 
 _MEBIBYTE = 1 << 20
 
@@ -43,7 +46,7 @@ class Squeezed:
         micro_batch: Samples that go through the model at once.
     """
 
-    __slots__ = ("_engine", "_price", "_room", "_settle", "at", "bytes_budget", "bytes_needed", "micro_batch")
+    __slots__ = ("_engine", "_own", "_price", "_room", "_settle", "at", "bytes_budget", "bytes_needed", "micro_batch")
 
     def __init__(
         self,
@@ -52,6 +55,8 @@ class Squeezed:
         price: Callable[[Structure, int], int],
         settle: Callable[[int, int], None],
         granted: tuple[int, int, int],
+        *,
+        own: Own | None = None,
     ) -> None:
         """Watch an order that fits as it is.
 
@@ -61,11 +66,13 @@ class Squeezed:
             price: Predicts what a width takes with a micro-batch, margin included.
             settle: Called with the new budget and the micro-batch after a cut.
             granted: The order's budget, what it is predicted to take, and its micro-batch.
+            own: Gives what a width begins with in place of a slice.
         """
         self._engine = engine
         self._room = room
         self._price = price
         self._settle = settle
+        self._own = own
         self.at: float | None = None
         self.bytes_budget, self.bytes_needed, self.micro_batch = granted
 
@@ -91,6 +98,8 @@ class Squeezed:
             if self.bytes_needed <= room:
                 if structure != now:
                     narrow(self._engine, structure, held)
+                    for name, array in (self._own(structure.capacity) if self._own else {}).items():
+                        self._engine.params[name][...] = array
                 self.at = done if self.at is None else self.at
                 self.micro_batch = micro_batch
                 self._settle(room, micro_batch)

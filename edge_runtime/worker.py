@@ -1,7 +1,7 @@
 """The worker: one order in, one answer out.
 
-`perform` is a plain function, and simulation calls it in its own process. Around it stands a thin process that reads
-job frames from its standard input and writes frames to its standard output. It is the only road from an agent to an
+`perform` is a plain function, and simulation calls it in its own process. Around it stands a thin process that takes
+jobs at its door (`edge_runtime.door`) and writes frames to its standard output. It is the only road from an agent to an
 engine: its memory truly goes back to the system when it ends, and its crash is an event to the agent, not the end of
 it.
 """
@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
-from edge_runtime import calibrate, personal, rules
+from edge_runtime import calibrate, exits, personal, rules
 from edge_runtime.data import Dataset, Source, load
+from edge_runtime.door import Pipe, Reception, entrance
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
@@ -44,14 +43,13 @@ from wire.errors import (
     BudgetExceeded,
     DataError,
     DeviceError,
-    Malformed,
     NestlingError,
     NonFinite,
     PeerError,
     SpecError,
     Unsupported,
 )
-from wire.job import Done, Failed, Job, Progress, Ready, read_frame, write_frame
+from wire.job import Done, Failed, Job, Progress, Ready, write_frame
 from wire.maskfile import Held, read_masks
 from wire.memory import Prediction
 from wire.messages import Reason, Usage
@@ -182,7 +180,7 @@ class _Work:
             self.process.gauge.begin(engine)
             wall(self.job.bytes_budget)
 
-    def squeezed(self, engine: Engine) -> Squeezed:
+    def squeezed(self, engine: Engine, received: Received) -> Squeezed:
         """Keep an order that is about to be trained within what it may take."""
         dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
 
@@ -197,7 +195,8 @@ class _Work:
                 self.process.gauge.begin(engine.name)
                 wall(room, self.process.gauge.bytes_mapped)
 
-        return Squeezed(engine, self.room, bound, settle, (self.bytes_budget, self.predicted.bound, self.micro_batch))
+        granted = (self.bytes_budget, self.predicted.bound, self.micro_batch)
+        return Squeezed(engine, self.room, bound, settle, granted, own=received.norms)
 
 
 def _train(work: _Work) -> Done:
@@ -238,7 +237,7 @@ def _trained(
         metrics["accuracy.before"], metrics["loss.before"] = score(engine, test, micro_batch)
     own = personal.own(work.job.keep, spec, structure)
     engine.seed(order.recipe.seed, order.round)
-    squeeze = work.squeezed(engine)
+    squeeze = work.squeezed(engine, received)
     trained = rule.train(
         rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own, squeeze)
     )
@@ -282,10 +281,10 @@ def _evaluate(work: _Work) -> Done:
     widest = max(order.structures, key=lambda s: s.capacity)
     test = part_of(spec, work.data, "test")
     batch = _micro_batch(work, spec)
-    engine, _, _ = _loaded(work, spec, widest, batch)
+    engine, received, _ = _loaded(work, spec, widest, batch)
     metrics: dict[str, float] = {}
     for done, structure in enumerate(sorted(order.structures, key=lambda s: s.capacity), 1):
-        width = engine if structure == widest else engine.narrow(structure)
+        width = engine if structure == widest else engine.narrow(structure, received.norms(structure.capacity))
         accuracy, loss = score(width, test, batch)
         metrics[f"accuracy.{structure.capacity}"], metrics[f"loss.{structure.capacity}"] = accuracy, loss
         work.tell(done / len(order.structures), loss)
@@ -297,10 +296,11 @@ def _calibrate(work: _Work) -> Done:
     spec = read_spec(work.job.spec)
     x, _ = part_of(spec, work.data, "train")
     batch = _micro_batch(work, spec)
-    engine, _, _ = _loaded(work, spec, structure, batch)
-    moves = calibrate.observed(engine, x, batch, np.random.default_rng([order.recipe.seed, order.round]), work.tell)
+    engine, received, _ = _loaded(work, spec, structure, batch)
+    seeds = order.recipe.seed, order.round
+    seen = calibrate.observed(engine, received.norms, x, batch, seeds=seeds, tell=work.tell)
     path = Path(work.job.out) / f"{order.id}.update"
-    ref = write_blob(path, "update", moves)
+    ref = write_blob(path, "update", seen)
     return Done(structure, str(path), ref, "", "", len(x), {}, work.usage(engine.name))
 
 
@@ -352,7 +352,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--reserve", type=int, default=0, help="bytes that must stay available; 0: do not look")
     parser.add_argument("--preload", action="store_true", help="load the engine before the first order")
     options = parser.parse_args(words)
-    orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    orders, answers = entrance(), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the frames
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -362,7 +362,7 @@ def main(words: Sequence[str] | None = None) -> int:
             warm(options.engine, options.threads, options.timings)
     except (NestlingError, ValueError) as error:
         write_frame(answers, Failed("data" if isinstance(error, DataError) else "unsupported", str(error)[:2000], 0, 0))
-        return 2
+        return exits.WORKER_UNFIT
     gauge = Gauge()
     shape = tuple(data.input_shape)
     write_frame(answers, Ready(options.engine, gauge.bytes_base, len(data.train[0]), data.classes, shape))
@@ -372,20 +372,18 @@ def main(words: Sequence[str] | None = None) -> int:
     return _serve(orders, answers, work, gauge)
 
 
-def _serve(orders: IO[bytes], answers: IO[bytes], work: Callable[..., Done | Failed], gauge: Gauge) -> int:
-    while (job := read_frame(orders)) is not None:
-        if not isinstance(job, Job):
-            raise Malformed(f"a worker was sent a {type(job).__name__}")
+def _serve(orders: Pipe | Reception, answers: IO[bytes], work: Callable[..., Done | Failed], gauge: Gauge) -> int:
+    while (job := orders.take()) is not None:
         try:
             answer = work(job, report=lambda progress: write_frame(answers, progress))
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent hears it before this process ends
             traceback.print_exc()
             write_frame(answers, Failed("crash", f"{type(error).__name__}: {error}"[:2000], 0, gauge.peak()))
-            return 1
+            return exits.WORKER_CRASHED
         write_frame(answers, answer)
         if isinstance(answer, Failed) and answer.reason == "oom":
-            return 3  # what is mapped by then is never given back; the next order deserves a fresh process
-    return 0
+            return exits.WORKER_MEMORY  # what is mapped is never given back: the next order gets a fresh process
+    return exits.WORKER_OK
 
 
 if __name__ == "__main__":

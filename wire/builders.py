@@ -1,8 +1,8 @@
 """Families of models as data, from their layers' sizes. Hidden channels are prunable; inputs and classes are not.
 
-Where a paper has batch norm these have group norm of one group, whose statistics are of one sample: nothing runs along that
-a federation would have to average, batches of one train, and cut channels leave no trace. It has as many weights, and
-convolutions before it keep their biases.
+Where a paper has batch norm most of these have group norm of one group, whose statistics are of one sample: nothing runs
+along that a federation would have to average, batches of one train, and cut channels leave no trace. It has as many weights,
+and convolutions before it keep their biases.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Conv:
         padding: On every side.
         pool: Side and stride of the max pool behind it; 0 for none.
         stride: Of the kernel.
+        norm: ``batch`` for a batch norm before the ReLU; empty for none.
     """
 
     channels: int
@@ -35,6 +36,7 @@ class Conv:
     padding: int = 1
     pool: int = 0
     stride: int = 1
+    norm: Literal["", "batch"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,18 @@ class Draft:
         self.nodes.append(Node(name, "group_norm", (self.last,), params, {"groups": 1}))
         self.last = name
 
+    def batch_norm(self, name: str) -> None:
+        """Append a batch norm, whose running mean and variance are tensors too."""
+        inits: dict[str, Literal["zeros", "ones"]] = {
+            "weight": "ones",
+            "bias": "zeros",
+            "mean": "zeros",
+            "variance": "ones",
+        }
+        self.tensors += [TensorSpec(f"{name}.{role}", (self.axis,), init) for role, init in inits.items()]
+        self.nodes.append(Node(name, "batch_norm", (self.last,), {role: f"{name}.{role}" for role in inits}))
+        self.last = name
+
     def residual(self, name: str, out: AxisGroup, stride: int) -> None:
         """Append a basic block of He et al. (CVPR 2016): two 3x3 convolutions, and around them nothing or a 1x1."""
         before = (self.last, self.axis, self.shape)
@@ -226,6 +240,8 @@ def cnn(name: str, input_shape: Shape, classes: int, convs: Sequence[Conv], hidd
     draft = _picture(name, input_shape) if len(input_shape) != 2 else Draft(input_shape, Axis("", input_shape[0]))
     for place, conv in enumerate(convs, 1):
         draft.convolve(f"conv{place}", AxisGroup(f"conv{place}", conv.channels), conv.kernel, conv.padding, conv.stride)
+        if conv.norm:
+            draft.batch_norm(f"norm{place}")
         draft.node(f"relu{place}", "relu", draft.shape)
         if conv.pool:
             pooled = (conv.channels, *(side // conv.pool for side in draft.shape[1:]))

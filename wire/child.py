@@ -7,6 +7,7 @@ sees a child's word as one more event. The child dies with its parent: it asks t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -56,7 +57,13 @@ class Ended:
 
 
 class Child:
-    """One child process and its two streams. Cost: one thread that sleeps in read."""
+    """One child process and its two streams. Cost: one thread that sleeps in read.
+
+    Attributes:
+        name: For its events.
+        pid: Of its process.
+        frozen: It stands still.
+    """
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class Child:
             also: Dataclasses that it may send besides the frames of a worker.
         """
         self.name = name
+        self.frozen = False
         self._also = also
         self._process = subprocess.Popen(
             [sys.executable, "-m", *argv],
@@ -107,6 +115,22 @@ class Child:
     def kill(self) -> None:
         """End it at once; `Ended` follows."""
         self._process.kill()
+
+    def freeze(self) -> None:
+        """Let it stand still where it is, with all that it holds; `thaw` or `kill` end that."""
+        self._process.send_signal(signal.SIGSTOP)
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+        self.frozen = False
+
+    def let_go(self) -> None:
+        """Forget it without waiting for its end, which the feeder sees to; after `kill`, for owners that must not wait."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
 
     def close(self, seconds: float = 2.0) -> None:
         """Let it end by itself, kill it if it does not, and reap it."""

@@ -26,6 +26,9 @@ KINDS: dict[str, type[Any]] = {
     "ack": messages.Ack,
     "need": messages.Need,
     "cancel": messages.Cancel,
+    "csr": messages.Csr,
+    "cert": messages.Cert,
+    "signed": messages.Signed,
 }
 """The word in ``k`` to the class of the message; topics use the same words."""
 

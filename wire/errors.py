@@ -18,6 +18,13 @@ NestlingError
 ├── DeviceError       this device
 │   ├── BudgetExceeded  the work does not fit the memory that was granted
 │   └── WorkerLost      the training process ended without an answer
+├── EnrolmentError    a device does not get a certificate; the operator can do something about it
+│   ├── InvitationExpired
+│   ├── InvitationUsed
+│   ├── InvitationUnknown
+│   ├── WrongName       the invitation or the certificate is for another device
+│   ├── WrongAuthority  who answers is not who invited: somebody may stand in between
+│   └── ClockWrong      certificates are not valid at what this machine takes for now
 └── StoreError        this machine's disk: spool, journal or Keep cannot be read or written
 """
 
@@ -121,6 +128,36 @@ class BudgetExceeded(DeviceError):
 
 class WorkerLost(DeviceError):
     """The training process ended without an answer."""
+
+
+class EnrolmentError(NestlingError):
+    """A device does not get a certificate; the text says what the operator can do."""
+
+    blame = "operator"
+
+
+class InvitationExpired(EnrolmentError):
+    """The invitation's time is over."""
+
+
+class InvitationUsed(EnrolmentError):
+    """The invitation has been used, by a key that is not this one."""
+
+
+class InvitationUnknown(EnrolmentError):
+    """The coordinator knows no such invitation, or not any more."""
+
+
+class WrongName(EnrolmentError):
+    """The invitation or the certificate is for a device of another name."""
+
+
+class WrongAuthority(EnrolmentError):
+    """Who answers cannot show the authority that the invitation names."""
+
+
+class ClockWrong(EnrolmentError):
+    """By this machine's clock a certificate is not valid yet, or no longer."""
 
 
 class StoreError(NestlingError):

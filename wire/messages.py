@@ -19,6 +19,9 @@ MESSAGE_BYTES = 65_536
 PIECE_BYTES = 61_440
 PIECES_MAX = 262_144
 
+ORDER = b"nestling order\0"
+"""What stands before an order's bytes when they are signed, so that the signature is good for nothing else."""
+
 Verb = Literal["train", "score", "calibrate", "evaluate"]
 Form = Literal["", "bfloat16", "float16", "int8"]
 Loss = Literal["cross_entropy", "binary_cross_entropy", "sum"]
@@ -81,7 +84,8 @@ class Presence:
 
     Attributes:
         device: Its name, which is also its user name at the broker.
-        state: ``online``, ``lost`` (advisory: the same boot may come back) or ``bye`` (left on purpose).
+        state: ``online``, ``lost`` (advisory: the same boot may come back) or ``bye`` (takes no orders: it left on purpose,
+            or its owner's conditions do not hold now; the same boot may come back then too).
         boot: Random name of this life of the agent.
         seq: Grows with every life; of two presences the higher one counts, whatever their order of arrival.
         caps: Present when online.
@@ -293,6 +297,56 @@ class Cancel:
 
     order: Token
     why: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Csr:
+    """A device asks for a certificate: by invitation at first, over its own link from then on.
+
+    Attributes:
+        device: Its name.
+        csr: The request, PKCS #10 in DER: a P-256 key, the name as common name.
+        secret: The invitation's; empty over the device's own link.
+    """
+
+    device: Name
+    csr: Annotated[bytes, Limit(1, 4096)]
+    secret: Annotated[bytes, Limit(0, 64)] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Cert:
+    """The coordinator's answer to a request for a certificate.
+
+    Attributes:
+        request: SHA-256 of the request's DER.
+        state: ``granted``, or why not: the invitation is ``expired``, ``used`` or ``unknown``; it or the certificate is
+            for another ``name``; the last certificate is too fresh to be replaced (``early``); no request (``malformed``).
+        certificate: PEM; empty unless granted.
+        seconds: How long it is valid from now on.
+        detail: For people.
+    """
+
+    request: Digest
+    state: Literal["granted", "expired", "used", "unknown", "name", "early", "malformed"]
+    certificate: Annotated[bytes, Limit(0, 16384)] = b""
+    seconds: Amount = 0.0
+    detail: Text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """An order with the signature of the coordinator's authority: a broker can carry it and not make it.
+
+    Attributes:
+        body: The bytes of an `Order` message.
+        signer: Certificate of the key that signed, DER.
+        signature: Ed25519, over ``nestling order`` and a zero byte and the body.
+    """
+
+    body: Annotated[bytes, Limit(1, 63_000)]
+    signer: Annotated[bytes, Limit(1, 2048)]
+    signature: Annotated[bytes, Limit(64, 64)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,12 @@ MODELS: Mapping[str, Entry] = {
         10,
         _cnn((Conv(32), Conv(64, pool=2)), 1536),
     ),
+    "digits-cnn-bn": Entry(
+        "three 3x3 convolutions with batch norms for 8x8 digits: 16 thousand weights",
+        (1, 8, 8),
+        10,
+        _cnn((Conv(16, norm="batch"), Conv(32, pool=2, norm="batch"), Conv(32, pool=2, norm="batch"))),
+    ),
     "lenet-300-100": Entry("the classic perceptron for 28x28 digits", (784,), 10, _mlp(300, 100)),
     "lenet-5": Entry(
         "the classic small convolutional network for 28x28 digits, with ReLU and max pools",

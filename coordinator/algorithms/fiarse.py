@@ -26,6 +26,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Levels, State
+from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.masks import (
     NEVER,
     capacities_of,
@@ -48,14 +49,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "sizes": "0.015625 0.0625 0.25 1",
         "by": "model",
         "server": 1.0,
-        "schedule": "constant",
+        **TRAINING,
         "recipe.rule": "fiarse",
-        "recipe.epochs": 2.0,
-        "recipe.batch": 32.0,
-        "recipe.rate": 0.1,
-        "recipe.momentum": 0.9,
-        "recipe.decay": 0.0,
-        "recipe.clip": 2.0,
     }
 )
 """Names of all parameters with their defaults; the sizes are the paper's."""

@@ -5,6 +5,8 @@ Horvath et al., "FjORD: Fair and Accurate Federated Learning under heterogeneous
 * Channels stand in the order of their index: width p keeps the first ``ceil(p C)`` of every prunable layer (section 3.1).
 * A device draws a width for every batch (see the rule `fjord`); the parameter ``recipe.distil`` is the paper's
   self-distillation, and 1 by default.
+* Batch norms have running statistics of their own for each width, as in the paper, with ``calibrate``
+  (`coordinator.blocks.norms`).
 * What a width has beyond the next narrower one becomes the mean, by samples, over the devices whose width has it
   (algorithm 1, line 14). The paper's code writes blocks from the largest width inward, each over the one before, which is the
   same.
@@ -21,7 +23,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate, momentum
+from coordinator.blocks import aggregate, momentum, norms
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.widths import fractions_of, structures_of, widest
 from coordinator.recipes import merged, recipe_of, scheduled
@@ -32,6 +34,7 @@ ABOUT = About("Horvath et al., NeurIPS 2021", "baseline", "tests/unit/test_fjord
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         "fractions": "0.2 0.4 0.6 0.8 1",
+        **norms.CALIBRATE,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "fjord",
@@ -54,6 +57,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     widths = widths_of(spec, fractions_of(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fjord needs some, fedavg does not")
+    norms.check(spec, known)
     still = momentum.still(spec, weights, known)
     return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known}, still)
 
@@ -64,6 +68,8 @@ def plan(
     """See `coordinator.algorithm.Algorithm.plan`: each device the widest structure that it can hold."""
     params, structures = state.scalars["params"], structures_of(state)
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    if norms.due(params, round_number):
+        return norms.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng)
     held = widest(state.spec, structures, recipe, devices)
     drafts = []
     for device in sorted(devices, key=lambda d: d.name):
@@ -77,10 +83,12 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`.
 
-    Memory: the model in wire order and one sum of its size.
+    Memory: one sum of the model's size, which becomes the new weights, and one answer.
 
     Raises:
         Malformed: An answer is of another ranking than this run's.
     """
+    if norms.due(state.scalars["params"], state.round):
+        return norms.pooled(state, answers)
     by_samples = aggregate.joined(state, answers, lambda cover: aggregate.shares([seat.samples for seat in cover]))
-    return momentum.carried(state, by_samples)
+    return momentum.carried(state, norms.unmoved(state, by_samples))

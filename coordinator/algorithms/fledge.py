@@ -25,7 +25,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import momentum, pace
+from coordinator.blocks import momentum, norms, pace
 from coordinator.blocks.aggregate import covers_of, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import rank, whole_of, widths_of
@@ -41,7 +41,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
         "deadline": 0.0,
-        "beta": 0.9,
+        **norms.CALIBRATE,
+        "beta": 0.7,
         "recipe.widths": 1.0,
         "recipe.upward": 0.5,
     }
@@ -58,6 +59,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fledge needs some, fedavg does not")
     if not float(known["deadline"]) >= 0.0:
         raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
+    norms.check(spec, known)
     still = momentum.still(spec, weights, known)
     return State(spec, 0, dict(weights), rank(spec, weights, widths), widths, {"params": known}, still)
 
@@ -70,7 +72,10 @@ def plan(
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
     state = dataclasses.replace(state, round=round_number)
-    return pace.asked(state, recipe_at(params, round_number), devices, rng, float(params["deadline"]))
+    recipe = recipe_at(params, round_number)
+    if norms.due(params, round_number):
+        return norms.asked(pace.known(state, devices), recipe, devices, rng)
+    return pace.asked(state, recipe, devices, rng, float(params["deadline"]))
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -82,7 +87,10 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is of another ranking than this round's.
     """
     params, whole = state.scalars["params"], whole_of(state)
+    if norms.due(params, state.round):
+        return norms.pooled(state, answers)
     if params["deadline"]:
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
     heard = len(covers_of(answers, whole)[0])  # the narrowest width is covered by all
-    return momentum.carried(state, joined(state, answers, lambda cover: [1.0 / heard] * len(cover)))
+    after = joined(state, answers, lambda cover: [1.0 / heard] * len(cover))
+    return momentum.carried(state, norms.unmoved(state, after))

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.drafts import drafted
+from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.roster import latest
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.channels import Kept, all_kept, channels_of, tensor_masks, to_words
@@ -37,14 +38,8 @@ from wire.structure import paste_add
 ABOUT = About("Li et al., MobiCom 2021", "baseline", "tests/unit/test_hermes.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
-        "schedule": "constant",
+        **TRAINING,
         "recipe.rule": "selfprune",
-        "recipe.epochs": 2.0,
-        "recipe.batch": 32.0,
-        "recipe.rate": 0.1,
-        "recipe.momentum": 0.9,
-        "recipe.decay": 0.0,
-        "recipe.clip": 2.0,
         "recipe.lambda": 1e-3,
         "recipe.threshold": 0.5,
         "recipe.target": 0.5,

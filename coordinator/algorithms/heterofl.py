@@ -11,9 +11,8 @@ Diao et al., "HeteroFL: Computation and Communication Efficient Federated Learni
   devices alone that have samples of their label, which is what the paper's masked cross-entropy trains (see the rule
   `heterofl`; ``recipe.mask`` 0 turns both off).
 * Batch norms (static, section 3.2): with ``calibrate`` n > 0 training moves no running statistics, and every n-th round trains
-  nothing: devices that hold the whole model (where none does, the widest width that one holds) pass their data through it,
-  and the running statistics become the mean of what its norms saw, by samples. End a run with such a round. With 0 they follow
-  as in any training and are joined like weights.
+  nothing but observes those of each width (`coordinator.blocks.norms`). End a run with such a round. With 0 they follow as in
+  any training and are joined like weights.
 * ``scaler`` 1 divides what hidden layers give by the width's rate, in training only. It is 0 by default: before a norm, where
   the paper has it, it changes nothing, and in the zoo's models without norms it does harm.
 
@@ -32,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate, momentum
+from coordinator.blocks import aggregate, momentum, norms
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of, structures_of, widest
@@ -40,8 +39,7 @@ from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, SpecError
 from wire.head import head_of
 from wire.memory import Plan, fit
-from wire.messages import Recipe
-from wire.spec import ModelSpec, statistics
+from wire.spec import ModelSpec
 
 ABOUT = About("Diao et al., ICLR 2021", "baseline", "tests/unit/test_heterofl.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
@@ -50,7 +48,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "assign": "fix",
         "mix": "",
         "scaler": 0.0,
-        "calibrate": 0.0,
+        **norms.CALIBRATE,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "heterofl",
@@ -82,9 +80,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     for name in ("scaler", "recipe.mask"):
         if known.get(name, 0.0) not in (0.0, 1.0):
             raise ConfigError(f"parameter {name} = {known[name]}: write 0 or 1")
-    every = float(known["calibrate"])
-    if every < 0 or not every.is_integer() or (every and not statistics(spec)):
-        raise ConfigError(f"parameter calibrate = {every:g}: write a whole number; 0 for a model without batch norms")
+    norms.check(spec, known)
     if known.get("recipe.mask"):
         try:
             head_of(spec)
@@ -101,8 +97,8 @@ def plan(
     params, structures = state.scalars["params"], structures_of(state)
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
     held = widest(state.spec, structures, recipe, devices)
-    if _calibrates(params, round_number):
-        return _observed(state, round_number, recipe, held, rng)
+    if norms.due(params, round_number):
+        return norms.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng)
     shares = _mix(str(params["mix"]), len(structures))
     places = _places(state.scalars["devices"], devices) if shares else {}
     fractions, drafts = fractions_of(str(params["fractions"])), []
@@ -131,20 +127,14 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`. Goes through the answers twice.
 
-    Memory: the model in wire order and one sum of its size.
+    Memory: one sum of the model's size, which becomes the new weights, and one answer.
 
     Raises:
         Malformed: An answer is of another ranking than this run's.
     """
-    params = state.scalars["params"]
-    if _calibrates(params, state.round):
-        after, moving = aggregate.joined(state, answers, _by_samples), statistics(state.spec)
-    else:
-        after, moving = _joined(state, answers), frozenset(state.weights)
-        if params["calibrate"]:
-            moving -= statistics(state.spec)
-    weights = {name: (after if name in moving else state).weights[name] for name in state.weights}
-    return momentum.carried(state, dataclasses.replace(after, weights=weights)) if after is not state else state
+    if norms.due(state.scalars["params"], state.round):
+        return norms.pooled(state, answers)
+    return momentum.carried(state, norms.unmoved(state, _joined(state, answers)))
 
 
 def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -153,27 +143,6 @@ def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     head = head_of(state.spec).params
     owns = partial(_labels, head["bias"], state.spec.classes)
     return aggregate.joined_by_rows(state, answers, _evenly, head.values(), owns)
-
-
-def _calibrates(params: Mapping[str, float | str], round_number: int) -> bool:
-    every = int(params["calibrate"])
-    return bool(every) and round_number % every == 0
-
-
-def _observed(
-    state: State, round_number: int, recipe: Recipe, held: Mapping[str, Plan], rng: np.random.Generator
-) -> tuple[State, tuple[Draft, ...]]:
-    """Ask all that hold the widest of what anybody holds what its norms see; training takes more memory, so that it fits."""
-    most, drafts = max((fits.capacity for fits in held.values()), default=-1), []
-    for name in sorted(held):
-        seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        if held[name].capacity == most:
-            drafts.append(Draft(name, "calibrate", structures_of(state)[most], seeded, held[name].bytes_bound))
-    return dataclasses.replace(state, round=round_number), tuple(drafts)
-
-
-def _by_samples(cover: Sequence[aggregate.Seat]) -> list[float]:
-    return aggregate.shares([seat.samples for seat in cover])
 
 
 def _evenly(cover: Sequence[aggregate.Seat]) -> list[float]:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import momentum, pace
+from coordinator.blocks import momentum, norms, pace
 from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
@@ -34,6 +34,7 @@ from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError
+from wire.norms import learnt
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("NestFL, MobiCom 2022 (poster)", "paper", "tests/unit/test_nestfl.py")
@@ -43,6 +44,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "ranking_rounds": 1000.0,
         "angle": 5.0,
         "deadline": 0.0,
+        **norms.CALIBRATE,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "sgd",
@@ -86,6 +88,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
     if not 0.0 <= float(known["angle"]) <= _ANGLE_MAX:
         raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
+    norms.check(spec, known)
     levels = rank(spec, weights, widths)
     scalars = {"params": known, "clients": []}
     return State(spec, 0, dict(weights), levels, widths, scalars, momentum.still(spec, weights, known))
@@ -99,17 +102,22 @@ def plan(
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
-    return pace.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng, float(params["deadline"]))
+    state = dataclasses.replace(state, round=round_number)
+    if norms.due(params, round_number):
+        return norms.asked(pace.known(state, devices), recipe, devices, rng)
+    return pace.asked(state, recipe, devices, rng, float(params["deadline"]))
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`. Goes through the answers three times: mean, angles, sum.
 
-    Memory: the model in wire order and one sum of its size.
+    Memory: one sum of the model's size, which becomes the new weights, and one answer.
 
     Raises:
         Malformed: An answer is of another ranking than this round's.
     """
+    if norms.due(state.scalars["params"], state.round):
+        return norms.pooled(state, answers)
     if state.scalars["params"]["deadline"]:
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
     whole = whole_of(state)
@@ -119,13 +127,13 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     total = {name: np.zeros_like(array) for name, array in state.weights.items()}
     means = [shares([seat.samples for seat in cover]) if cover else [] for cover in covers]
     add_up(state.spec, total, counted(answers, whole), covers, means)
-    parts = _parts(state.spec, total, whole)
-    angles = {answer.device: _angles(state.spec, parts, answer) for answer in counted(answers, whole)}
+    parts = _parts(learnt(state.spec), total, whole)
+    angles = {answer.device: _angles(learnt(state.spec), parts, answer) for answer in counted(answers, whole)}
     state = _remembered(state, covers, angles)
     for array in total.values():
         array[...] = 0.0
     add_up(state.spec, total, counted(answers, whole), covers, _weights(state, covers))
-    return momentum.carried(state, moved(state, total))
+    return momentum.carried(state, norms.unmoved(state, moved(state, total)))
 
 
 def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[float]:

@@ -27,6 +27,7 @@ from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Dr
 from coordinator.blocks.aggregate import shares
 from coordinator.blocks.channels import largest_weights, narrowed, without
 from coordinator.blocks.drafts import drafted
+from coordinator.blocks.fixed import TRAINING
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
 from wire.memory import predict
@@ -41,14 +42,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "threshold": 1e-4,
         "interval": 10.0,
         "enlarge": 0.0,
-        "schedule": "constant",
+        **TRAINING,
         "recipe.rule": "grouplasso",
-        "recipe.epochs": 2.0,
-        "recipe.batch": 32.0,
-        "recipe.rate": 0.1,
-        "recipe.momentum": 0.9,
-        "recipe.decay": 0.0,
-        "recipe.clip": 2.0,
     }
 )
 """Names of all parameters with their defaults."""

@@ -121,6 +121,13 @@ def heard(scalars: Mapping[str, Any], answers: Iterable[Answer]) -> dict[str, An
     return {**scalars, "due": latest(scalars.get("due", {}), told)}
 
 
+def known(state: State, devices: Sequence[DeviceView]) -> State:
+    """Take in the times that are due before a round that trains nothing, whose own times would stand in their place."""
+    if "due" not in state.scalars:
+        return state
+    return dataclasses.replace(state, scalars=settled(state.scalars, devices))
+
+
 def settled(scalars: Mapping[str, Any], devices: Sequence[DeviceView]) -> dict[str, Any]:
     """Take in the times of the answers that were due, of the devices that are here."""
     turns, due = scalars.get("turns", {}), dict(scalars.get("due", {}))

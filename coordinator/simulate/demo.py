@@ -176,7 +176,8 @@ def _device_config(demo: Demo, run: Path, device: str, shares: Shares, url: str)
         f'federation = "demo"\ndevice = "{device}"\n\n[broker]\nurl = "{url}"\n\n'
         f'[data]\nsource = "npz"\npath = {_quoted(run / (device + ".npz"))}\nvalidation = 0.1\ntest = 0.1\n\n'
         f"[memory]\nbudget = {shares.budgets[device]}\n\n"
-        f'[worker]\nengine = "{demo.engine}"\nthreads = 1\nmode = "warm"\n\n[state]\ndir = {_quoted(run / device)}\n',
+        f'[worker]\nengine = "{demo.engine}"\nthreads = 1\nmode = "warm"\npriority = "normal"\n\n'
+        f"[state]\ndir = {_quoted(run / device)}\n",
         "utf-8",
     )
     return path

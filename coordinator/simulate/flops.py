@@ -154,9 +154,12 @@ def widths_of_step(recipe: Recipe, capacity: int) -> dict[int, float]:
 def flops(spec: ModelSpec, order: Order, samples: int) -> int:
     """Count what an order takes on a device of so many training samples.
 
-    Evaluation and calibration run forward only, each sample once.
+    Evaluation and calibration run forward only, each sample once; calibration at every width up to the order's.
     """
     structure, recipe = order.structures[0], order.recipe
+    if order.verb == "calibrate":
+        widths = [structure.narrowed(k) for k in range(structure.capacity + 1)]
+        return samples * sum(per_sample(spec, width, backward=False) for width in widths)
     if order.verb not in ("train", "score"):
         return samples * per_sample(spec, structure, backward=False)
     if structure.widths:

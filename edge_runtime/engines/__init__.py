@@ -197,14 +197,19 @@ class Engine(Protocol):
             The mean loss, not scaled.
         """
 
-    def narrow(self, structure: Structure) -> Engine:
+    def narrow(self, structure: Structure, own: Mapping[str, Floats] | None = None) -> Engine:
         """Give a narrower width of this model: its weights are views of these, its gradients add into these.
 
         In its arrays an axis with several runs of its channels (`wire.spec.Axis.outer`) stands as two: ``(outer, rest)``. Its
         training passes norm by their own batches and leave running statistics alone.
 
+        Args:
+            structure: The width.
+            own: Running statistics that it has of its own, by tensor name and in its compact shapes; they are copied. The
+                others are views of this engine's, which are right for this engine's width alone.
+
         Raises:
-            SpecError: It is no prefix of what is loaded, or masks are.
+            SpecError: It is no prefix of what is loaded, or masks are; or what is its own is no statistic of its shape.
         """
 
     def evaluate(self, x: Floats, y: Labels, batch: int = 64) -> tuple[float, int]:

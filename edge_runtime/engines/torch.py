@@ -238,7 +238,7 @@ class TorchEngine:
         self._logits = output.detach().numpy()
         return lost.item()
 
-    def narrow(self, structure: Structure) -> Engine:
+    def narrow(self, structure: Structure, own: Mapping[str, Floats] | None = None) -> Engine:
         """See `Engine.narrow`."""
         spec = self._loaded()
         if self._held.ways:
@@ -255,6 +255,12 @@ class TorchEngine:
             leaf = leaf.reshape(opened(tensor, leaf.shape))[index]
             narrow._leaves[name] = leaf if name in still else leaf.requires_grad_()
             narrow._params[name] = param.reshape(opened(tensor, param.shape))[index]
+        for name, array in (own or {}).items():
+            if name not in still or array.shape != shapes[name]:
+                raise SpecError(f"tensor {name!r} of shape {array.shape} is no running statistic of this width")
+            memory = torch.empty(array.shape)
+            narrow._params[name], narrow._leaves[name] = memory.numpy(), memory
+            np.copyto(narrow._params[name], array)
         narrow._build(spec, structure)
         return narrow
 

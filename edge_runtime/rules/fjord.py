@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
-from edge_runtime.engines.update import clear
 from edge_runtime.rules import Task, Trained, loop
 from wire.errors import SpecError
 from wire.memory import copies
@@ -56,17 +56,11 @@ class _Dropout:
 
     def step(self, x: Floats, y: Labels) -> float:
         """Make one update from one batch."""
-        task, drawn = self.task, self._drawn()
-        clear(task.engine.grads)
-        loss = 0.0
-        for start in range(0, len(x), task.micro_batch):
-            part = slice(start, start + task.micro_batch)
-            share = loop.share_of(task.recipe, len(x[part]), len(x))
-            loss += share * self._pass(x[part], y[part], drawn, share)
+        loss = loop.gathered(self.task, x, y, partial(self._pass, self._drawn()))
         self.mover.apply()
         return loss
 
-    def _pass(self, x: Floats, y: Labels, drawn: Engine, share: float) -> float:
+    def _pass(self, drawn: Engine, x: Floats, y: Labels, share: float) -> float:
         engine, kind = self.task.engine, self.task.recipe.loss
         if not self.distil:
             return drawn.forward_backward(x, y, scale=share, loss=kind)

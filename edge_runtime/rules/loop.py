@@ -17,6 +17,8 @@ from wire.memory import holds_gradients
 from wire.messages import Recipe
 
 Step = Callable[[Floats, Labels], float]
+Each = Callable[[Floats, Labels, float], float]
+"""Adds the gradients of a micro-batch, given how much it counts, and gives its mean loss."""
 
 
 def rng_of(task: Task) -> np.random.Generator:
@@ -34,6 +36,17 @@ def count_steps(task: Task) -> int:
 def share_of(recipe: Recipe, samples: int, batch: int) -> float:
     """Give how much a micro-batch's loss and gradient count in those of its batch: means by their samples, sums in full."""
     return 1.0 if recipe.loss == "sum" else samples / batch
+
+
+def gathered(task: Task, x: Floats, y: Labels, each: Each) -> float:
+    """Clear the engine's gradients, have those of each micro-batch of one batch added, and give the batch's mean loss."""
+    clear(task.engine.grads)
+    loss = 0.0
+    for start in range(0, len(x), task.micro_batch):
+        part = slice(start, start + task.micro_batch)
+        share = share_of(task.recipe, len(x[part]), len(x))
+        loss += share * each(x[part], y[part], share)
+    return loss
 
 
 def batches(task: Task, rng: np.random.Generator | None = None) -> Iterator[Labels]:
@@ -123,12 +136,11 @@ class Mover:
         task, recipe = self._task, self._task.recipe
         if not holds_gradients(recipe, task.micro_batch):
             return task.engine.forward_backward(x, y, update=self.update, watch=watch, loss=recipe.loss)
-        clear(task.engine.grads)
-        loss = 0.0
-        for start in range(0, len(x), task.micro_batch):
-            part = slice(start, start + task.micro_batch)
-            share = share_of(recipe, len(x[part]), len(x))
-            loss += share * task.engine.forward_backward(x[part], y[part], scale=share, watch=watch, loss=recipe.loss)
+
+        def each(x: Floats, y: Labels, share: float) -> float:
+            return task.engine.forward_backward(x, y, scale=share, watch=watch, loss=recipe.loss)
+
+        loss = gathered(task, x, y, each)
         if whole is not None:
             whole()
         self.apply()

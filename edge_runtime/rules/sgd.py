@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
-from edge_runtime.engines.update import clear
 from edge_runtime.rules import Task, Trained, loop
 from wire.errors import SpecError
 from wire.memory import copies
@@ -63,19 +63,13 @@ class _Sandwich:
 
     def step(self, x: Floats, y: Labels) -> float:
         """Make one update from one batch; give the full width's mean loss."""
-        task, others = self.task, self._widths()
-        clear(task.engine.grads)
-        loss = 0.0
-        for start in range(0, len(x), task.micro_batch):
-            part = slice(start, start + task.micro_batch)
-            share = loop.share_of(task.recipe, len(x[part]), len(x))
-            loss += share * self._pass(x[part], y[part], others, share / (1 + len(others)))
+        loss = loop.gathered(self.task, x, y, partial(self._pass, self._widths()))
         self.mover.apply()
         return loss
 
-    def _pass(self, x: Floats, y: Labels, others: list[int], scale: float) -> float:
+    def _pass(self, others: list[int], x: Floats, y: Labels, share: float) -> float:
         """Run all widths: the first learns from the labels, and the others may learn from it; give the full one's loss."""
-        task, knobs = self.task, self.knobs
+        task, knobs, scale = self.task, self.knobs, share / (1 + len(others))
         top, kind = task.engine.structure.capacity, task.recipe.loss
         soft = knobs.upward or knobs.distil
         order = [*reversed(others), top] if knobs.upward else [top, *others]

@@ -1,4 +1,4 @@
-"""Our own brokers: which one is chosen, that it ends with its parent, who may do what when it is open to the network."""
+"""Our own brokers: which one is chosen, and that it ends with its parent. Who may do what is in `test_keys`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from coordinator import broker
-from coordinator.broker import Broker, choose, enroll, instructions, revoke
-from tests.support.mosquitto import free_port, proc_memory, quiet_for, wait_for, wait_until
+from coordinator.broker import Broker, Entrance, choose, instructions
+from tests.support.fleet import free_pair
+from tests.support.mosquitto import proc_memory, quiet_for, wait_for, wait_until
 from wire.errors import BrokerMissing, ConfigError
-from wire.link import Address, Down, Message, Published, Up
+from wire.link import Address, Message, Published, Up
 from wire.link.mqtt import MqttLink
 
 
@@ -128,7 +129,7 @@ signal.pause()
 @pytest.mark.parametrize(("kind", "listen"), [("mosquitto", ""), ("mosquitto", "127.0.0.1:PORT"), ("iotcore", "")])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_child_ends_with_its_parent(tmp_path: Path, kind: str, listen: str, how: signal.Signals) -> None:
-    listen = listen.replace("PORT", str(free_port()))
+    listen = listen.replace("PORT", str(free_pair()))
     with subprocess.Popen(
         [sys.executable, "-c", _PARENT, str(tmp_path), kind, listen], stdout=subprocess.PIPE
     ) as parent:
@@ -194,103 +195,53 @@ def test_listen_addresses_that_cannot_be(tmp_path: Path, listen: str) -> None:
 
 
 def test_listen_addresses_that_can_be() -> None:
-    assert broker._listen_address("0.0.0.0") == ("0.0.0.0", 1883)
+    assert broker._listen_address("0.0.0.0") == ("0.0.0.0", 8883)
     assert broker._listen_address("pi.local:1884") == ("pi.local", 1884)
     assert broker._listen_address("[::]:1884") == ("::", 1884)
-    assert broker._listen_address("::1") == ("::1", 1883)
+    assert broker._listen_address("::1") == ("::1", 8883)
 
 
 @pytest.fixture
 def open_broker(tmp_path: Path) -> Iterator[tuple[Broker, Path]]:
-    with choose("", f"0.0.0.0:{free_port()}", tmp_path) as chosen:
+    with choose("", f"0.0.0.0:{free_pair()}", tmp_path, Entrance("f")) as chosen:
         yield chosen, tmp_path
 
 
 def test_a_taken_port_is_named(open_broker: tuple[Broker, Path], tmp_path: Path) -> None:
-    port = Address.parse(open_broker[0].url).port
-    with pytest.raises(ConfigError, match=str(port)):
-        choose("", f"0.0.0.0:{port}", tmp_path / "other")
+    port = int(open_broker[0].listen.rpartition(":")[2])
+    for taken, said in ((port, f":{port}: something else"), (port - 1, f"come in at the port above {port - 1}")):
+        with pytest.raises(ConfigError, match=said):
+            choose("", f"0.0.0.0:{taken}", tmp_path / "other")
 
 
-def test_an_open_broker_asks_everybody_for_a_password(open_broker: tuple[Broker, Path]) -> None:
+def test_an_open_broker_shows_its_password_to_nobody(open_broker: tuple[Broker, Path]) -> None:
     chosen, state = open_broker
-    port = Address.parse(chosen.url).port
-    assert Address.parse(chosen.listen).port == port
-    assert "enroll" in instructions(chosen, "f")
+    assert "coordinator enroll" in instructions(chosen, "f")
     password = Address.parse(chosen.url).password
+    assert len(password) >= 24
     assert password not in repr(chosen) + chosen.note + chosen.listen + instructions(chosen, "f")
-    key = enroll(state, "pi-1")
-    assert len(key) >= 24
-    folder = state / "broker"
-    assert key not in "".join(path.read_text(errors="replace") for path in folder.iterdir())
-    assert all(path.stat().st_mode & 0o077 == 0 for path in (folder / "passwords", folder / "rules"))
-    for user, secret in (("", ""), ("pi-1", "wrong"), ("coordinator", key), ("pi-2", key)):
-        link = MqttLink(Address("127.0.0.1", port, user=user, password=secret), "x", session_seconds=0, keepalive=10)
-        link.start()
-        assert wait_for(link, Down).refused
-        link.stop()
+    files = [state / "broker" / name for name in ("passwords", "rules", "door")]
+    files += [state / "keys" / name for name in ("ca.key", "server.pem", "register.json")]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (*files, state / "keys", state / "broker"))
     works(chosen.url)
 
 
-def test_an_enrolled_device_may_touch_only_its_own(open_broker: tuple[Broker, Path]) -> None:
-    chosen, state = open_broker
-    url = f"mqtt://127.0.0.1:{Address.parse(chosen.url).port}"
-    keys = {name: enroll(state, name) for name in ("pi-1", "pi-2")}
-    everything = ["e1/#"]
-    with (
-        linked(chosen.url, "f-coordinator", everything) as coord,
-        linked(url, "one", everything, "pi-1", keys["pi-1"]) as one,
-        linked(url, "two", everything, "pi-2", keys["pi-2"]) as two,
-    ):
-        own = ["e1/f/s/pi-1", "e1/f/u/0/pi-1/reply", "e1/f/u/0/pi-1/0123456789abcdef/0"]
-        foreign = ["e1/f/m", "e1/f/b/x/0", "e1/f/s/pi-2", "e1/f/u/0/pi-2/reply", "e1/f/d/pi-1/order", "other"]
-        for topic in own:
-            one.publish(topic, topic.encode())
-            assert wait_for(one, Published).problem == ""
-            assert wait_for(coord, Message).topic == topic
-        for topic in foreign:
-            one.publish(topic, b"evil", retain=True)
-            assert "Not authorized" in wait_for(one, Published).problem
-        assert quiet_for(coord, Message, 0.2) == []
-        for topic in ("e1/f/d/pi-2/order", "e1/f/m", "e1/f/b/x/0"):
-            coord.publish(topic, b"x")
-            assert wait_for(two, Message).topic == topic
-        assert [m.topic for m in quiet_for(one, Message, 0.2)] == ["e1/f/m", "e1/f/b/x/0"]
+def test_an_authority_is_made_once_and_kept(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        with choose("", f"127.0.0.1:{free_pair()}", tmp_path, Entrance("f")):
+            found.append([(tmp_path / "keys" / name).read_bytes() for name in ("ca.pem", "ca.key", "server.pem")])
+    assert found[0] == found[1]
+    with choose("", f"127.0.0.1:{free_pair()}", tmp_path, Entrance("f", "hub.example")) as chosen:
+        assert chosen.listen.startswith("mqtts://hub.example:")
+        assert "hub.example" in chosen.names
+    assert (tmp_path / "keys" / "ca.pem").read_bytes() == found[0][0]
+    assert (tmp_path / "keys" / "server.pem").read_bytes() != found[0][2]
 
 
-def test_a_stolen_client_id_takes_nobodys_session(open_broker: tuple[Broker, Path]) -> None:
-    chosen, state = open_broker
-    url = f"mqtt://127.0.0.1:{Address.parse(chosen.url).port}"
-    keys = {name: enroll(state, name) for name in ("pi-1", "pi-2")}
-    with linked(url, "f-pi-1", ["e1/f/d/pi-1/#"], "pi-1", keys["pi-1"]) as one:
-        with linked(url, "f-pi-1", [], "pi-2", keys["pi-2"]), linked(chosen.url, "c") as coord:
-            coord.publish("e1/f/d/pi-1/order", b"for one")
-            wait_for(coord, Published)
-            assert wait_for(one, Message).payload == b"for one"
-        assert quiet_for(one, Down, 0.1) == []
-
-
-def test_a_revoked_device_is_put_out_and_a_new_password_replaces_the_old(open_broker: tuple[Broker, Path]) -> None:
-    chosen, state = open_broker
-    url = f"mqtt://127.0.0.1:{Address.parse(chosen.url).port}"
-    first = enroll(state, "pi-1")
-    second = enroll(state, "pi-1")
-    assert first != second
-    with linked(url, "x", [], "pi-1", second) as link:
-        assert revoke(state, "pi-1")
-        assert not revoke(state, "pi-1")
-        wait_for(link, Down)
-        assert wait_for(link, Down).refused
-    works(chosen.url)  # the coordinator's own password is untouched
-
-
-def test_names_that_cannot_be_enrolled(tmp_path: Path) -> None:
-    for name in ("coordinator", "", "a/b", "+", "#", "a:b", "a\nb", "x" * 65):
-        with pytest.raises(ConfigError):
-            enroll(tmp_path, name)
-
-
-def test_an_enrolment_before_the_first_start_counts(tmp_path: Path) -> None:
-    key = enroll(tmp_path, "early")
-    with choose("", f"127.0.0.1:{free_port()}", tmp_path) as chosen, linked(chosen.listen, "e", [], "early", key):
-        pass
+def test_without_the_package_for_keys_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install"):
+        choose("", f"127.0.0.1:{free_pair()}", tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.enrolment import hashed
+from coordinator.keys.passwords import hashed
 from tests.support.mosquitto import Mosquitto, connected, free_port, quiet_for, wait_for, wait_until
 from wire.link import Address, Down, Message, Published, Up, Will
 from wire.link.mqtt import MqttLink

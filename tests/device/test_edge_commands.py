@@ -72,23 +72,12 @@ def test_check_says_what_to_do_about_each_failure(tmp_path: Path, capsys: pytest
     path = config_of(
         tmp_path, free_port(), '[data]\nsource = "npz"\npath = "gone.npz"\n[memory]\nreserve = "9999 GiB"\n'
     )
-    questions = {"_engine": lambda _: health.Finding("engine", fine=True, found="not asked in this test")}
     with pytest.MonkeyPatch.context() as patch:
-        for name, question in questions.items():
-            patch.setattr(health, name, question)
+        patch.setattr(health, "QUESTIONS", tuple(q for q in health.QUESTIONS if q is not health.software.engine))
         assert cli.main(["check", "--config", str(path)]) == exits.UNFIT
     told = capsys.readouterr().out
     for failure in ("FAIL broker", "FAIL data", "FAIL memory", "gone.npz", "nobody answers"):
         assert failure in told
-
-
-def test_check_explains_an_illegal_instruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = subprocess.CompletedProcess([], -4, "", "")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: dead)
-    found = health._engine(load(config_of(tmp_path, 1)))
-    assert not found.fine
-    assert "SIGILL" in found.found
-    assert "2.9.1" in found.advice
 
 
 def test_a_wrong_file_is_one_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

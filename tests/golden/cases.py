@@ -69,6 +69,11 @@ MESSAGES = {
     "ack-committed": m.Ack(ORDER, "committed"),
     "need": m.Need(DIGEST, ORDER),
     "cancel": m.Cancel(ORDER, "the run is over"),
+    "signed": m.Signed(b"\x81\xa1v\x01", b"\x30\x82", bytes(range(64))),
+    "csr": m.Csr("pi-1", b"\x30\x81\x00", b"0123456789abcdef"),
+    "csr-renewal": m.Csr("pi-1", b"\x30\x81\x00"),
+    "cert": m.Cert(DIGEST, "granted", b"-----BEGIN CERTIFICATE-----\n", 2_592_000.0),
+    "cert-refused": m.Cert(DIGEST, "expired", detail="ask for another one"),
 }
 
 _EYE = np.eye(5, 7, dtype=np.bool_)
@@ -141,6 +146,17 @@ BLOBS = {
                 {"w": _SPARSE, "b": np.array([0.5, -1.0], np.float32), "i": np.array([7], np.int64)}, {"w": _EYE}
             )
         ),
+    },
+    "norms-own": {
+        "kind": "shell",
+        "meta": {"capacity": 0, "ranking": "ab" * 32},
+        "tensors": {"n.mean": np.array([0.5, -1.0], np.float32), "n/n.mean": np.array([0.25, 2.0], np.float32)},
+    },
+    "norms-observed": {
+        "kind": "update",
+        "tensors": {
+            f"n/{k}/n.{role}": np.arange(2 + k, dtype=np.float32) for k in (0, 1) for role in ("mean", "variance")
+        },
     },
     **{
         form: {"kind": "update", "tensors": {"w": _VALUES, "b": _VALUES[:3]}, "coding": Coding(form=form)}

@@ -25,7 +25,8 @@ PLAIN = "fedavg,fedavg-20=fedavg,fedavg-all=fedavg"
 ALONE = {"alone-20": 226, "alone-40": 75, "alone-60": 45, "alone-80": 38, "alone-100": 55}
 """One width alone, on every device that holds it: rounds in which its devices together do the operations (`flops`) of fifteen
 rounds of fledge (median of three seeds, rounded up). The table's column of operations shows whether that is still so."""
-PERSONAL = "perfedavg-20=perfedavg,perfedavg-all=perfedavg,hermes-20=hermes,hermes-all=hermes"
+PERSONAL = "perfedavg-20=perfedavg,hermes-20=hermes"
+UNBOUND = "perfedavg-all=perfedavg,hermes-all=hermes"
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 """Percent that `uniform` cuts of every layer."""
 OWN: Mapping[str, Mapping[str, str]] = {
@@ -62,6 +63,7 @@ class Table:
         recipe: Of all methods.
         target: Accuracy to reach.
         tuned: Whether each method first chooses among `CONFIGS` on a validation part, with a seed of its own.
+        sets: What methods are told beside `OWN`, by ``METHOD.PARAM``.
     """
 
     algos: str
@@ -75,6 +77,7 @@ class Table:
     recipe: Mapping[str, str] = field(default_factory=lambda: {"epochs": "2", "batch": "32"})
     target: str = "0.95*fedavg-all"
     tuned: bool = False
+    sets: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> list[str]:
         """Give the arguments."""
@@ -87,7 +90,7 @@ class Table:
         words += ["--tune", "--configs", str(CONFIGS)] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
-        return words
+        return [*words, *told(self.sets)]
 
     def _own(self, label: str) -> dict[str, str]:
         end = label.rpartition("-")[2]
@@ -102,10 +105,14 @@ class Table:
 _MNIST = {"steps": "10", "batch": "20"}
 _HAR = {"epochs": "1", "batch": "32"}
 _FEDMP = ",".join(["fedmp", "eucb=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)])
+_SAME = {f"{label}.beta": "0.7" for label in ("nestfl", "heterofl", "fjord", "fedavg-20")}
+_SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjord")}
+"""The momentum that fledge ships with for its rivals too, at the rates that the table `digits` chose for them."""
 
 TABLES = {
     "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, tuned=True),
     "equal": Table(f"fledge,{','.join(f'{label}=fedavg' for label in ALONE)}", 15, target="0.95*fledge"),
+    "momentum": Table(f"{NESTED},fedavg-20=fedavg,fedavg-all=fedavg", 15, sets=_SAME),
     "digits-50": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3),
     "mnist": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
@@ -130,7 +137,7 @@ TABLES = {
     ),
     "faithful": Table(
         f"{NESTED},heterofl-dynamic=heterofl,fjord-plain=fjord,fiarse,fedprox-20=fedprox,fedprox-all=fedprox,"
-        f"perfedavg-hf=perfedavg,{PERSONAL},{PLAIN}",
+        f"perfedavg-hf=perfedavg,{PERSONAL},{UNBOUND},{PLAIN}",
         15,
         seeds="0",
     ),

@@ -29,6 +29,7 @@ PARAMETERS = {
     "prefix": ("The first 32 hex digits of the blob's SHA-256.", HEX32),
     "order": ("Id of the order whose update this is.", TOKEN),
     "index": ("Number of the piece, from 0.", INDEX),
+    "invitation": ("Id of the invitation.", TOKEN),
 }
 F, D = "{federation}", "{device}"
 BINDING = "0.2.0"
@@ -73,9 +74,12 @@ def channels() -> dict[str, Channel]:
             "One piece of a device's update.",
         ),
     }
-    for kind in ("order", "ack", "cancel"):
+    for kind, sender, about in (("csr", "device", "asks for"), ("cert", "coordinator", "gives or refuses")):
+        topic = topics.enrolment(F, "{invitation}", kind)
+        found[f"{kind}ByInvitation"] = Channel(topic, kind, sender, False, f"A {sender} {about} a first certificate.")
+    for kind in ("order", "ack", "cancel", "cert", "signed"):
         found[kind] = Channel(topics.down(F, D, kind), kind, "coordinator", False, _about(codec.KINDS[kind]))
-    for kind in ("reply", "refusal", "beat", "need"):
+    for kind in ("reply", "refusal", "beat", "need", "csr"):
         found[kind] = Channel(topics.up(F, D, kind), kind, "device", False, _about(codec.KINDS[kind]))
     return found
 

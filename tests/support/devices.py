@@ -41,6 +41,9 @@ class Agent:
     budget: int | str = "512 MiB"
     samples: int = 40
     more: str = ""
+    tables: str = ""
+    broker: str = ""
+    priority: str = "normal"
     env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
@@ -51,10 +54,12 @@ class Agent:
             rng = np.random.default_rng(7)
             x = rng.random((self.samples, 64)).astype(np.float32)
             np.savez(data, x=x, y=rng.integers(0, 10, self.samples), classes=10)
+        broker = self.broker or f'url = "mqtt://127.0.0.1:{self.port}"'
         self.config.write_text(
-            f'federation = "{self.federation}"\ndevice = "{self.name}"\n[broker]\nurl = "mqtt://127.0.0.1:{self.port}"\n'
+            f'federation = "{self.federation}"\ndevice = "{self.name}"\n[broker]\n{broker}\n'
             f'[data]\nsource = "npz"\npath = "{data}"\n[memory]\nbudget = "{self.budget}"\n'
-            f'[worker]\nmode = "{self.mode}"\n{self.more}\n[state]\ndir = "{self.root / "state"}"\n'
+            f'[worker]\nmode = "{self.mode}"\npriority = "{self.priority}"\n{self.more}\n'
+            f'[state]\ndir = "{self.root / "state"}"\n{self.tables}\n'
         )
         argv = [sys.executable, "-m", "edge_runtime.cli", "run", "--config", str(self.config)]
         with self.log.open("ab") as log:

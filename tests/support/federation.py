@@ -64,6 +64,7 @@ class Federation:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)  # of relays between a device and the broker
+    tables: dict[str, str] = field(default_factory=dict)  # what else a device's configuration says
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -113,20 +114,26 @@ class Federation:
 
     def start_device(self, name: str) -> None:
         number = int(name.rpartition("-")[2])
-        data = self.root / f"{name}.npz"
-        if not data.exists():
-            whole = np.load(Path(__file__).parents[2] / "edge_runtime" / "data" / "digits8x8.npz")
-            rows = np.random.default_rng(100 + number).permutation(len(whole["y"]))[: self.samples]
-            np.savez(data, x=(whole["x"][rows] / 16).astype(np.float32), y=whole["y"][rows], classes=10)
+        data = self.save_data(name)
         path = self.root / f"{name}.toml"
         budget = self.budgets[number % len(self.budgets)]
         port = self.ports.get(name, self.broker.port)
         path.write_text(
             f'federation = "test"\ndevice = "{name}"\n[broker]\nurl = "mqtt://127.0.0.1:{port}"\n'
             f'[data]\nsource = "npz"\npath = "{data}"\nvalidation = 0.1\ntest = 0.1\n[memory]\nbudget = {budget}\n'
-            f'[worker]\nmode = "{self.mode}"\nthreads = 1\n[state]\ndir = "{self.root / name}"\n'
+            f'[worker]\nmode = "{self.mode}"\nthreads = 1\npriority = "normal"\n[state]\ndir = "{self.root / name}"\n'
+            f"{self.tables.get(name, '')}\n"
         )
         self._spawn(name, ["edge_runtime.cli", "run", "--config", str(path)])
+
+    def save_data(self, name: str) -> Path:
+        """Write the digits that a device has, unless they are there."""
+        number, data = int(name.rpartition("-")[2]), self.root / f"{name}.npz"
+        if not data.exists():
+            whole = np.load(Path(__file__).parents[2] / "edge_runtime" / "data" / "digits8x8.npz")
+            rows = np.random.default_rng(100 + number).permutation(len(whole["y"]))[: self.samples]
+            np.savez(data, x=(whole["x"][rows] / 16).astype(np.float32), y=whole["y"][rows], classes=10)
+        return data
 
     def kill(self, name: str) -> None:
         """End one process with SIGKILL and reap it."""
@@ -184,9 +191,11 @@ class Federation:
             if (path := self.root / f"{name}.log").exists()
         )
 
-    def _spawn(self, name: str, argv: list[str]) -> None:
+    def begin(self, name: str, words: list[str]) -> None:
+        """Start a process by its whole command line, with a log of its own."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", **self.env}
         with (self.root / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
-            )
+            self.processes[name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+
+    def _spawn(self, name: str, argv: list[str]) -> None:
+        self.begin(name, [sys.executable, "-m", *argv])

@@ -21,7 +21,8 @@ from wire.tensor import Coding, write_blob
 def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
     """Write spec and shells into `folder` and give a job; `arrays` are whole, in wire order; results go to folder/out.
 
-    `limits` are the round's ``number``, the ``budget`` in bytes and the ``micro`` batch.
+    `limits` are the round's ``number``, the ``budget`` in bytes, the ``micro`` batch, and in ``norms`` by capacity the running
+    statistics that a width has of its own.
     """
     folder, out = Path(folder), Path(folder) / "out"
     out.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,7 @@ def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
     shells, paths = [], []
     for capacity in range(widest.capacity + 1):
         parts = cutting.shell(spec, arrays, widest.narrowed(capacity))
+        parts |= {f"n/{name}": array for name, array in limits.get("norms", {}).get(capacity, {}).items()}
         if parts:
             paths.append(str(folder / f"shell-{capacity}"))
             shells.append(write_blob(Path(paths[-1]), "shell", parts, meta={"capacity": capacity}))

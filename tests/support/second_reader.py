@@ -297,6 +297,15 @@ MESSAGES = {
     "ack": record(order=token, state=one_of("more", "committed", "unwanted"), have=(some_bytes, b"")),
     "need": record(blob=digest, order=token),
     "cancel": record(order=token, why=(text, "")),
+    "signed": record(body=some_bytes, signer=some_bytes, signature=some_bytes),
+    "csr": record(device=name, csr=some_bytes, secret=(some_bytes, b"")),
+    "cert": record(
+        request=digest,
+        state=one_of("granted", "expired", "used", "unknown", "name", "early", "malformed"),
+        certificate=(some_bytes, b""),
+        seconds=(amount, 0),
+        detail=(text, ""),
+    ),
 }
 
 

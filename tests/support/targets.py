@@ -46,6 +46,10 @@ budget = "48 MiB"
 [worker]
 threads = 2
 seconds_warm = 1e3
+[conditions]
+battery_min = 20
+metered = ["wlan1"]
+hours = ["22:00-06:00", "12-13"]
 """
 RUN_TOML = b"""algo = "fedavg"
 federation = "home"

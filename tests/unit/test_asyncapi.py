@@ -28,8 +28,15 @@ FUNCTIONS = {
     "presence": lambda f, d, i: topics.presence(f, d),
     "piece": lambda f, d, i: topics.piece(f, "ab" * 32, i),
     "updatePiece": lambda f, d, i: topics.up_piece(f, d, "0123456789abcdef", i),
-    **{kind: lambda f, d, i, kind=kind: topics.down(f, d, kind) for kind in ("order", "ack", "cancel")},
-    **{kind: lambda f, d, i, kind=kind: topics.up(f, d, kind) for kind in ("reply", "refusal", "beat", "need")},
+    **{
+        kind: lambda f, d, i, kind=kind: topics.down(f, d, kind)
+        for kind in ("order", "ack", "cancel", "cert", "signed")
+    },
+    **{kind: lambda f, d, i, kind=kind: topics.up(f, d, kind) for kind in ("reply", "refusal", "beat", "need", "csr")},
+    **{
+        f"{kind}ByInvitation": lambda f, d, i, kind=kind: topics.enrolment(f, "0123456789abcdef", kind)
+        for kind in ("csr", "cert")
+    },
 }
 TYPES = {
     "object": dict,
@@ -174,7 +181,7 @@ def test_spec_and_document_name_the_same_topics_and_who_retains_them():
         first, *others = re.findall(r"`([^`]+)`", names)
         for topic in (first, *(other.replace("...", first.rpartition("/")[0]) for other in others)):
             said[topic] = (who.split()[0], retained == "yes")
-    letters = {"federation": "F", "device": "D", "prefix": "H", "order": "X", "index": "I"}
+    letters = {"federation": "F", "device": "D", "prefix": "H", "order": "X", "index": "I", "invitation": "T"}
     built = {
         re.sub(r"{(\w+)}", lambda found: letters[found[1]], c.address).replace("/u/0/", "/u/S/"): (c.sender, c.retain)
         for c in asyncapi.channels().values()
@@ -188,7 +195,7 @@ def test_every_function_that_builds_a_topic_has_a_channel():
         for name, function in inspect.getmembers(topics, inspect.isfunction)
         if function.__annotations__.get("return") == "str" and name not in {"valid_name", "all_up"}
     }
-    assert built == {"lead", "piece", "presence", "down", "up", "up_piece"}
+    assert built == {"lead", "piece", "presence", "down", "up", "up_piece", "enrolment"}
     assert set(FUNCTIONS) == set(DOCUMENT["channels"])
 
 
@@ -204,8 +211,9 @@ def test_what_is_built_is_in_one_channel_and_is_parsed_as_that(federation, devic
         parameters = DOCUMENT["channels"][name]["parameters"]
         assert place.device == (device if "device" in parameters else "")
         assert place.index == (index if "index" in parameters else -1)
+        assert place.invitation == ("0123456789abcdef" if "invitation" in parameters else "")
         assert place.kind == {"updatePiece": "0123456789abcdef", "piece": "ab" * 16}.get(
-            name, name if place.room in "du" else ""
+            name, name.removesuffix("ByInvitation") if place.room in "duk" else ""
         )
 
 

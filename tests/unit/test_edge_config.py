@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import amount, load
+from edge_runtime.config import ConditionsConfig, amount, load
 from wire.errors import ConfigError
 
 WHOLE = """
@@ -105,3 +105,27 @@ def test_amounts(value: int | str, expected: int) -> None:
 def test_no_amounts(value: int | str) -> None:
     with pytest.raises(ConfigError, match='write bytes or text such as "48 MiB"'):
         amount(value, "memory.budget")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('hours = ["25-26"]', "conditions.hours: '25-26' is no span of the day; write for example \"22:00-06:00\""),
+        ('hours = "22-6"', "conditions.hours: expected a list"),
+        ("battery_min = 101", "conditions.battery_min: value 101.0 is above 100"),
+        ("charging = 1", "conditions.charging: expected bool, got int"),
+        ("celcius_max = 60", "conditions.celcius_max: unknown key; known here: battery_celsius_max"),
+    ],
+)
+def test_wrong_conditions_are_named(tmp_path, text, problem):
+    path = written(tmp_path, f'device = "a"\n[broker]\nurl = "mqtt://h"\n[conditions]\n{text}\n')
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert problem in str(caught.value)
+
+
+def test_nothing_is_demanded_by_default(tmp_path):
+    config = load(written(tmp_path, 'device = "a"\n[broker]\nurl = "mqtt://h"\n'))
+    assert config.conditions == ConditionsConfig()
+    assert config.worker.priority == "idle"
+    assert config.log.form == "auto"

@@ -277,6 +277,15 @@ def test_joining_by_rows_is_joining_where_every_row_is_owned():
             assert by_rows.weights[name].tobytes() == plain.weights[name].tobytes()
 
 
+def observing(draft, samples, seed=0):
+    """Answer an order to calibrate with made-up statistics of the width and all narrower ones."""
+    norms = {}
+    for capacity in range(draft.structure.capacity + 1):
+        arrays = random_arrays(normed(), draft.structure.narrowed(capacity), 10 * seed + capacity)
+        norms |= {f"{capacity}/{name}": np.abs(arrays[name]) for name in ("n.mean", "n.variance")}
+    return Answer(draft.device, samples, draft.structure, {}, Usage(), {}, norms=norms)
+
+
 def test_static_statistics_stand_still_in_training_and_are_what_devices_saw_by_samples():
     spec = normed()
     weights = random_arrays(spec, Structure(), 1)
@@ -287,22 +296,27 @@ def test_static_statistics_stand_still_in_training_and_are_what_devices_saw_by_s
         state, drafts = heterofl.plan(state, number, devices, rng_of(0, number))
         calibrating = number == 3
         assert {d.verb for d in drafts} == {"calibrate" if calibrating else "train"}
-        assert [d.device for d in drafts] == ["big", "large", *([] if calibrating else ["low"])]
-        assert all(d.structure.capacity == (d.device != "low") for d in drafts)
-        answers = tuple(
-            Answer(
-                d.device, 30 if d.device == "big" else 10, d.structure, {}, Usage(), random_arrays(spec, d.structure, i)
+        assert [(d.device, d.structure.capacity) for d in drafts] == [("big", 1), ("large", 1), ("low", 0)]
+        if calibrating:
+            answers = tuple(
+                observing(d, {"big": 30, "large": 10, "low": 60}[d.device], i) for i, d in enumerate(drafts)
             )
-            for i, d in enumerate(drafts)
-        )
+        else:
+            answers = tuple(
+                Answer(d.device, 30, d.structure, {}, Usage(), random_arrays(spec, d.structure, i))
+                for i, d in enumerate(drafts)
+            )
         after = heterofl.close(state, answers)
-        for name in weights:
-            moved = after.weights[name] - state.weights[name]
-            assert moved.any() == (calibrating == (name in still)), name
-            if calibrating and name in still:
-                mean = 0.75 * answers[0].update[name] + 0.25 * answers[1].update[name]
-                np.testing.assert_allclose(moved, mean, rtol=1e-4, atol=1e-6)
+        assert {n for n in weights if (after.weights[n] != state.weights[n]).any()} == (
+            still if calibrating else set(weights) - still
+        )
+        assert set(after.norms) == ({0, 1} if calibrating else set())
         assert heterofl.close(state, ()) is state
+        if calibrating:
+            mean = np.average([a.norms["1/n.mean"] for a in answers[:2]], 0, [30, 10])
+            np.testing.assert_allclose(after.weights["n.mean"], mean, rtol=1e-5)
+            own = np.average([a.norms["0/n.mean"] for a in answers], 0, [30, 10, 60])
+            np.testing.assert_allclose(after.norms[0]["n.mean"][:2], own, rtol=1e-5)
         state = after
     tracked = heterofl.init(spec, weights, {"fractions": "0.5 1"})
     tracked, drafts = heterofl.plan(tracked, 3, devices, rng_of(0, 3))
@@ -317,15 +331,14 @@ def low_of(state):
     return predict(state.spec, whole_of(state).narrowed(1), recipe, 1).bound - 1
 
 
-def test_where_nobody_holds_the_whole_model_the_widest_that_somebody_holds_is_calibrated():
+def test_where_nobody_holds_the_whole_model_it_has_the_statistics_of_the_widest_that_somebody_holds():
     spec = normed()
-    state = heterofl.init(spec, random_arrays(spec, Structure(), 1), {"fractions": "0.5 1", "calibrate": 1.0})
+    state = heterofl.init(spec, random_arrays(spec, Structure(), 1), {"fractions": "0.5 1", "calibrate": 2.0})
     poor = DeviceView("low", low_of(heterofl.init(spec, state.weights, {"fractions": "0.5 1"})))
-    state, drafts = heterofl.plan(state, 1, (poor,), rng_of(0, 1))
+    state, drafts = heterofl.plan(state, 2, (poor,), rng_of(0, 2))
     assert [(d.verb, d.structure.capacity) for d in drafts] == [("calibrate", 0)], "or the run would wait for ever"
-    one = Answer("low", 5, drafts[0].structure, {}, Usage(), random_arrays(spec, drafts[0].structure, 9))
+    one = observing(drafts[0], 5, 9)
     after = heterofl.close(state, (one,))
-    count = len(one.update["n.mean"])
-    np.testing.assert_allclose(after.weights["n.mean"][:count], state.weights["n.mean"][:count] + one.update["n.mean"])
-    assert np.array_equal(after.weights["n.mean"][count:], state.weights["n.mean"][count:])
-    assert heterofl.plan(state, 1, (), rng_of(0, 1))[1] == ()
+    np.testing.assert_allclose(after.weights["n.mean"][:2], one.norms["0/n.mean"], rtol=1e-6)
+    assert np.array_equal(after.weights["n.mean"][2:], state.weights["n.mean"][2:])
+    assert heterofl.plan(state, 2, (), rng_of(0, 2))[1] == ()

@@ -183,6 +183,7 @@ NUMBERS = {
     "beat": ["done"],
     "order": ["seconds", "recipe.rate", "recipe.momentum", "recipe.decay", "recipe.clip", "recipe.knobs.widths"],
     "reply": ["metrics.loss", "usage.seconds"],
+    "cert": ["seconds"],
 }
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime import health
 from edge_runtime.config import load
+from edge_runtime.health import HERE, software
 from edge_runtime.kernels import compile as source
 from edge_runtime.kernels import library
 from wire.errors import DeviceError
@@ -314,10 +314,10 @@ def test_check_says_which_core_a_machine_has(tmp_path: Path, monkeypatch: pytest
     config = load(tmp_path / "pi.toml")
     core = library.Library(Path("x"), "neon", 4, ctypes.CDLL(None))
     monkeypatch.setattr(library, "_opened", lambda: (core, ""))
-    found = health._kernels(config)
+    found = software.kernels(config, HERE)
     assert (found.fine, found.found, found.advice) == (True, "compiled for neon", "")
     monkeypatch.setattr(library, "_opened", lambda: (None, "not compiled"))
-    found = health._kernels(config)
+    found = software.kernels(config, HERE)
     assert found.fine
     assert "not compiled" in found.found
     assert "python -m edge_runtime.kernels.compile" in found.advice

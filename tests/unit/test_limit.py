@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from edge_runtime import health
 from edge_runtime.config import BrokerConfig, Config, MemoryConfig, StateConfig
+from edge_runtime.health import HERE
+from edge_runtime.health import machine as questions
 from edge_runtime.memory import limit, probe
 from edge_runtime.memory.guard import Gauge
 
@@ -74,18 +75,18 @@ def test_another_word_of_the_operators_is_heard_at_once(tmp_path):
 
 
 def test_check_says_what_the_operators_file_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "budget", lambda configured, _: configured or 500 * MIB)
+    monkeypatch.setattr(probe, "budget", lambda configured, *_: configured or 500 * MIB)
     config = Config("d", BrokerConfig("mqtt://localhost"), state=StateConfig(str(tmp_path)))
     file = tmp_path / limit.FILE
-    assert str(file) not in health._memory(config).found
+    assert str(file) not in questions.memory(config, HERE).found
     for text, fine, allowed in (("24 MiB", True, "24 MiB"), ("8 MiB", False, "8 MiB"), ("lots", False, "'lots'")):
         file.write_text(text)
-        found = health._memory(config)
+        found = questions.memory(config, HERE)
         assert (found.fine, str(file) in found.found, allowed in found.found) == (fine, True, True)
         assert fine or str(file) in found.advice
     capped = dataclasses.replace(config, memory=MemoryConfig("96 MiB"))
     file.write_text("24 MiB")
-    assert health._memory(capped).advice == "", "not more than is free, but more than the operator allows now"
+    assert questions.memory(capped, HERE).advice == "", "not more than is free, but more than the operator allows now"
 
 
 def machine(root, free, resident):

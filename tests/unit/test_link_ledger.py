@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.enrolment import hashed, verify
+from coordinator.keys.passwords import hashed, verify
 from wire.errors import ConfigError
 from wire.link import Address
 from wire.link.ledger import Backoff, Inbox, Outbox, Parcel, Receipts, Wishes

@@ -18,7 +18,9 @@ from edge_runtime.session import (
     Fetch,
     Fetched,
     Forget,
+    Hold,
     Led,
+    Met,
     Offer,
     Ordered,
     Promote,
@@ -26,6 +28,7 @@ from edge_runtime.session import (
     Refuse,
     Session,
     Silence,
+    Unmet,
     Work,
     Worked,
     step,
@@ -44,7 +47,15 @@ OFFERING = step(WORKING, Worked(REPLY))[0]
 FAILED = Failed(ORDER.id, "memory", "does not fit", 20, 10)
 REFUSAL = Refusal(ORDER.id, "d0", BOOT, "memory", "does not fit", 20, 10)
 REFUSING = step(WORKING, FAILED)[0]
-PHASES = {"idle": IDLE, "fetching": FETCHING, "working": WORKING, "offering": OFFERING, "refusing": REFUSING}
+WAITING = step(WORKING, Unmet())[0]
+PHASES = {
+    "idle": IDLE,
+    "fetching": FETCHING,
+    "working": WORKING,
+    "waiting": WAITING,
+    "offering": OFFERING,
+    "refusing": REFUSING,
+}
 BUSY = [p for p in PHASES if p != "idle"]
 TOLD = Session("d0", BOOT, run=RUN, ended=3)
 
@@ -58,7 +69,7 @@ def test_the_usual_way() -> None:
     assert step(OFFERING, Acked(Ack(ORDER.id, "committed"))) == (TOLD, (Promote(ORDER), Forget(ORDER.id)))
 
 
-@pytest.mark.parametrize("phase", ["fetching", "working", "offering"])
+@pytest.mark.parametrize("phase", ["fetching", "working", "waiting", "offering"])
 def test_a_failure_is_refused_until_it_is_heard(phase: str) -> None:
     after, effects = step(PHASES[phase], FAILED)
     assert (after, effects) == (REFUSING, (Refuse(REFUSAL),))
@@ -71,6 +82,32 @@ def test_the_same_order_again_is_answered_with_what_there_is() -> None:
     assert step(WORKING, again) == (WORKING, ())
     assert step(OFFERING, again) == (OFFERING, (Offer(REPLY),))
     assert step(REFUSING, again) == (REFUSING, (Refuse(REFUSAL),))
+
+
+@pytest.mark.parametrize("phase", ["fetching", "working"])
+def test_an_order_waits_for_the_owner_s_conditions(phase: str) -> None:
+    waiting, effects = step(PHASES[phase], Unmet())
+    assert (waiting, effects) == (WAITING, (Hold(ORDER.id),))
+    assert step(waiting, Ordered(ORDER, "unplugged")) == (waiting, ())  # sent again: it is known
+    assert step(waiting, Met()) == (FETCHING, (Fetch(ORDER),))
+
+
+def test_conditions_change_nothing_else() -> None:
+    for phase, session in PHASES.items():
+        if phase != "waiting":
+            assert step(session, Met()) == (session, ())
+        if phase not in ("fetching", "working"):
+            assert step(session, Unmet()) == (session, ())
+
+
+def test_a_new_order_is_refused_while_a_condition_fails() -> None:
+    after, effects = step(IDLE, Ordered(ORDER, "not now: unplugged"))
+    refusal = Refusal(ORDER.id, "d0", BOOT, "busy", "not now: unplugged")
+    assert (after.phase, after.order, effects) == ("refusing", ORDER, (Refuse(refusal),))
+    newer = an_order("d0", 4)
+    _, effects = step(WAITING, Ordered(newer, "hot"))
+    assert effects == (Forget(ORDER.id), Refuse(Refusal(newer.id, "d0", BOOT, "busy", "hot")))
+    assert step(TOLD, Ordered(ORDER, "hot")) == (TOLD, ())
 
 
 @pytest.mark.parametrize("event", [Silence(), Led(Lead("online", BOOT, RUN))])
@@ -159,9 +196,12 @@ def test_late_words_of_our_own_change_nothing(phase: str, event: table.Event) ->
 
 def orders() -> st.SearchStrategy[table.Event]:
     return st.builds(
-        lambda number, run: Ordered(replace(an_order("d0", number), run=run, id=f"{number:015x}{run[0]}")),
+        lambda number, run, unmet: Ordered(
+            replace(an_order("d0", number), run=run, id=f"{number:015x}{run[0]}"), unmet
+        ),
         st.integers(1, 3),
         st.sampled_from([RUN, OTHER]),
+        st.sampled_from(["", "hot"]),
     )
 
 
@@ -174,7 +214,7 @@ EVENTS = st.one_of(
     st.builds(lambda i, s: Acked(Ack(i, s)), IDS, st.sampled_from(["more", "committed", "unwanted"])),
     st.builds(lambda i: Cancelled(Cancel(i)), IDS),
     st.builds(lambda run: Led(Lead("online", BOOT, run)), st.sampled_from([RUN, OTHER])),
-    st.just(Silence()),
+    st.sampled_from([Silence(), Unmet(), Met()]),
 )
 
 
@@ -192,8 +232,10 @@ def test_any_order_of_events_keeps_the_promises(events: list[table.Event]) -> No
                 assert effect.order == open_order  # exactly what was begun is dropped, and before anything new begins
                 open_order = ""
             elif isinstance(effect, Fetch):
-                assert not open_order
+                assert not open_order or (before.phase == "waiting" and effect.order == before.order)
                 open_order = effect.order.id
+            elif isinstance(effect, Refuse) and isinstance(event, Ordered) and event.unmet:
+                open_order = effect.refusal.order  # it never began
             elif isinstance(effect, Promote):
                 assert effect.order == before.order
                 promoted.append((effect.order.run, effect.order.round))

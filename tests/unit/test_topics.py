@@ -22,6 +22,7 @@ def test_what_is_built_is_parsed(federation, device, index):
     assert topics.parse(topics.down(federation, device, "ack")) == Place("d", device, "ack")
     assert topics.parse(topics.up(federation, device, "reply")) == Place("u", device, "reply")
     assert topics.parse(topics.up_piece(federation, device, order, index)) == Place("u", device, order, index)
+    assert topics.parse(topics.enrolment(federation, order, "csr")) == Place("k", kind="csr", invitation=order)
     assert topics.up_piece(federation, device, order, index).count("/") + 1 <= 7
     assert topics.up(federation, device, "reply").startswith(topics.all_up(federation).removesuffix("#"))
 
@@ -48,6 +49,8 @@ def test_what_is_built_is_parsed(federation, device, index):
         "e1/f/u/0/d/x/y",
         "e1/f/u/0/d/x/1/2",
         "$SYS/broker/uptime",
+        "e1/f/k/d/csr",
+        "e1/f/k/0123456789ABCDEF/csr",
     ],
 )
 def test_foreign_topics_are_refused(topic):

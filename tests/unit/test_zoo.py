@@ -14,6 +14,7 @@ COUNTS = {
     "linear": 64 * 10 + 10,
     "digits-mlp": 64 * 96 + 96 + 96 * 96 + 96 + 96 * 10 + 10,
     "digits-cnn": 9 * 32 + 32 + 32 * 9 * 64 + 64 + 1024 * 1536 + 1536 + 1536 * 10 + 10,
+    "digits-cnn-bn": 9 * (16 + 16 * 32 + 32 * 32) + 5 * (16 + 32 + 32) + 128 * 10 + 10,  # biases and norms: 5
     "lenet-300-100": 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10,
     "lenet-5": 25 * 6 + 6 + 25 * 6 * 16 + 16 + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10,
     "har-cnn": 5 * 9 * 32 + 32 + 5 * 32 * 64 + 64 + 512 * 128 + 128 + 128 * 6 + 6,
@@ -56,7 +57,7 @@ def test_every_hidden_group_can_be_cut_to_one_channel(name):
 
 
 def test_names_are_unknown_by_listing_the_known():
-    with pytest.raises(ConfigError, match="digits-cnn, digits-mlp"):
+    with pytest.raises(ConfigError, match="digits-cnn, digits-cnn-bn, digits-mlp"):
         zoo.by_name("resnet-9000")
     with pytest.raises(ConfigError, match=r"neither a file nor a model's name.*lenet-5"):
         zoo.load("resnet-9000")

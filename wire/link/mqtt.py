@@ -81,7 +81,7 @@ class MqttLink:
         """
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._address = address
+        self._peer = tls.Peer(address)
         self._inbox = Inbox()
         self._outbox = Outbox()
         self._wishes = Wishes()
@@ -98,11 +98,11 @@ class MqttLink:
         )
         client.connect_timeout = _SECONDS_DIAL
         client.max_inflight_messages_set(0)  # ours is the window
-        address = self._address
+        address = self._peer.address
         if address.user:
             client.username_pw_set(address.user, address.password)
-        if address.tls:
-            client.tls_set_context(tls.context(address))
+        if self._peer.context is not None:
+            client.tls_set_context(self._peer.context)
         if will is not None:
             client.will_set(will.topic, will.payload, qos=1, retain=will.retain)
         client.on_socket_open = _no_delay
@@ -176,6 +176,13 @@ class MqttLink:
         self._wishes.drop(topics)
         self._ask()
 
+    def renew(self) -> None:
+        """Take the certificate from its file as it is now, and connect again with it; the session stays."""
+        self._peer.renew()
+        if self._state in ("greeting", "up"):
+            self._close()
+            self._lost("connecting again, with a new certificate")
+
     def done(self, message: Message) -> None:
         """See `Link.done`."""
         if self._state == "up":
@@ -241,10 +248,8 @@ class MqttLink:
             self._client.reconnect()
             problem = ""
         except (OSError, ValueError) as error:
-            # The class is asked for by name because ssl need not be there.
-            refused = type(error).__name__ == "SSLCertVerificationError"
-            what = "no certificate to trust" if refused else "nobody answers"
-            problem = f"{what} at {self._address}: {getattr(error, 'strerror', None) or error}"
+            refused = hasattr(error, "verify_code")  # an error of ssl's, which need not be there
+            problem = f"{self._peer}: {tls.trouble(error)}"
         finally:
             if self._state == "stopped":
                 self._close()
@@ -277,7 +282,7 @@ class MqttLink:
             if event.problem:
                 self._lost(event.problem, refused=event.refused)
             elif self._client.socket() is None:
-                self._lost(f"{self._address} hung up at once")
+                self._lost(self._peer.doubt())
 
     def _pump(self) -> None:
         """Hand over what waits, as far as the broker's window goes."""
@@ -318,7 +323,7 @@ class MqttLink:
 
     def _on_connect(self, _client: Any, _userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            self._lost(f"{self._address} refused us: {reason.getName()}", refused=reason.value in _REFUSALS)
+            self._lost(f"{self._peer} refused us: {reason.getName()}", refused=reason.value in _REFUSALS)
             return
         self._state = "up"
         self._told = ""
@@ -333,9 +338,7 @@ class MqttLink:
         name = reason.getName()
         if name in ("Unspecified error", "Normal disconnection"):
             name = "the connection broke"
-        if self._state == "greeting":
-            name += " during the greeting; is this a broker for MQTT 5, and does it want mqtts://?"
-        self._lost(f"lost {self._address}: {name}")
+        self._lost(self._peer.doubt() if self._state == "greeting" else f"lost {self._peer}: {name}")
 
     def _on_message(self, _client: Any, _userdata: Any, message: Any) -> None:
         token = self._receipts.take(message.mid) if message.qos else 0

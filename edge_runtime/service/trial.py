@@ -1,0 +1,154 @@
+"""Trying what was installed as the user that it will be, behind walls like the units', where no service manager does that.
+
+A mount namespace hides what the units hide and shows what their drop-ins show. What it is not: the trainer's lack of a network
+(the check asks the broker too), system call filters, limits. `not_tried` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime.service.placed import CREDENTIAL, CREDENTIALS, SETTINGS, STATE, Placed, text
+from edge_runtime.service.units import HIDDEN, Site, shown
+
+NOBODY_YET = 64998
+"""A user without a name, as systemd's dynamic ones are (61184..65519)."""
+_SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a trial went.
+
+    Attributes:
+        tried: Whether there was one.
+        fine: Whether this device can take part, as far as was seen.
+        said: What the check said, or why there was no trial.
+    """
+
+    tried: bool
+    fine: bool
+    said: str
+
+
+def service_manager() -> bool:
+    """Whether systemd runs this machine."""
+    return Path("/run/systemd/system").is_dir()
+
+
+def check(placed: Placed, site: Site) -> Outcome:
+    """Run `edge-runtime check` as a service would. Takes as long as the check itself.
+
+    Cost: copies of certificate, key and password in a folder of /run that is gone afterwards.
+    """
+    missing = [name for name in ("unshare", "setpriv", "mount") if shutil.which(name) is None]
+    if os.geteuid() != 0 or missing:
+        why = f"{', '.join(missing)} is missing (package util-linux)" if missing else "only root can"
+        return Outcome(tried=False, fine=True, said=f"not tried as the services' user: {why}")
+    with _room(placed) as config:
+        paths = shown(placed, site, data=True)
+        groups = (site.group,) if site.group >= 0 else ()
+        command = [site.interpreter, "-P", "-m", "edge_runtime.cli", "check", "--json", "--config", str(config)]
+        argv = enclosed(command, paths, config.parent, groups=groups)
+        env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": site.search, "TMPDIR": "/tmp"}  # noqa: S108 - its own
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd="/", env=env)
+        except subprocess.TimeoutExpired:
+            return Outcome(tried=True, fine=False, said=f"no end within {_SECONDS} s")
+    return _judged(done.stdout, done.stderr, invited=f"{SETTINGS}/{CREDENTIAL}" in placed.copies)
+
+
+def _judged(found: str, said: str, *, invited: bool) -> Outcome:
+    """Read what the check found; a device that has only an invitation cannot be known at the broker yet."""
+    try:
+        rows = [(row["what"], row["fine"], row["found"], row["advice"]) for row in json.loads(found)["findings"]]
+    except (ValueError, KeyError, TypeError):
+        return Outcome(tried=True, fine=False, said=(found + said).strip())
+    if invited:
+        later = ("broker", True, "not asked: the first start takes the invitation there", "")
+        rows = [later if row[0] == "broker" else row for row in rows]
+    lines = []
+    for what, fine, text_found, advice in rows:
+        lines += [f"{'ok  ' if fine else 'FAIL'} {what}: {text_found}", *([f"     -> {advice}"] if advice else [])]
+    return Outcome(tried=True, fine=all(row[1] for row in rows), said="\n".join(lines))
+
+
+def not_tried() -> str:
+    """Say what a trial leaves open."""
+    return (
+        "not tried here: the units' system call filter, memory limits and watchdog, and the trainer without a network"
+    )
+
+
+@contextlib.contextmanager
+def _room(placed: Placed) -> Iterator[Path]:
+    """Give a configuration that a user without a name can use: copies of what only the agent's user will be able to read."""
+    with tempfile.TemporaryDirectory(prefix="edge-runtime-", dir="/run") as name:
+        folder, broker = Path(name), placed.config.broker
+        folder.chmod(0o755)
+        state = folder / "state"
+        for place in (folder / "holds", state):
+            place.mkdir(mode=0o700)
+        moved = {}
+        for key in ("ca", "cert", "key", "password_file"):
+            path = getattr(broker, key)
+            source = placed.copies.get(path.replace(CREDENTIALS, SETTINGS))
+            if source is None:
+                moved[key] = ""  # not there yet: the invitation brings it
+                continue
+            moved[key] = str(state / key)
+            Path(moved[key]).touch(0o600)
+            Path(moved[key]).write_bytes(source.read_bytes())
+        config = dataclasses.replace(
+            placed.config,
+            broker=dataclasses.replace(broker, **moved),
+            worker=dataclasses.replace(placed.config.worker, socket=""),
+            state=dataclasses.replace(placed.config.state, dir=str(state)),
+        )
+        for path in (state, *state.iterdir()):
+            os.chown(path, NOBODY_YET, NOBODY_YET)
+        file = folder / "device.toml"
+        file.write_text(text(config, f"for a trial; {STATE} is {state}"), "utf-8")
+        yield file
+
+
+def enclosed(
+    command: Sequence[str], paths: Sequence[str], room: Path, *, user: int = NOBODY_YET, groups: Sequence[int] = ()
+) -> list[str]:
+    """Give a command line that runs a command as another user, behind the units' walls; only for root.
+
+    Args:
+        command: What to run.
+        paths: Hidden files and folders that it is to see after all, none below another.
+        room: A folder outside of what is hidden with one `holds` in it.
+        user: Number of the user, and of its group.
+        groups: Numbers of further groups.
+    """
+    quoted = shlex.quote
+    steps = ["mount --make-rprivate /"]
+    for number, path in enumerate(paths):
+        hold = quoted(str(room / "holds" / str(number)))
+        made = "mkdir -p" if Path(path).is_dir() else "touch"
+        steps += [f"{made} {hold}", f"mount --bind {quoted(path)} {hold}"]
+    for place in HIDDEN:
+        if Path(place).is_dir():
+            mode = "1777" if place.endswith("tmp") else "755"
+            steps.append(f"mount -t tmpfs -o mode={mode} tmpfs {place}")
+    for number, path in enumerate(paths):
+        parent = quoted(str(Path(path).parent))
+        made = f"mkdir -p {quoted(path)}" if Path(path).is_dir() else f"mkdir -p {parent} && touch {quoted(path)}"
+        steps += [made, f"mount --bind {quoted(str(room / 'holds' / str(number)))} {quoted(path)}"]
+    groups_said = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+    rights = "--no-new-privs --bounding-set=-all --inh-caps=-all"
+    steps.append(f"exec setpriv --reuid={user} --regid={user} {groups_said} {rights} -- {shlex.join(command)}")
+    return ["unshare", "--mount", "sh", "-c", "umask 022 && " + " && ".join(steps)]

@@ -1,0 +1,162 @@
+"""Modules that stand aside, and code that is given back: each in a process of its own, as an agent is."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import frugal
+from tests.house.walk import ROOT
+
+SMAPS = """\
+00400000-00500000 r-xp 00001000 08:01 7    /usr/bin/python3.11
+Size:               1024 kB
+Rss:                 512 kB
+Private_Clean:       500 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me
+00500000-00600000 r-xp 00101000 08:01 7    /usr/lib/with text relocations.so
+Rss:                 100 kB
+Private_Dirty:         4 kB
+Anonymous:             4 kB
+00600000-00700000 r--p 00201000 08:01 7    /usr/lib/relro.so
+Rss:                 100 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+00700000-00800000 rw-p 00000000 00:00 0    [heap]
+Rss:                1024 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+00800000-00900000 r-xp 00000000 00:00 0
+Rss:                 100 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+00900000-00a00000 r-xp 00000000 08:01 9    /lib/libc.so.6 (deleted)
+Rss:                 100 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+00a00000-00b00000 r-xp 00000000 08:01 9    /usr/lib/a library.so
+Rss:                 200 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0    [vsyscall]
+Rss:                   0 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_stand_in_becomes_the_real_module_when_it_is_used() -> None:
+    said = run(
+        "import sys\n"
+        "from edge_runtime import frugal\n"
+        "frugal.put_aside()\n"
+        "import uuid, inspect, tempfile\n"
+        "aside = [name for name in frugal.ASIDE if sys.modules[name].__spec__ is None]\n"
+        "print('uuid' in aside, 'inspect' in aside)\n"
+        "print(uuid.uuid4().version, inspect.signature(lambda a, b=1: a), tempfile.gettempdir() != '')\n"
+        "from uuid import UUID\n"
+        "import uuid as again\n"
+        "print(again.__spec__ is not None, again.UUID is UUID is uuid.UUID, again is not uuid)\n"
+        "import shutil, platform\n"
+        "print(shutil.get_terminal_size().columns, platform.system() != '', shutil.which('sh') is not None)\n"
+    )
+    assert said.split("\n")[:4] == ["True True", "4 (a, b=1) True", "True True True", "80 True True"]
+
+
+def test_what_a_stand_in_lacks_is_an_error_as_ever() -> None:
+    said = run(
+        "from edge_runtime import frugal\n"
+        "frugal.put_aside(('uuid', 'no_such_module'))\n"
+        "import uuid, no_such_module\n"
+        "for module in (uuid, no_such_module):\n"
+        "    try:\n        module.nothing\n"
+        "    except (AttributeError, ImportError) as error:\n        print(type(error).__name__)\n"
+        "print(hasattr(no_such_module, '__path__'))\n"
+    )
+    assert said.split() == ["AttributeError", "ModuleNotFoundError", "False"]
+
+
+def test_what_is_loaded_already_stays() -> None:
+    before = {name: sys.modules[name] for name in ("inspect", "traceback", "tempfile")}
+    aside = {name for name in frugal.ASIDE if name not in sys.modules}
+    frugal.put_aside(tuple(before))
+    assert {name: sys.modules[name] for name in before} == before
+    assert aside.isdisjoint(before)
+
+
+def test_every_module_that_stands_aside_is_one() -> None:
+    assert sorted(frugal.ASIDE) == list(frugal.ASIDE)
+    assert set(frugal.ASIDE) <= sys.stdlib_module_names
+
+
+def test_an_agent_is_imported_beside_the_stand_ins() -> None:
+    """What paho, dataclasses and the rest ask of those modules at import does not load them."""
+    said = run(
+        "import sys\n"
+        "from edge_runtime import frugal\n"
+        "frugal.put_aside()\n"
+        "from edge_runtime import cli, logs\n"
+        "cli._parser()\n"
+        "import edge_runtime.config, edge_runtime.agent\n"
+        "print(*[name for name in frugal.ASIDE if sys.modules[name].__spec__ is not None])\n"
+    )
+    newer = {"ast", "dis", "inspect", "linecache", "tokenize"} if sys.version_info >= (3, 13) else set()
+    assert set(said.split()) <= {"ipaddress"} | newer, "pathlib has loaded the one before, dataclasses want the others"
+
+
+def test_only_code_that_nobody_wrote_to_is_given_back() -> None:
+    found = list(frugal.code(SMAPS.splitlines(keepends=True)))
+    assert found == [(0x400000, 0x500000, 512 << 10), (0x900000, 0xA00000, 100 << 10), (0xA00000, 0xB00000, 200 << 10)]
+    assert [place[0] for place in frugal.code(SMAPS.splitlines(), "libc")] == [0x900000]
+    assert list(frugal.code(SMAPS.splitlines(), "torch")) == []
+
+
+@pytest.mark.parametrize("text", ["", "nonsense\n", "a b c\n", "zz-yy r-xp 0 0 0 /x\n", "Rss: x kB\n", "\n"])
+def test_what_the_kernel_does_not_say_like_that_changes_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "smaps").write_text(text)
+    assert frugal.give_back(maps=tmp_path / "smaps") == 0
+    assert frugal.give_back(maps=tmp_path / "none") == 0
+
+
+def test_code_comes_back_when_it_is_run_again() -> None:
+    """A process with numpy and OpenSSL in it is smaller after it gave back, and computes the same."""
+    said = run(
+        "import hashlib, ssl, numpy as np\n"
+        "from edge_runtime.frugal import give_back\n"
+        "from edge_runtime.memory.guard import _field\n"
+        "def work():\n"
+        "    x = np.arange(10_000.0).reshape(100, 100)\n"
+        "    return hashlib.sha256((x @ x).tobytes()).hexdigest(), np.linalg.svd(x[:5])[1].round(3).tolist()\n"
+        "first, before = work(), _field('VmRSS')\n"
+        "freed = give_back()\n"
+        "after = _field('VmRSS')\n"
+        "print(freed, before - after, work() == first, give_back() > 0, work() == first)\n"
+    )
+    freed, less, *same = said.split()
+    assert int(freed) >= 4 << 20
+    assert int(less) >= 2 << 20
+    assert same == ["True"] * 3
+
+
+def test_this_process_has_code_to_give_back() -> None:
+    with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
+        found = list(frugal.code(lines))
+    maps = Path("/proc/self/maps").read_text()
+    known = {(int(a, 16), int(b, 16)) for a, b in re.findall(r"^(\w+)-(\w+) r-xp", maps, re.MULTILINE)}
+    assert {place[:2] for place in found} & known
+    assert os.getpid() > 0
