@@ -32,6 +32,7 @@ from wire.link import Address, Will
 from wire.link.mqtt import MqttLink
 from wire.messages import Lead
 from wire.schema import to_plain
+from wire.spec import ModelSpec
 from wire.spool import Spool
 
 
@@ -80,10 +81,10 @@ def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
     spec = zoo.load(config.model)
     spool = Spool(state / SPOOL)
     ref = spool.add_bytes(specs.encode(spec))
-    weights = stored(spool, read(Path(config.weights).expanduser(), spec)) if config.weights else ""
-    spool.sync([ref.digest, *([weights] if weights else [])])
     journal = Journal(state / JOURNAL)
     standing = fold(journal.replay())
+    weights = _weights(config, spec, spool, standing)
+    spool.sync([ref.digest, *([weights] if weights else [])])
     asked = digest(config, weights)
     if standing.started is None:
         about: dict[str, str | int | float | bool] = {
@@ -93,6 +94,7 @@ def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
             "rounds": config.rounds,
             "seed": config.seed,
             "federation": config.federation,
+            **({"weights": weights} if weights else {}),
         }
         started = RunStarted(run=secrets.token_hex(8), config=asked, about=about)
         journal.append([started])
@@ -104,6 +106,14 @@ def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
             " or give the settings that it was started with"
         )
     return Store(spool, journal, spec, ref, weights), standing
+
+
+def _weights(config: Config, spec: ModelSpec, spool: Spool, standing: Standing) -> str:
+    """Name what the run starts from. One that has begun needs the file no more: what it said then is in the spool."""
+    file = Path(config.weights).expanduser()
+    if config.weights and standing.started is not None and not file.exists():
+        return str(standing.started.about.get("weights", ""))
+    return stored(spool, read(file, spec)) if config.weights else ""
 
 
 def digest(config: Config, weights: str = "") -> str:

@@ -56,6 +56,8 @@ def read(file: Path, spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
     for name, shape in shapes.items():
         if found[name].shape != shape:
             raise ConfigError(f"{file}: {name} is {found[name].shape}; model {spec.name!r} has {shape}")
+        if found[name].dtype.kind != "f":
+            raise ConfigError(f"{file}: {name} is {found[name].dtype}; write float64, float32 or float16")
         with np.errstate(over="ignore"):
             weights[name] = np.ascontiguousarray(found[name], np.float32)
         if not np.isfinite(weights[name]).all():

@@ -294,7 +294,7 @@ class Agent:
             threads=self._config.worker.threads,
             masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
         )
-        self._desk.give(job, now)
+        self._desk.give(job, now, fits.bytes_bound)
         self._life.guest.began(now)
         if self._life.guest.standing == "still":
             self._desk.still()

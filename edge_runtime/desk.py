@@ -23,6 +23,8 @@ log = logging.getLogger("edge_runtime")
 
 NEVER = float("inf")
 _MEBIBYTE = 1 << 20
+_BYTES_LEFT = 4 * _MEBIBYTE
+"""What orders may leave in a worker: a prediction's margin holds twice as much."""
 TIMINGS = "timings.json"
 """File in the state folder for what workers find out about this device's speed."""
 _SECONDS_RETRY_MAX = 60.0
@@ -30,7 +32,7 @@ _SECONDS_AFRESH = 2.0
 _DOUBLINGS = 6
 _TRIES = 6
 """How often a socket's worker is asked for before an order is given back: half a minute in all."""
-_BASE_GUESS = 240 << 20
+BASE_GUESS = 240 << 20
 """What a worker with a loaded engine takes, until one has told: torch on x86-64 and aarch64 measured 220 to 245 MiB."""
 _OUT_OF_MEMORY = frozenset({-9, -11, -7, -6, exits.WORKER_MEMORY})
 """Exit codes: the kernel's out-of-memory killer, three signals that torch dies of at its memory limit, the worker's own."""
@@ -97,7 +99,7 @@ class Desk:
             held = self._child.bytes_held
         else:
             held = probe.resident(self._child.pid) if self._child is not None else 0
-        return self._bytes_base - held if self._bytes_base else max(0, _BASE_GUESS - held)
+        return self._bytes_base - held if self._bytes_base else max(0, BASE_GUESS - held)
 
     def start(self, now: float) -> None:
         """Start a worker if there is none."""
@@ -121,14 +123,23 @@ class Desk:
         )
         self._child = Child("worker", argv, self._post, env=surroundings(worker.threads))
 
-    def give(self, job: Job, now: float) -> None:
+    def give(self, job: Job, now: float, bytes_bound: int = 0) -> None:
         """Have a job done; `take` tells its end.
+
+        Args:
+            job: Which.
+            now: On the monotonic clock.
+            bytes_bound: What it is predicted to take. A worker in which earlier orders have left so much that the budget
+                does not hold both is replaced.
 
         Raises:
             StoreError: One of its files cannot be opened.
         """
         self.progress = Progress(0.0, None, 0)
         self._job, self._sent = job, False
+        left = -self.bytes_coming if self._bytes_base else 0
+        if left > _BYTES_LEFT and 0 < job.bytes_budget < bytes_bound + left:
+            self.stop()
         self.start(now)
         self._since = now
         self.go_on(now)  # a warm one that stands still would not read

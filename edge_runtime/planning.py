@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _budget(args: argparse.Namespace) -> tuple[int, str]:
     from edge_runtime.config import amount, load
-    from edge_runtime.memory import limit, probe
+    from edge_runtime.desk import BASE_GUESS
+    from edge_runtime.memory import limit
 
     if args.budget:
         return amount(args.budget, "--budget"), "--budget"
@@ -84,12 +85,12 @@ def _budget(args: argparse.Namespace) -> tuple[int, str]:
     config = load(args.config)
     told = limit.said(config.budget_file)
     configured = min((most for most in (config.bytes_budget, told) if most), default=0)
-    granted = probe.budget(configured, config.bytes_reserve)
+    granted = limit.Grant(config.bytes_budget, config.bytes_reserve, config.budget_file).now(BASE_GUESS)
     if configured and granted == configured:
         file = config.budget_file
         whence = f"the file {file.name} in {file.parent}" if told == configured else "[memory] budget"
     else:
-        whence = "what is free now less [memory] reserve"
+        whence = "what is free now, less [memory] reserve and the worker's base"
     return granted, whence
 
 

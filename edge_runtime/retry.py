@@ -1,9 +1,9 @@
 """An order that ran out of memory, done again as something smaller by a fresh worker; a bounded number of times.
 
-A worker at its limit is not asked to go on: what it has mapped is never given back, so that a smaller batch fails in it too.
-What is tried next is planned as the order was, with what may be taken by then, and must be predicted to take a quarter less
-than what failed. Smaller micro-batches come first, as they answer for the same width, then narrower widths. With batch norms,
-which see one micro-batch alone, it is the other way round.
+A worker at its limit is not asked to go on: what it has mapped is never given back, so that a smaller batch fails in it
+too. What is tried next is planned as the order was, with what may be taken by then, and must be predicted to take a
+quarter less than what failed, or a tenth where there is nothing better. Smaller micro-batches come first, as they answer
+for the same width, then narrower widths. With batch norms, which see one micro-batch alone, it is the other way round.
 
 Light: the agent loads it.
 """
@@ -27,7 +27,7 @@ TRIES = 4
 """Workers that one order may cost."""
 SECONDS_PAUSE = 0.5
 """Between the end of one and the next: what the first held has gone back to the system by then."""
-_LESS = 0.75
+_LESS, _LEAST = 0.75, 0.9
 _FORGETTING = 0.9
 _MEBIBYTE = 1 << 20
 NEVER = float("inf")
@@ -58,7 +58,7 @@ class Tries:
         scale: Measured over predicted memory of earlier orders, at least 1: up at once, down by a tenth of the excess.
     """
 
-    __slots__ = ("_ended", "_order", "_peak", "_way", "due", "scale")
+    __slots__ = ("_ended", "_order", "_peak", "_said", "_way", "due", "scale")
 
     def __init__(self) -> None:
         self.due = NEVER
@@ -67,6 +67,7 @@ class Tries:
         self._way: Way | None = None
         self._ended = 0
         self._peak = 0
+        self._said = ""
 
     def fit(self, order: Order, spec: ModelSpec, bytes_budget: int) -> Way | Refusing:
         """Say how to do an order now: as large as fits at first, smaller than what failed after that.
@@ -108,10 +109,11 @@ class Tries:
             return Refusing(job.order.id, result.reason, result.detail, needed, job.bytes_budget)
         self._learn(job, result.bytes_peak)
         self._ended += 1
+        self._said = result.detail
         if self._ended >= TRIES:
-            return self._given_up(result.detail, needed, job.bytes_budget)
+            return self._given_up("that is enough", needed, job.bytes_budget)
         self.due = now + SECONDS_PAUSE
-        named = {"fields": {"order": job.order.id, "tries": self._ended}}
+        named = {"fields": {"order": job.order.id, "bytes_peak": result.bytes_peak, "bytes_budget": job.bytes_budget}}
         log.warning("a worker ran out of memory, something smaller is tried: %s", result.detail, extra=named)
         return None
 
@@ -127,24 +129,29 @@ class Tries:
         return Again(self._order)
 
     def _learn(self, job: Job, bytes_peak: int) -> None:
-        # Where weights are masked, more than what was planned may be taken for speed, as long as the budget allows.
+        # What earlier orders have left in a worker, and what is held dense for speed, may exceed a bound within the budget.
         way = self._way
-        if way is None or job.order.id != self._order or job.order.masks is not None:
+        if way is None or job.order.id != self._order:
             return
-        if bytes_peak > way.bytes_bound:
-            self.scale = max(self.scale, self.scale * bytes_peak / way.bytes_bound)
+        if bytes_peak > max(way.bytes_bound, job.bytes_budget):
+            self.scale *= bytes_peak / way.bytes_bound
 
     def _given_up(self, why: str, bytes_needed: int, bytes_free: int) -> Refusing:
         tries = f"{self._ended} tries" if self._ended > 1 else "one try"
-        detail = f"{why}; after {tries}, with up to {self._peak / _MEBIBYTE:.1f} MiB seen above the worker's base"
+        seen = f"with up to {self._peak / _MEBIBYTE:.1f} MiB seen above the worker's base"
+        detail = f"{why}; after {tries}, {seen}: {self._said}"
         return Refusing(self._order, "oom", detail[:2000], max(bytes_needed, self._peak), bytes_free)
 
     def _smaller(self, order: Order, spec: ModelSpec, bytes_budget: int, than: Way) -> Way | None:
-        most = _LESS * than.bytes_peak
+        found = []
         for structure, micro_batch in _ways(order, spec):
             asked = order if structure in order.structures else replace(order, structures=(structure,))
             way = self._priced(spec, asked, micro_batch)
-            if way.bytes_peak <= most and (not bytes_budget or way.bytes_bound <= bytes_budget):
+            if not bytes_budget or way.bytes_bound <= bytes_budget:
+                found.append(way)
+        least = min(found, key=lambda way: way.bytes_peak, default=than)
+        for way in (*found, least):
+            if way.bytes_peak <= (_LEAST if way is least else _LESS) * than.bytes_peak:
                 return way
         return None
 

@@ -30,7 +30,7 @@ from edge_runtime.engines.update import finite
 from edge_runtime.holding import choice, price
 from edge_runtime.inputs import part_of, read_spec
 from edge_runtime.memory import plan as planning
-from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, settle_allocator, wall
+from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, rest, settle_allocator, wall
 from edge_runtime.memory.limit import Limit
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
@@ -129,6 +129,7 @@ def perform(
     finally:
         if process.gauge is not None:
             wall(0)
+            rest()  # the agent looks what is left
 
 
 @dataclass(slots=True)

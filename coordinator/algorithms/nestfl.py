@@ -129,6 +129,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     add_up(state.spec, total, counted(answers, whole), covers, means)
     parts = _parts(learnt(state.spec), total, whole)
     angles = {answer.device: _angles(learnt(state.spec), parts, answer) for answer in counted(answers, whole)}
+    del parts  # views of the mean, which would keep it beside the new weights
     state = _remembered(state, covers, angles)
     for array in total.values():
         array[...] = 0.0

@@ -16,7 +16,7 @@ _BLOCK = 1 << 16
 
 
 def inner_product(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Give ``<a, b>`` of two arrays of one shape, summed in float64 in an order that depends on the shape alone."""
+    """Give ``<a, b>`` of two arrays of one shape, summed in float64 in an order that their shape and strides alone decide."""
     total = 0.0
     with np.nditer([a, b], ["external_loop", "buffered", "zerosize_ok"], buffersize=_BLOCK) as blocks:
         for one, other in blocks:

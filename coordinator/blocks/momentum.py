@@ -60,7 +60,8 @@ def carried(before: State, after: State) -> State:
 
     Memory: the new momentum. Cost: one pass over the model.
     """
-    held = [name for name in after.weights if PREFIX + name in before.arrays]
+    measured = statistics(before.spec)  # a state of before this block may hold momentum for them
+    held = [name for name in after.weights if PREFIX + name in before.arrays and name not in measured]
     if after is before or not held:
         return after
     beta = np.float32(before.scalars["params"]["beta"])

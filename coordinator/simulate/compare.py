@@ -37,7 +37,7 @@ ROUNDS = "horizon"
 """The parameter that tells an algorithm how many rounds there will be."""
 OWN = ("run.model", "run.fleet", "run.rounds")
 """What a method may have of its own, as if they were parameters: one that cannot cut, a narrower model; one whose rounds cost
-less, more of them (it is then measured as many times as the others)."""
+less, more of them (it is then measured about as many times as the others)."""
 
 Params = Mapping[str, float | str]
 _SECONDS_BETWEEN = 30.0

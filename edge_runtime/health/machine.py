@@ -12,7 +12,7 @@ from edge_runtime.memory import limit, probe
 from wire.errors import ConfigError
 
 MIB = 1 << 20
-_BYTES_LEAST = 16 * MIB
+BYTES_LEAST = 16 * MIB
 _BYTES_DISK = 64 * MIB
 _EARLIEST = 1_750_000_000  # seconds since 1970: a clock before this program was written is wrong
 _PAGE = 4096
@@ -59,9 +59,9 @@ def memory(config: Config, where: Machine) -> Finding:
         f"{free // MIB} of {whole // MIB} MiB available; an order may take {granted // MIB} MiB above the worker's base"
     )
     found += f" ({file} allows {told // MIB} MiB)" if told else ""
-    if granted < _BYTES_LEAST:
+    if granted < BYTES_LEAST:
         advice = "end other programs, or lower [memory] reserve"
-        advice = f"delete {file}, or allow more in it" if 0 < told < _BYTES_LEAST else advice
+        advice = f"delete {file}, or allow more in it" if 0 < told < BYTES_LEAST else advice
         return Finding("memory", fine=False, found=found, advice=advice)
     if config.bytes_budget and granted < allowed:
         return Finding("memory", fine=True, found=found, advice="[memory] budget is more than what is free now")

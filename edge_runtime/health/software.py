@@ -9,16 +9,21 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
+from edge_runtime import identity
 from edge_runtime.config import Config
 from edge_runtime.health.finding import Finding, Machine
+from wire.errors import ConfigError
 
 _SECONDS_TORCH = 180.0
+_KEYS = {"cryptography": "cryptography"}
 _CORE = {"paho.mqtt": "paho-mqtt", "msgpack": "msgpack", "numpy": "numpy"}
 _TERMUX = {
     "paho-mqtt": "pip install paho-mqtt",
     "msgpack": "pkg install python-msgpack",
     "numpy": "pkg install python-numpy",
+    "cryptography": "pkg install python-cryptography",
 }
 _OLDEST = (2, 6)
 _TRIED = """
@@ -36,12 +41,13 @@ print(json.dumps({"version": str(torch.__version__), "cuda": torch.version.cuda 
 _CUDA = re.compile(r"lib(?:cu[a-z]+|nv[A-Za-z]+|nccl|torch_cuda)\S*\.so\S*")
 
 
-def packages(_: Config, where: Machine) -> Finding:
-    """Ask for what every device needs."""
+def packages(config: Config, where: Machine) -> Finding:
+    """Ask for what every device needs, and for what one needs that takes signed orders only."""
     version = f"Python {platform.python_version()}"
-    missing = [package for name, package in _CORE.items() if not _is_there(name)]
+    wanted = {**_CORE, **_KEYS} if _is_enrolled(config) else _CORE
+    missing = [package for name, package in wanted.items() if not _is_there(name)]
     if not missing:
-        return Finding("packages", fine=True, found=f"{version}, {', '.join(_CORE.values())}")
+        return Finding("packages", fine=True, found=f"{version}, {', '.join(wanted.values())}")
     advice = "; ".join(_TERMUX[name] for name in missing) if where.android else f"pip install {' '.join(missing)}"
     return Finding("packages", fine=False, found=f"{version}, no {', no '.join(missing)}", advice=advice)
 
@@ -54,6 +60,13 @@ def compression(_: Config, where: Machine) -> Finding:
     advice = "pip install zstandard, or use Python 3.14, which has it"
     advice = "pkg upgrade: Termux's Python has it from 3.14 on" if where.android else advice
     return Finding("compression", fine=False, found="no zstandard", advice=advice)
+
+
+def _is_enrolled(config: Config) -> bool:
+    try:
+        return bool(config.broker.cert) and identity.read(Path(config.broker.cert)) is not None
+    except ConfigError:
+        return False  # the broker's check says so
 
 
 def _is_there(name: str) -> bool:

@@ -1,8 +1,9 @@
 """``load_max``: how much others may do on this machine, as load per core. It holds again from a quarter below.
 
-Others' load is the mean of the last minute (/proc/loadavg) less what our own training threads are of it, by the number of cores.
-That share comes and goes as slowly as the mean (`edge_runtime.guest`), or each order would be followed by a pause. Where the
-kernel tells of pressure (/proc/pressure/cpu), tasks that wait for a processor count as well: that is seen within seconds.
+Others' load is the mean of the last minute (/proc/loadavg) less what our own training threads are of it, by the number of
+cores. That share comes and goes as slowly as the mean (`edge_runtime.guest`), or each order would be followed by a pause.
+Where the kernel tells of pressure (/proc/pressure/cpu), tasks that wait for a processor count as well: that is seen within
+seconds.
 """
 
 from __future__ import annotations

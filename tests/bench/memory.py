@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def run() -> dict[str, object]:
         rows += _start(Path(folder))
         for number, (model, batch, capacity, recipe) in enumerate(_cases()):
             spec = zoo.by_name(model)
-            structure = _nested(spec, capacity)
+            structure = nested(spec, capacity)
             asked = Recipe(**{**_fields(RECIPES[recipe]), "batch": batch})
             found = memory.predict(spec, structure, asked)
             measured = _measure(Path(folder) / str(number), spec, structure, asked)
@@ -155,6 +155,27 @@ def _worker(data: Path, preload: bool) -> Iterator[tuple[Child, queue.Queue[obje
         child.close()
 
 
+class Measuring:
+    """One worker that nothing limits, for what orders take then."""
+
+    def __init__(self, data: Path) -> None:
+        self._worker = _worker(data, preload=True)
+
+    def __enter__(self) -> Self:
+        self._child, self._heard, _ = self._worker.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.__exit__(None, None, None)
+
+    def peak(self, made: Job) -> int:
+        """Give the measured peak of a job, above base."""
+        self._child.send(made)
+        while not isinstance(frame := _frame(self._heard), Done):
+            assert not isinstance(frame, Failed), frame
+        return frame.usage.bytes_peak
+
+
 def _frame(heard: queue.Queue[object]) -> object:
     event = heard.get(timeout=120)
     assert not isinstance(event, Ended), event
@@ -186,7 +207,8 @@ def _data(path: Path, spec: ModelSpec, count: int) -> Path:
     return path
 
 
-def _nested(spec: ModelSpec, capacity: int) -> Structure:
+def nested(spec: ModelSpec, capacity: int) -> Structure:
+    """Give one of five nested widths."""
     widths = {
         g.name: tuple(memory.uniform(spec, kept).widths[g.name][0] for kept in KEPT) for g in spec.groups if g.prunable
     }

@@ -24,7 +24,7 @@ NESTED = "fledge,nestfl,heterofl,fjord"
 PLAIN = "fedavg,fedavg-20=fedavg,fedavg-all=fedavg"
 ALONE = {"alone-20": 226, "alone-40": 75, "alone-60": 45, "alone-80": 38, "alone-100": 55}
 """One width alone, on every device that holds it: rounds in which its devices together do the operations (`flops`) of fifteen
-rounds of fledge (median of three seeds, rounded up). The table's column of operations shows whether that is still so."""
+rounds of fledge (medians of three seeds, within a tenth). The table's column of operations shows whether that is still so."""
 PERSONAL = "perfedavg-20=perfedavg,hermes-20=hermes"
 UNBOUND = "perfedavg-all=perfedavg,hermes-all=hermes"
 RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)

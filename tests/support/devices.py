@@ -214,6 +214,9 @@ class Script:
     def commit(self, order: str) -> None:
         self.send(Ack(order, "committed"))
 
+    def commit_to(self, order: str, device: str) -> None:
+        self.send(Ack(order, "committed"), device)
+
     # --- in
 
     def wait(self, kind: type, seconds: float = 20.0, where: Callable[[Any], bool] = lambda _: True) -> Any:

@@ -9,15 +9,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.trees import write
+
 SUITE = "bookworm"
 PACKAGES = ("python3", "python3-venv", "python3-pip", "libgomp1", "libstdc++6")
 _OLD = "fp asimd evtstrm crc32 cpuid"
 CPUS = {
-    "cortex-a53": ("0xd03", _OLD),
-    "cortex-a72": ("0xd08", _OLD),
-    "cortex-a76": ("0xd0b", "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"),
-}  # fmt: skip
-"""Part number and features, as a Pi's own kernel writes them into /proc/cpuinfo: libraries choose their code by these."""
+    "cortex-a53": (0x410FD034, _OLD),
+    "cortex-a72": (0x410FD083, _OLD),
+    "cortex-a76": (0x414FD0B1, f"{_OLD} aes pmull sha1 sha2 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"),
+}
+"""Main id register and features, as a Pi's own kernel tells them in /proc and /sys: libraries choose their code by these."""
 
 # The mask leaves out the version of the ABI and lets both kinds of executable through. F: the emulator is opened now, by
 # this name, and needs not be in the folder.
@@ -32,7 +34,8 @@ mount --make-rprivate /
 mount --rbind /proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount --bind "$work" "$root$work"
-mount --bind "$work/cpuinfo" "$root/proc/cpuinfo"
+mount --bind "$work/told/cpuinfo" "$root/proc/cpuinfo"
+mount --bind "$work/told/sys" "$root/sys"
 mount -t binfmt_misc binfmt_misc "$root/proc/sys/fs/binfmt_misc"
 printf '%s' '{magic}' >"$root/proc/sys/fs/binfmt_misc/register"
 exec env -i {variables} "$(command -v chroot)" "$root" "$@"
@@ -78,29 +81,35 @@ class Guest:
 
     @property
     def version(self) -> str:
-        return os.readlink(self.root / "usr/bin/python3").removeprefix("python")
+        return (self.root / "usr/bin/python3").readlink().name.removeprefix("python")
 
     def words(self, *words: str) -> list[str]:
         """Give the command that runs a command there. Its process is the emulator's: what is sent to it arrives."""
         (self.root / str(self.work)[1:]).mkdir(parents=True, exist_ok=True)
-        part, features = CPUS[self.cpu]
-        core = f"BogoMIPS\t: 38.40\nFeatures\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
-        core += f"CPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 4\n\n"
-        (self.work / "cpuinfo").write_text("".join(f"processor\t: {n}\n{core}" for n in range(4)))
+        self._tell()
         emulator = shutil.which("qemu-aarch64-static") or ""
         script = _ENTER.format(magic=_MAGIC.format(emulator=emulator), variables=_VARIABLES.format(cpu=self.cpu))
         spaces = ["unshare", "--user", "--map-root-user", "--mount"]
         return [*spaces, "sh", "-c", script, "sh", str(self.root), str(self.work), *words]
 
+    def _tell(self) -> None:
+        """Write what its kernel would say of four such cores; this machine's would say what it is itself."""
+        number, features = CPUS[self.cpu]
+        core = f"BogoMIPS\t: 38.40\nFeatures\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+        core += f"CPU variant\t: {number >> 20 & 15:#x}\nCPU part\t: {number >> 4 & 0xFFF:#x}\n"
+        core += f"CPU revision\t: {number & 15}\n\n"
+        files = {"cpuinfo": "".join(f"processor\t: {n}\n{core}" for n in range(4))}
+        files |= {f"sys/devices/system/cpu/{name}": "0-3\n" for name in ("present", "possible", "online")}
+        register = "sys/devices/system/cpu/cpu{}/regs/identification/midr_el1"
+        write(self.work / "told", files | {register.format(n): f"{number:#018x}\n" for n in range(4)})
+
     def lend(self, folder: Path, name: str) -> None:
         """Show a folder of this machine inside, as work/name: links cost no room."""
         shutil.copytree(folder, self.work / name, copy_function=os.link, dirs_exist_ok=True)
 
-    def compile(self, home: str) -> None:
+    def compile(self, *folders: str) -> None:
         """Write .pyc files: an import waits minutes for them under the emulator. This Python does it if it is as old."""
-        folders = [f"{home}/lib", f"/usr/lib/python{self.version}", "/usr/lib/python3"]
-        own = f"{sys.version_info.major}.{sys.version_info.minor}"
-        if own == self.version:
+        if f"{sys.version_info.major}.{sys.version_info.minor}" == self.version:
             root = str(self.root)
             words = [sys.executable, "-m", "compileall", "-q", "-j2", "-s", root, "-p", "/"]
             words += [f"{root}{folder}" for folder in folders]

@@ -8,8 +8,8 @@ import pytest
 from immutables import Map
 
 from coordinator.events import Born, Lost
-from coordinator.fleet import Fleet, memory_scale
-from tests.support.messages import a_beat, a_presence
+from coordinator.fleet import Fleet, memory_scale, oom_scale
+from tests.support.messages import a_beat, a_presence, a_refusal, an_order
 from wire.messages import Usage
 
 
@@ -121,3 +121,24 @@ def test_memory_scale_rises_at_once_and_falls_slowly_to_exactly_one() -> None:
     for _ in range(100):
         scale = memory_scale(scale, 50, 100)
     assert scale == 1.0
+
+
+def test_an_order_that_ran_out_of_memory_teaches_at_once_and_others_refusals_nothing() -> None:
+    fleet, order = born(("d1", 1)), an_order("d1", 1, bytes_peak=1500)
+    for reason, asked in (("memory", order), ("crash", order), ("oom", None), ("oom", an_order("d1", 2))):
+        assert fleet.starved(a_refusal("d1", order.id, reason=reason), asked) is fleet
+    taught = fleet.starved(a_refusal("d1", order.id, reason="oom"), order)
+    assert taught.devices["d1"].memory_scale == taught.scales["d1"] == 2.0, "3000 bytes were needed"
+    unseen = Fleet().starved(a_refusal("d1", order.id, reason="oom"), order)
+    assert unseen.scales["d1"] == 2.0
+
+
+def test_a_peak_below_the_prediction_raises_the_scale_all_the_same_but_not_for_ever() -> None:
+    scale, seen = 1.0, []
+    for _ in range(10):
+        scale = oom_scale(scale, 90, 100)
+        seen.append(scale)
+    assert seen[:2] == [1.25, 1.5625]
+    assert seen[-1] == 4.0
+    assert oom_scale(1.0, 2**53, 1) == 4.0, "a device that lies about what it needs can be asked again"
+    assert oom_scale(6.0, 90, 100) == 6.0

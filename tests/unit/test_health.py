@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import health
+from edge_runtime import health, identity
 from edge_runtime.config import BrokerConfig, ConditionsConfig, Config, StateConfig
 from edge_runtime.health import HERE, Machine, android, machine, software
 from edge_runtime.health import finding as findings
@@ -162,13 +162,17 @@ def test_no_compiler(where: Machine, get: str, tmp_path: Path, monkeypatch: pyte
     assert library.AGAIN in found.advice
 
 
-def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert software.packages(CONFIG, HERE).fine
     assert software.compression(CONFIG, HERE).fine
     monkeypatch.setattr(software, "_is_there", lambda name: name == "msgpack")
     assert software.packages(CONFIG, BOARD).advice == "pip install paho-mqtt numpy"
     assert software.packages(CONFIG, PHONE).advice == "pip install paho-mqtt; pkg install python-numpy"
     assert "pip install zstandard" in software.compression(CONFIG, BOARD).advice
+    (tmp_path / "device.pem").write_bytes(identity.compose(b"", b"", 60.0, 0.0))
+    enrolled = dataclasses.replace(CONFIG, broker=dataclasses.replace(CONFIG.broker, cert=str(tmp_path / "device.pem")))
+    assert software.packages(enrolled, BOARD).advice == "pip install paho-mqtt numpy cryptography"  # orders are signed
+    assert software.packages(enrolled, PHONE).advice.endswith("pkg install python-cryptography")
     assert "pkg upgrade" in software.compression(CONFIG, PHONE).advice
 
 

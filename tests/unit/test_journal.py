@@ -296,3 +296,11 @@ def test_a_new_run_forgets_the_old_one_but_not_its_pieces() -> None:
 def test_standing_relearns_memory_scales() -> None:
     standing = standing_of(RunStarted(RUN), planned(1, 3), arrived(0, bytes_peak=1500), arrived(1, bytes_peak=900))
     assert dict(standing.scales) == {"d0": 1.5, "d1": 1.0}
+
+
+def test_standing_relearns_from_orders_that_ran_out_of_memory() -> None:
+    oom = Refused("d1", order_id("d1", 1), a_refusal("d1", order_id("d1", 1), reason="oom"))
+    standing = standing_of(RunStarted(RUN), planned(1, 3), refused(0), oom)
+    assert dict(standing.scales) == {"d1": 3.0}, (
+        "3000 bytes of 1000; too little memory that was foreseen teaches nothing"
+    )

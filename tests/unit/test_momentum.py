@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.support.sequences import normed
 from wire.builders import mlp
 from wire.errors import ConfigError
 from wire.messages import Usage
-from wire.spec import Structure, statistics
+from wire.spec import Structure, parameter_count, statistics
 
 NESTED = (nestfl, heterofl, fjord)
 
@@ -53,6 +54,34 @@ def test_running_statistics_have_none():
     assert {tensor.name for tensor in spec.tensors} - names == set(statistics(spec))
     assert statistics(spec)
     assert not momentum.still(spec, {}, {"beta": 0.0})
+
+
+def test_a_state_of_before_with_momentum_for_statistics_uses_none():
+    spec = normed()
+    weights = random_arrays(spec, Structure())
+    arrays = {momentum.PREFIX + name: np.ones_like(array) for name, array in weights.items()}
+    before = State(spec, 1, weights, scalars={"params": {"beta": 0.5}}, arrays=arrays)
+    moved = {name: array + np.float32(1) for name, array in weights.items()}
+    after = momentum.carried(before, dataclasses.replace(before, weights=dict(moved)))
+    for name, array in weights.items():
+        wanted = array + 1 if name in statistics(spec) else array + 1 + 0.5 * 1.5
+        np.testing.assert_allclose(after.weights[name], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", NESTED)
+def test_closing_with_momentum_takes_the_new_weights_and_the_new_momentum_alone(algorithm):
+    spec = mlp("m", (200,), 10, (600, 600))
+    own = {"beta": 0.5} | ({"recipe.mask": 0.0} if algorithm is heterofl else {})
+    state = algorithm.init(spec, random_arrays(spec, Structure()), own)
+    whole = whole_of(state)
+    answers = [Answer(name, 9, whole, {}, Usage(), random_arrays(spec, whole, 2)) for name in "ab"]
+    tracemalloc.start()
+    try:
+        algorithm.close(state, answers)
+        models = tracemalloc.get_traced_memory()[1] / (4 * parameter_count(spec, whole))
+    finally:
+        tracemalloc.stop()
+    assert 1.9 < models < 2.9, models
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, float("nan"), float("inf")])

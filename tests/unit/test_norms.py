@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from coordinator.advance import Task, advance, load_state, save_state
+from coordinator.advance import Task, _closed, advance, load_state, save_state
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import by_name
 from coordinator.blocks import norms, pace
@@ -82,6 +82,18 @@ def test_what_no_device_can_have_seen_stays_a_variance():
     assert (after.norms[1]["n.variance"] >= 0).all()
     with pytest.raises(Malformed, match="another ranking"):
         norms.pooled(begun(levels=(0, 0, 1, 1)), (saw(state, "a", 2, ((1, 1), (1, 1))),))
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_round_whose_sets_overflow_leaves_what_there_was(name):
+    state = norms.pooled(begun(), (saw(begun(), "a", 2, ((1, 1), (1, 1)), ((2, 2, 2, 2), (3, 3, 3, 3))),))
+    most = 2**63 - 1
+    far = [saw(state, device, most, ((mean, 0), (1, 1))) for device, mean in (("b", 3e38), ("c", -3e38), ("d", 0))]
+    after, note = _closed(by_name(name), state, far)
+    assert "left out" in note
+    assert after is state
+    after, note = _closed(by_name(name), state, far[2:])
+    assert (note, after.norms[0]["n.mean"].tolist()) == ("", [0, 2, 0, 2])
 
 
 @pytest.mark.parametrize("name", NESTED)

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import exits, planning
+from edge_runtime.config import load
+from edge_runtime.desk import BASE_GUESS
 from edge_runtime.memory import candidates as parts
+from edge_runtime.memory import probe
 from tests.support.models import small_cnn
 from tests.support.sequences import normed
 from wire import memory, zoo
@@ -100,6 +103,17 @@ def test_the_budget_is_what_an_order_would_be_granted(capsys, tmp_path):
     (tmp_path / "budget").write_text("24 MiB")
     planning.run(asked("--model", "digits-cnn", "--config", str(config)))
     assert "24.0 MiB may be taken above the worker's base (the file budget" in capsys.readouterr().out
+
+
+def test_a_machine_without_room_is_not_one_without_a_limit(capsys, tmp_path, monkeypatch):
+    config = tmp_path / "pi.toml"
+    config.write_text(f'device = "a"\n[broker]\nurl = "mqtt://127.0.0.1"\n[state]\ndir = "{tmp_path}"\n')
+    monkeypatch.setattr(probe, "group_room", lambda root: None)
+    reserve = load(config).bytes_reserve
+    for free, text, code in ((reserve // 2, "0.0 MiB", exits.UNFIT), (reserve + BASE_GUESS + 48 * MIB, "48.0", 0)):
+        monkeypatch.setattr(probe, "available", lambda root, free=free: free)
+        assert planning.run(asked("--model", "digits-cnn", "--config", str(config))) == code
+        assert f"weights; {text}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edge_runtime import session as table
 from edge_runtime.session import (
     Acked,
+    Again,
     Cancelled,
     Failed,
     Fetch,
@@ -67,6 +68,13 @@ def test_the_usual_way() -> None:
     assert step(WORKING, Worked(REPLY)) == (OFFERING, (Offer(REPLY),))
     assert step(OFFERING, Acked(Ack(ORDER.id, "more", b"\5"))) == (OFFERING, (Push(b"\5"),))
     assert step(OFFERING, Acked(Ack(ORDER.id, "committed"))) == (TOLD, (Promote(ORDER), Forget(ORDER.id)))
+
+
+def test_only_what_is_being_worked_on_is_tried_again() -> None:
+    assert step(WORKING, Again(ORDER.id)) == (WORKING, (Work(ORDER),))
+    assert step(WORKING, Again("f" * 16)) == (WORKING, ())
+    for phase in PHASES.keys() - {"working"}:
+        assert step(PHASES[phase], Again(ORDER.id)) == (PHASES[phase], ())
 
 
 @pytest.mark.parametrize("phase", ["fetching", "working", "waiting", "offering"])

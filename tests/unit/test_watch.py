@@ -1,64 +1,66 @@
-"""The squared gradient of weights that are not there, from what an engine shows of a step: against the dense gradient."""
+"""Memory pressure on the machine: when the worker must end, and when nothing is looked at."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+
 import pytest
 
-from edge_runtime.engines import Update
-from edge_runtime.kernels.importance import Passed, top, whole
-from tests.support.models import batch
-from tests.unit.test_masked_engine import DENSE, MIXED, SPARSE, deep, dense_twin, loaded, make, masks_of  # noqa: F401 - a fixture
+from edge_runtime.memory.watch import SECONDS_BETWEEN, Watch, stalled
 
-SPEC = deep()
-NODES = {node.params["weight"]: node for node in SPEC.nodes if node.params}
+MIB = 1 << 20
+LINES = "some avg10=0.00 avg60=0.00 avg300=0.00 total={0}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total={0}\n"
 
 
-def passed(shown):
-    result = {}
-    for name, pairs in shown.items():
-        attrs = NODES[name].attrs
-        sides = [attrs["kernel"]] * 2 if attrs else []
-        shape = (pairs[0][1].shape[1], pairs[0][0].shape[1], *sides)
-        result[name] = Passed(shape, tuple(pairs), attrs.get("stride", 1), attrs.get("padding", 0))
-    return result
+def machine(root: Path, free: int, waited: float | None = 0.0) -> Path:
+    (root / "proc/pressure").mkdir(parents=True, exist_ok=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 900000 kB\nMemAvailable: {free // 1024} kB\n")
+    if waited is not None:
+        (root / "proc/pressure/memory").write_text(LINES.format(int(waited * 1e6)))
+    return root
 
 
-@pytest.mark.parametrize("choice", [SPARSE, DENSE, MIXED], ids=["sparse", "dense", "mixed"])
-@pytest.mark.parametrize("size", [10, 4])
-def test_all_positions_from_what_passed(make, choice, size):  # noqa: F811 - the fixture
-    masks = masks_of(SPEC)
-    engine, twin = loaded(make, SPEC, masks, choice), dense_twin(SPEC, masks)
-    x, y = batch(SPEC, 10)
-    twin.forward_backward(x, y)
-    shown = {}
-
-    def watch(name, x, dy):
-        shown.setdefault(name, []).append((x.copy(), dy.copy()))
-
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        engine.forward_backward(x[rows], y[rows], scale=len(x[rows]) / len(x), watch=watch)
-    assert list(shown)[:2] == ["out.weight", "fc4.weight"]  # the last first
-    assert shown.keys() == masks.keys()
-    for name, through in passed(shown).items():
-        squared = np.zeros(through.shape, np.float32)
-        whole(through, squared)
-        expected = twin.grads[name] ** 2
-        np.testing.assert_allclose(squared, expected, atol=2e-5 * expected.max(), err_msg=name)
-        places, values = top(through, 7)
-        np.testing.assert_array_equal(values, squared.ravel()[places])
-        assert values.min() >= np.partition(squared.ravel(), -8)[-8]
+def looked(watch: Watch, times: int, start: float = 0.0) -> list[str]:
+    return [watch.tick(start + SECONDS_BETWEEN * turn, busy=True) for turn in range(times)]
 
 
-def test_a_step_that_moves_weights_shows_the_gradients_before_it(make):  # noqa: F811 - the fixture
-    masks = masks_of(SPEC)
-    engine, still = loaded(make, SPEC, masks, SPARSE), loaded(make, SPEC, masks, SPARSE)
-    x, y = batch(SPEC, 6)
-    shown, same = {}, {}
-    engine.forward_backward(x, y, update=Update(0.5), watch=lambda name, x, dy: shown.update({name: dy.copy()}))
-    still.forward_backward(x, y, watch=lambda name, x, dy: same.update({name: dy.copy()}))
-    for name in masks:
-        np.testing.assert_array_equal(shown[name], same[name])
-    engine.forward_backward(x, y, update=Update(0.5))
-    assert len(shown) == len(masks)  # nobody watches by default
+def test_a_machine_with_room_is_left_alone(tmp_path: Path) -> None:
+    watch = Watch(64 * MIB, machine(tmp_path, 500 * MIB))
+    assert looked(watch, 20) == [""] * 20
+    assert watch.due == 20 * SECONDS_BETWEEN
+
+
+def test_little_that_is_available_twice_in_a_row_is_a_breach(tmp_path: Path) -> None:
+    watch = Watch(64 * MIB, machine(tmp_path, 15 * MIB))
+    assert looked(watch, 2) == ["", ""]
+    machine(tmp_path, 100 * MIB)
+    assert looked(watch, 1, 1.0) == [""]
+    machine(tmp_path, 15 * MIB)
+    first, second = looked(watch, 2, 1.5)
+    assert first == ""
+    assert "only 15 MiB" in second
+
+
+def test_waiting_for_memory_most_of_two_seconds_is_a_breach(tmp_path: Path) -> None:
+    watch = Watch(64 * MIB, machine(tmp_path, 500 * MIB, 100.0))
+    assert looked(watch, 4) == [""] * 4
+    machine(tmp_path, 500 * MIB, 101.0)
+    assert "50 % of the time" in watch.tick(2.0, busy=True)
+    assert looked(watch, 8, 2.5) == [""] * 8
+
+
+@pytest.mark.parametrize("text", ["", "full\n", "full total=many\n", "some total=1\n", "full avg10\n"])
+def test_kernels_that_count_nothing_are_read_without_harm(tmp_path: Path, text: str) -> None:
+    machine(tmp_path, 500 * MIB, None)
+    assert stalled(tmp_path) is None
+    (tmp_path / "proc/pressure/memory").write_text(text)
+    assert stalled(tmp_path) is None
+    assert looked(Watch(64 * MIB, tmp_path), 8) == [""] * 8
+
+
+def test_nothing_is_looked_at_without_work_or_without_a_reserve(tmp_path: Path) -> None:
+    root = machine(tmp_path, MIB)
+    watch = Watch(64 * MIB, root)
+    assert [watch.tick(float(now), busy=False) for now in range(5)] == [""] * 5
+    assert watch.due == float("inf")
+    assert looked(Watch(0, root), 8) == [""] * 8

@@ -65,6 +65,7 @@ def test_what_does_not_fit_is_refused_by_name(arrays, tmp_path):
         "has, beside it, extra": {**arrays, "extra": np.zeros(1, np.float32)},
         rf"{some} is \(1, 1\)": {**arrays, some: np.zeros((1, 1), np.float32)},
         f"{some} has values": {**arrays, some: np.full_like(arrays[some], np.nan)},
+        f"{some} is int64; write float64": {**arrays, some: np.zeros(arrays[some].shape, np.int64)},
         f"{some} has values that": {**arrays, some: np.full(arrays[some].shape, 1e300)},
     }
     for text, given in wrong.items():
@@ -118,6 +119,10 @@ def test_a_run_is_known_by_the_content_of_its_weights(tmp_path):
     again, _ = start.prepare(config, tmp_path / "s")
     assert again.weights == store.weights
     again.journal.close()
+    file.unlink()
+    gone, _ = start.prepare(config, tmp_path / "s")
+    assert gone.weights == store.weights
+    gone.journal.close()
     saved(file, second)
     with pytest.raises(ConfigError, match="other settings"):
         start.prepare(config, tmp_path / "s")

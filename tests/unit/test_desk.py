@@ -1,0 +1,62 @@
+"""The agent's desk by hand: what may not hang, leak or give up when a worker misbehaves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from edge_runtime import desk as desk_module
+from edge_runtime.config import BrokerConfig, Config
+from edge_runtime.desk import Desk
+from tests.support.messages import an_order
+from wire.child import Ended
+from wire.errors import StoreError
+from wire.job import Job
+
+
+def test_a_worker_that_never_stays_is_tried_for_ever() -> None:
+    """For as long as a device is switched on: seventeen hours of it made a number that is none."""
+    desk = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None)
+    desk._failures = 2000
+    desk._child = SimpleNamespace(pid=1, close=lambda: None)  # type: ignore[assignment]  # a stand-in
+    assert desk.take(Ended("worker", 1, 1), 10.0) is None
+    assert desk.due == 10.0 + 60.0
+
+
+class _Still:
+    """As much of a child as a desk gives a job to."""
+
+    pid, name, frozen = 0, "worker", True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def thaw(self) -> None:
+        self.calls.append("thaw")
+
+    def send(self, _: object) -> None:
+        self.calls.append("send")
+        raise StoreError("no such file")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+    def let_go(self) -> None:
+        self.calls.append("let go")
+
+
+def test_a_warm_worker_that_stands_still_goes_on_to_read_and_one_without_its_files_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stopped worker does not empty its pipe; and an order that cannot be handed over must not leave a busy desk."""
+    monkeypatch.setattr(desk_module, "Child", _Still)
+    desk, child = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None), _Still()
+    monkeypatch.setattr(desk_module.priority, "lower", lambda *_: None)
+    monkeypatch.setattr(desk_module.priority, "release", lambda _: None)
+    desk._child = child  # type: ignore[assignment]  # a stand-in
+    job = Job(an_order("d0", 1), "spec", (), "out", "", 0, 0, 1)
+    with pytest.raises(StoreError):
+        desk.give(job, 1.0)
+    assert child.calls == ["thaw", "send", "kill", "let go"]
+    assert (desk.due, desk._job) == (float("inf"), None)
