@@ -26,7 +26,7 @@ import pytest
 from tests.bench import table
 
 LAYERS = ("unit", "storm", "broker", "device", "house")
-COMPUTING = ("unit", "house")
+BESIDE = ("unit", "storm", "broker", "house")
 _NONE_FOUND = int(pytest.ExitCode.NO_TESTS_COLLECTED)
 HERE = Path(__file__).parent
 
@@ -50,13 +50,13 @@ def main(words: list[str]) -> int:
 
 
 def everything(rest: list[str]) -> int:
-    """Run all layers: those that mostly wait for processes, and beside them, on the other core, those that compute."""
+    """Run all layers: real devices, which mostly wait for processes, and beside them, on the other core, all else."""
     with tempfile.TemporaryFile() as output:
-        command = [sys.executable, "-m", "pytest", *_words(COMPUTING, rest)]
+        command = [sys.executable, "-m", "pytest", *_words(BESIDE, rest)]
         beside = subprocess.Popen(command, cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT)
         try:
-            print(f"layers {' '.join(COMPUTING)} run beside these; what they say comes at the end", flush=True)
-            code = int(pytest.main(_words([layer for layer in LAYERS if layer not in COMPUTING], rest)))
+            print(f"layers {' '.join(BESIDE)} run beside these; what they say comes at the end", flush=True)
+            code = int(pytest.main(_words([layer for layer in LAYERS if layer not in BESIDE], rest)))
             beside.wait()
         finally:
             beside.kill()  # after Ctrl-C; else it has ended
