@@ -30,7 +30,7 @@ from edge_runtime.engines.update import finite
 from edge_runtime.holding import choice, price
 from edge_runtime.inputs import part_of, read_spec
 from edge_runtime.memory import plan as planning
-from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, rest, settle_allocator, wall
+from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, rest, settle_allocator, starved, wall
 from edge_runtime.memory.limit import Limit
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.received import Received
@@ -115,9 +115,8 @@ def perform(
     except MemoryError as error:
         return work.failed("oom", f"out of memory: {error}")
     except RuntimeError as error:
-        # torch reports a failed allocation as a RuntimeError and by its text alone.
-        if "allocate memory" in str(error):
-            return work.failed("oom", str(error))
+        if starved(error):
+            return work.failed("oom", f"out of memory: {error}")
         raise
     except NonFinite as error:
         return work.failed("nonfinite", str(error))

@@ -23,6 +23,9 @@ small; 1 MiB has the same peaks as 64 KiB and costs less page-fault time."""
 WALL_SLACK = 72 * MEBIBYTE
 """What the wall leaves beyond the budget: address space counts before it is touched (arenas, stacks, code buffers)."""
 
+_SAID_OF_MEMORY = ("allocate memory", "could not create a", "could not execute a", "bad_alloc", "resource temporarily")
+"""torch's allocator; oneDNN, which says no more of a failed allocation than what it was for; C++; a thread without a stack."""
+
 _M_MMAP_THRESHOLD = -3
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -57,6 +60,12 @@ def wall(bytes_budget: int, bytes_from: int = 0) -> None:
         if hard != resource.RLIM_INFINITY:
             soft = min(soft, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def starved(error: RuntimeError) -> bool:
+    """Tell whether this is how an engine says that memory has run out: libraries below torch have but a text for it."""
+    text = str(error).lower()
+    return any(said in text for said in _SAID_OF_MEMORY)
 
 
 def rest() -> None:
