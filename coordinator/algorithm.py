@@ -46,8 +46,9 @@ class State:
         mask_levels: Nested masks, for devices of several sizes, instead of `masks`: tensor name to the narrowest capacity that
             keeps each weight, in the tensor's shape, and 255 for a weight that none keeps. Capacity k keeps the levels up to
             k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`).
-        norms: By capacity the running statistics that its width has of its own (`coordinator.blocks.norms`), by tensor name,
-            whole and in canonical order; empty when all widths read those in `weights`.
+        norms: By capacity what its width has of its own: running statistics (`coordinator.blocks.norms`), weights and biases
+            of norms (`coordinator.blocks.affines`); by tensor name, whole and in canonical order; empty when all widths read
+            those in `weights`.
         form: How the values of masked weights travel down, one of `wire.forms.FORMS`; what that loses is lost to the devices
             of one round, and never to `weights`.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from coordinator import __version__
 from coordinator.flags import Commands, add_compare, add_simulate, add_ticket, subcommand
 from coordinator.keys.flags import add_keys
+from coordinator.service import add_service
 from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError
 
 EXITS = {
@@ -34,6 +35,7 @@ examples:
   coordinator enroll kitchen-pi                      a one-time token, for `edge-runtime enroll` on the device
   coordinator status                                 what a running or finished run has reached
   coordinator export model.safetensors --width 0.2   the nested width that fits a small device
+  sudo coordinator install --config run.toml         as a service of systemd
 """
 
 
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     _add_readers(commands)
     add_keys(commands)
+    add_service(commands)
     return parser
 
 

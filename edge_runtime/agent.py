@@ -247,7 +247,7 @@ class Agent:
                 self._desk.drop()
                 self._fetcher.stop()
             case table.Offer() | table.Push() if self._life.guest.quiet:
-                self._life.silence = float("inf")  # `Silence` comes when the network is free again
+                self._life.silence = now + SECONDS_SILENCE  # by then the network may be free, whatever else fails
             case table.Offer(reply=reply):
                 self._life.silence = now + SECONDS_SILENCE
                 self._offers.offer(reply)
@@ -291,6 +291,7 @@ class Agent:
             keep=str(held or ""),
             bytes_budget=budget,
             micro_batch=fits.micro_batch,
+            cuts=fits.cuts,
             threads=self._config.worker.threads,
             masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
         )

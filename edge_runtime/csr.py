@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edge_runtime import exits, identity
+from edge_runtime import exits
+from wire import private
 from wire.errors import ConfigError, NestlingError
 
 KEY, CSR = "next.key", "next.csr"
@@ -41,9 +42,10 @@ def main(argv: list[str]) -> int:
     device, folder = argv
     try:
         key, csr = make(device)
-        identity.replace(Path(folder) / KEY, key)
-        identity.replace(Path(folder) / CSR, csr)
-    except NestlingError as error:
+        (Path(folder) / CSR).unlink(missing_ok=True)  # a request that is there is always of the key beside it
+        private.replace(Path(folder) / KEY, key)
+        private.replace(Path(folder) / CSR, csr)
+    except (NestlingError, OSError) as error:
         print(f"edge-runtime: no new key: {error}", file=sys.stderr)
         return exits.CONFIG if isinstance(error, ConfigError) else exits.DISK
     return exits.OK

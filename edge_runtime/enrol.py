@@ -19,7 +19,7 @@ from pathlib import Path
 from edge_runtime import config as settings
 from edge_runtime import csr as keys
 from edge_runtime import identity
-from wire import codec, topics
+from wire import codec, private, topics
 from wire.errors import (
     BrokerUnreachable,
     ClockWrong,
@@ -112,15 +112,17 @@ def enroll(wanted: Wanted) -> Enrolled:
         _same(known, invitation, url, folder, path)
     authority = pinned(invitation)
     key, request = keys.make(invitation.device)
-    identity.replace(folder / "next.ca.pem", authority)
+    private.replace(folder / "next.ca.pem", authority)
     try:
         cert = _ask(invitation, folder / "next.ca.pem", request)
-        identity.replace(folder / identity.FILE, identity.compose(key, cert.certificate, cert.seconds, time.time()))
+        private.replace(folder / identity.FILE, identity.compose(key, cert.certificate, cert.seconds, time.time()))
         (folder / "next.ca.pem").replace(folder / identity.AUTHORITY)
+        for name in (keys.CSR, keys.KEY):  # what waits to be signed: who had the old key may have it too
+            (folder / name).unlink(missing_ok=True)
     finally:
         (folder / "next.ca.pem").unlink(missing_ok=True)
     if known is None:
-        identity.replace(path, text.encode("utf-8"))
+        private.replace(path, text.encode("utf-8"))
     return Enrolled(invitation.device, url, path, known is None, folder / identity.FILE, cert.seconds)
 
 

@@ -6,11 +6,12 @@ the next one is due: the agent needs to know both, and has nothing that reads ce
 
 from __future__ import annotations
 
-import os
+import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from wire.errors import ConfigError, StoreError
+from wire.errors import ConfigError
 
 FOLDER, FILE, AUTHORITY = "keys", "device.pem", "ca.pem"
 """Inside the state folder: the keys' folder; in it the key with its certificate, and whom to trust."""
@@ -35,23 +36,37 @@ class Identity:
 def read(path: Path) -> Identity | None:
     """Read when a certificate is to be renewed; None when it is not one that a coordinator renews.
 
+    A file that enrolment has written, by its place or by one of its lines, is never taken for another's: the agent of such a
+    one takes orders that nobody has signed.
+
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file cannot be read, or enrolment has written it and its head is damaged.
     """
-    found = {}
     try:
         with path.open("rb") as file:
-            for line in file.read(_BYTES_MAX).decode("ascii", errors="replace").splitlines():
-                name, colon, value = line.partition(": ")
-                if line.startswith("-----"):
-                    break
-                if colon:
-                    found[name] = float(value)
-    except ValueError:
-        return None
+            lines = file.read(_BYTES_MAX).decode("ascii", errors="replace").splitlines()
     except OSError as error:
         raise ConfigError(f"[broker] cert {path}: {error.strerror}; `edge-runtime enroll TOKEN` makes it") from None
-    return Identity(found[_RENEW], found[_ENDS]) if {_RENEW, _ENDS} <= found.keys() else None
+    found: dict[str, float] = {}
+    for line in itertools.takewhile(lambda line: not line.startswith("-----"), lines):
+        name, _, value = line.partition(":")
+        if name in (_RENEW, _ENDS):
+            found[name] = _seconds(value)
+    if found.keys() == {_RENEW, _ENDS} and all(map(math.isfinite, found.values())):
+        return Identity(found[_RENEW], found[_ENDS])
+    if found or (path.name, path.parent.name) == (FILE, FOLDER):
+        raise ConfigError(
+            f"[broker] cert {path}: damaged, its first lines do not say when the certificate ends; put a copy of it back, or"
+            " enrol again: `coordinator enroll NAME` there, then `edge-runtime enroll TOKEN` here"
+        )
+    return None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def compose(key: bytes, certificate: bytes, seconds: float, now: float) -> bytes:
@@ -65,30 +80,3 @@ def compose(key: bytes, certificate: bytes, seconds: float, now: float) -> bytes
     """
     head = f"{_RENEW}: {now + seconds * (1 - _LEFT):.3f}\n{_ENDS}: {now + seconds:.3f}\n"
     return head.encode("ascii") + key + certificate
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Put a file in the place of another, durable, mode 0600, in a folder of mode 0700.
-
-    Raises:
-        StoreError: It cannot be written.
-    """
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh.unlink(missing_ok=True)
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            if os.geteuid() == 0:  # root works in a service's folder, and the service is to read what it wrote
-                owner = path.parent.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a power cut brings the old file back
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from edge_runtime import personal
+from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Arrays, Floats
 from edge_runtime.received import Received
 from edge_runtime.rules import Extra, Trained
@@ -33,6 +34,9 @@ class Outgoing:
         arrays: Its weights: compact arrays; of masked tensors the kept values in C order. They are written to.
         trained: What the rule handed back.
         form: How the update's values are written.
+        apart: How what narrower widths have of their own has moved, by name in the update.
+        tuned: Called with the update's file, once that is written, to make the arrays the device's own model, which is then
+            the state's. Not where a rule says itself what is sent: it has an idea of its own of both.
     """
 
     spec: ModelSpec
@@ -41,6 +45,8 @@ class Outgoing:
     arrays: Arrays
     trained: Trained
     form: str = ""
+    apart: Mapping[str, Floats] = field(default_factory=dict)
+    tuned: Callable[[Path], None] | None = None
 
     def write(self, before: str, received: Received, update: Path, keep: Path) -> tuple[BlobRef, BlobRef]:
         """Write update and state. In a form that loses something, what it lost the last time is added, and what it loses kept.
@@ -59,6 +65,12 @@ class Outgoing:
         if self.trained.update is not None:
             keep_ref = personal.write(keep, model, own=own)
             return self._write_said(update, self.trained.update), keep_ref
+        if not self.form and self.tuned is not None:
+            received.subtract_from(self.arrays)
+            personal.add_carried(before, self.structure, self.arrays)
+            ref = self._write_moves(update, self.arrays)
+            self.tuned(update)
+            return ref, personal.write(keep, model, own=own)
         if not self.form:
             keep_ref = personal.write(keep, model, own=own)
             received.subtract_from(self.arrays)
@@ -70,17 +82,22 @@ class Outgoing:
         ref = self._write_moves(update, moves)
         for array in moves.values():
             array[...] = forms.lost(array, self.form)
+        if self.tuned is not None:
+            self.tuned(update)
         return ref, personal.write(keep, model, moves, own)
 
     def _write_moves(self, path: Path, moves: Arrays) -> BlobRef:
         """Write values alone where the coordinator knows the rest."""
         masks = self.held.masks
         if not self.trained.extras:
-            return write_blob(path, "update", moves, coding=Coding(form=self.form, outline=self.held.outline))
+            exact = frozenset(self.apart)
+            coding = Coding(form=self.form, outline=self.held.outline, exact=exact)
+            return write_blob(path, "update", {**moves, **self.apart}, coding=coding)
         extras, places = self._spread(self.trained.extras, TOLD)
         known = {entry.name: entry.mask for entry in self.held.entries if entry.mask}
-        coding = Coding(form=self.form, known=known, exact=frozenset(extras))
-        return write_blob(path, "update", {**moves, **extras}, masks={**masks, **places}, coding=coding)
+        beside = {**extras, **self.apart}
+        coding = Coding(form=self.form, known=known, exact=frozenset(beside))
+        return write_blob(path, "update", {**moves, **beside}, masks={**masks, **places}, coding=coding)
 
     def _write_said(self, path: Path, said: MutableMapping[str, Extra]) -> BlobRef:
         moves, kept = self._spread(said, "")
@@ -112,3 +129,12 @@ class Outgoing:
             mask.reshape(-1)[places] = True
             masks[prefix + name] = mask
         return values, masks
+
+
+def values_of(engine: Engine, masks: Mapping[str, Mask]) -> Arrays:
+    """Give an engine's weights as they travel: its own arrays, or with masks copies, of masked tensors the kept values."""
+    if not masks:
+        return engine.params
+    shapes = tensor_shapes(engine.spec, engine.structure)
+    lines = {name: engine.read(name) for name in engine.params}
+    return {name: line if name in masks else line.reshape(shapes[name]) for name, line in lines.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edge_runtime.memory.candidates import Candidate
+    from edge_runtime.memory.speed import Speed
 
 ABOUT = "which part of a model this device could train, and why no larger one"
 EXAMPLES = """\
@@ -24,7 +24,10 @@ examples:
 
 Memory is predicted from the model alone, as it is before every order; nothing is loaded or trained. It is counted above the
 worker's base, which is what a process takes that has loaded its engine. A micro-batch is how many samples of a batch go
-through the model at once: smaller ones take less memory for the same gradient, and more time.
+through the model at once: smaller ones take less memory for the same gradient, and more time. So does running a share of the
+forward pass again in the backward pass, which also leaves batch norms the whole batch to see. The fastest way that fits wins;
+with batch norms, the fastest that gives the gradient of the whole batch, if one fits. Below the table stand the ways to train
+what was chosen and what does not fit as a whole: each takes less memory than all faster ones.
 """
 _WIDTHS = "1,0.8,0.6,0.4,0.2"
 _DENSITIES = "0.5,0.2,0.1,0.05,0.01"
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from edge_runtime import exits
     from edge_runtime.memory import candidates as parts
+    from edge_runtime.memory import reasons
     from wire import zoo
 
     spec = zoo.load(args.model)
@@ -64,13 +68,27 @@ def run(args: argparse.Namespace) -> int:
         spec, recipe, budget, _numbers(args.widths, "--widths"), _numbers(args.densities, "--densities")
     )
     best = [one for one in (parts.chosen(found, masked=masked) for masked in (False, True)) if one is not None]
+    speed = _speed(args)
     if args.json:
-        rows = [{**dataclasses.asdict(one), "chosen": one in best} for one in found]
-        print(json.dumps({"model": spec.name, "bytes_budget": budget, "budget_from": whence, "candidates": rows}))
+        rows = [{**dataclasses.asdict(one), "chosen": one in best, "why": reasons.why(one, budget)} for one in found]
+        told = {"model": spec.name, "bytes_budget": budget, "budget_from": whence, "candidates": rows}
+        told |= {"seconds_measured": speed is not None, "seconds_factor": speed.factor if speed is not None else 1.0}
+        print(json.dumps(told))
     else:
         print(f"{spec.name}: {found[0].weights:,} weights; {_granted(budget)} ({whence})\n")
-        print(_table(found, best, budget))
+        print(reasons.text(found, best, budget, speed.factor if speed is not None else 0.0))
     return exits.OK if best else exits.UNFIT
+
+
+def _speed(args: argparse.Namespace) -> Speed | None:
+    from edge_runtime.config import load
+    from edge_runtime.desk import TIMINGS
+    from edge_runtime.memory import speed
+
+    if args.config is None:
+        return None
+    config = load(args.config)
+    return speed.known(Path(config.state.dir) / TIMINGS, config.worker.threads)
 
 
 def _budget(args: argparse.Namespace) -> tuple[int, str]:
@@ -102,35 +120,4 @@ def _numbers(text: str, flag: str) -> list[float]:
 
 
 def _granted(budget: int) -> str:
-    return f"{_mebi(budget)} may be taken above the worker's base" if budget else "no limit is known"
-
-
-def _mebi(size: int) -> str:
-    return f"{size / _MEBIBYTE:.1f} MiB"
-
-
-def _table(found: list[Candidate], best: list[Candidate], budget: int) -> str:
-    lines = [f"{'part':<14}{'weights':>12}{'micro-batch':>13}{'expected':>12}{'bound':>12}"]
-    for one in found:
-        name = f"density {one.density:g}" if one.density < 1.0 else f"width {one.width:g}"
-        mark = (
-            "  <- largest that fits"
-            if one in best
-            else ""
-            if one.fits
-            else f"  lacks {_mebi(one.bytes_bound - budget)}"
-        )
-        sizes = f"{one.weights:>12,}{one.micro_batch:>13}{_mebi(one.bytes_peak):>12}{_mebi(one.bytes_bound):>12}"
-        lines.append(f"{name:<14}{sizes}{mark}")
-    notes = []
-    if not best:
-        notes.append(
-            "nothing fits: give training more memory, take a smaller model, or a smaller --widths or --densities"
-        )
-    if any(not one.exact for one in best):
-        notes.append("batch norms see one micro-batch at a time: its gradient is not quite that of the whole batch")
-    if any(one.kept for one in best):
-        notes.append(
-            "all gradients are held at once; with --clip 0, no Adam and whole batches each is used up where it arises"
-        )
-    return "\n".join([*lines, "", *notes]).rstrip()
+    return f"{budget / _MEBIBYTE:.1f} MiB may be taken above the worker's base" if budget else "no limit is known"

@@ -27,8 +27,8 @@ class Received:
     """The weights of one width, in shells.
 
     A shell says in its meta which capacity it is (``capacity``); where it does not, its place in the list counts. With masks
-    there is one shell, of values alone, and arrays are the kept values in C order. The running statistics are those that the
-    width has of its own, where its shell has any (`wire.norms`).
+    there is one shell, of values alone, and arrays are the kept values in C order. What a width has
+    of its own of its norms, where its shell has any, stands in place of what the lines give (`wire.norms`).
     """
 
     def __init__(self, spec: ModelSpec, structure: Structure, shells: Sequence[str], held: Held = WHOLE) -> None:
@@ -60,7 +60,7 @@ class Received:
             np.copyto(arrays[name], own)
 
     def norms(self, capacity: int) -> dict[str, Floats]:
-        """Give copies of the running statistics that a width has of its own; nothing where its shell has none.
+        """Give copies of what a width has of its own of its norms; nothing where its shell has none.
 
         Raises:
             Malformed: They are not of this model's norms, or of another length than the structure says.

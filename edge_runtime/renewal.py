@@ -2,7 +2,8 @@
 
 The agent loads nothing that makes keys: a short process does (`edge_runtime.csr`). Its request goes to the coordinator over
 the agent's own link, the answer comes back over it, and the agent connects again with what it got. As long as that has
-not worked the old certificate stays.
+not worked the old certificate stays, and the same request is sent again, by the agent's next life too: a key that it has
+signed the coordinator knows, and with another one it would have the device wait.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from edge_runtime import identity
 from edge_runtime.config import Config
 from edge_runtime.sealed import Sealed
-from wire import codec, topics
+from wire import codec, private, topics
 from wire.errors import ConfigError, NestlingError, PeerError
 from wire.link import Address, Down, Message, Up, tls
 from wire.link.mqtt import MqttLink
@@ -51,7 +52,7 @@ class Renewal:
         self._sealed = Sealed(config, link) if self._identity is not None else None
         self._child: subprocess.Popen[bytes] | None = None
         self._until = 0.0
-        self._request = b""
+        self._request = self._asked() if self._identity is not None else b""
         self._up = False
         self._due = _NEVER
         if self._identity is not None and self._identity.ends < time.time():
@@ -89,7 +90,7 @@ class Renewal:
         elif time.time() >= known.renew:
             if not self._up:
                 self._due = _NEVER  # until there is somebody to ask
-            elif self._request:
+            elif self._request and (self._path.parent / "next.key").exists():  # or no answer would be of any use
                 self._ask(now)
             else:
                 self._begin(now)
@@ -166,14 +167,14 @@ class Renewal:
             if not self._request or cert.request != hashlib.sha256(self._request).hexdigest():
                 return
             if cert.state != "granted":
-                self._request = b""
+                if cert.state != "early":  # with another key it would be early again
+                    self._forget()
                 self._later(now, f"{cert.state}: {cert.detail}")
                 return
             self._identity = self._adopt(cert)
         except (NestlingError, OSError) as error:
             self._later(now, str(error))
             return
-        self._request = b""
         self._due = now
         log.info("the certificate is renewed, for %.3g days", cert.seconds / 86_400)
         self._link.renew()
@@ -183,7 +184,7 @@ class Renewal:
         folder = self._path.parent
         fresh = folder / "next.pem"
         data = identity.compose((folder / "next.key").read_bytes(), cert.certificate, cert.seconds, time.time())
-        identity.replace(fresh, data)
+        private.replace(fresh, data)
         try:
             if cert.seconds > tls.vouched(replace(self._where, cert=str(fresh), key="")):
                 raise ConfigError("the answer tells a longer time than its certificate")
@@ -193,6 +194,19 @@ class Renewal:
             fresh.replace(self._path)
         finally:
             fresh.unlink(missing_ok=True)
-        for name in ("next.key", "next.csr"):
-            (folder / name).unlink(missing_ok=True)
+        self._forget()
         return found
+
+    def _asked(self) -> bytes:
+        """Give the request that an earlier life has made and nobody has answered; empty when there is none."""
+        folder = self._path.parent
+        try:
+            return (folder / "next.csr").read_bytes() if (folder / "next.key").exists() else b""
+        except OSError:
+            return b""
+
+    def _forget(self) -> None:
+        """Ask with another key the next time."""
+        self._request = b""
+        for name in ("next.csr", "next.key"):
+            (self._path.parent / name).unlink(missing_ok=True)

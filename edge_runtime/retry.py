@@ -2,8 +2,9 @@
 
 A worker at its limit is not asked to go on: what it has mapped is never given back, so that a smaller batch fails in it
 too. What is tried next is planned as the order was, with what may be taken by then, and must be predicted to take a
-quarter less than what failed, or a tenth where there is nothing better. Smaller micro-batches come first, as they answer
-for the same width, then narrower widths. With batch norms, which see one micro-batch alone, it is the other way round.
+quarter less than what failed, or a tenth where there is nothing better. Smaller micro-batches and recomputation come first,
+as they answer for the same width, then narrower widths. Batch norms see one micro-batch alone: with them recomputation comes
+first, then narrower widths, and smaller micro-batches last.
 
 Light: the agent loads it.
 """
@@ -16,9 +17,9 @@ from dataclasses import dataclass, replace
 from edge_runtime.memory import plan as planning
 from edge_runtime.session import Again
 from edge_runtime.session import Failed as Refusing
-from wire import memory
 from wire.job import Done, Failed, Job
 from wire.messages import Order
+from wire.segments import Cuts
 from wire.spec import ModelSpec, Structure, statistics
 
 log = logging.getLogger("edge_runtime")
@@ -42,12 +43,14 @@ class Way:
         micro_batch: Samples that go through the model at once.
         bytes_peak: Expected peak above base.
         bytes_bound: The same with its margin.
+        cuts: Where the model is cut into segments that run again; empty for none.
     """
 
     order: Order
     micro_batch: int
     bytes_peak: int
     bytes_bound: int
+    cuts: Cuts = ()
 
 
 class Tries:
@@ -89,7 +92,7 @@ class Tries:
             fits = planning.plan(order, spec, bytes_budget, self.scale)
             if isinstance(fits, planning.Refused):
                 return Refusing(order.id, "memory", fits.detail, fits.bytes_needed, fits.bytes_free)
-            self._way = self._priced(spec, order, fits.micro_batch)
+            self._way = self._priced(spec, order, (fits.micro_batch, fits.cuts))
             return self._way
         found = self._smaller(order, spec, bytes_budget, self._way)
         if found is None:
@@ -144,9 +147,9 @@ class Tries:
 
     def _smaller(self, order: Order, spec: ModelSpec, bytes_budget: int, than: Way) -> Way | None:
         found = []
-        for structure, micro_batch in _ways(order, spec):
+        for structure, manner in _ways(order, spec):
             asked = order if structure in order.structures else replace(order, structures=(structure,))
-            way = self._priced(spec, asked, micro_batch)
+            way = self._priced(spec, asked, manner)
             if not bytes_budget or way.bytes_bound <= bytes_budget:
                 found.append(way)
         least = min(found, key=lambda way: way.bytes_peak, default=than)
@@ -155,24 +158,21 @@ class Tries:
                 return way
         return None
 
-    def _priced(self, spec: ModelSpec, order: Order, micro_batch: int) -> Way:
+    def _priced(self, spec: ModelSpec, order: Order, manner: tuple[int, Cuts]) -> Way:
         widest = max(order.structures, key=lambda s: s.capacity)
-        if order.verb == "train":
-            found = memory.predict(spec, widest, order.recipe, micro_batch, scale=self.scale)
-        else:
-            found = memory.predict_evaluation(spec, widest, micro_batch, self.scale)
-        return Way(order, micro_batch, found.peak, found.bound)
+        found = planning.price(order, spec, widest, manner, self.scale)
+        return Way(order, manner[0], found.peak, found.bound, manner[1])
 
 
-def _ways(order: Order, spec: ModelSpec) -> list[tuple[Structure, int]]:
+def _ways(order: Order, spec: ModelSpec) -> list[tuple[Structure, tuple[int, Cuts]]]:
     """Give what an order could be done as, the best first; only what is trained alone can be narrower than asked."""
     widest = max(order.structures, key=lambda s: s.capacity)
-    sizes = memory.micro_batches(order.recipe)
-    parts = [(widest, size) for size in sizes]
+    batch, norms = order.recipe.batch, bool(statistics(spec))
+    parts = [(widest, manner) for manner in planning.manners(order, spec, widest)]
+    exact = [part for part in parts if part[1][0] == batch or not norms]
     cut = order.verb == "train" and bool(widest.widths) and order.masks is None
     narrower = [widest.narrowed(capacity) for capacity in reversed(range(widest.capacity))] if cut else []
-    if not narrower:
-        return parts
-    widths = [(structure, sizes[0]) for structure in narrower]
-    least = [(narrower[-1], size) for size in sizes[1:]]
-    return [*widths, *least, *parts] if statistics(spec) else [*parts, *widths, *least]
+    whole: tuple[int, Cuts] = (batch, ())
+    widths = [(structure, whole) for structure in narrower]
+    least = [(narrower[-1], manner) for manner in planning.manners(order, spec, narrower[-1])] if narrower else []
+    return [*exact, *widths, *least, *(part for part in parts if part not in exact)]

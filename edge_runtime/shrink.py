@@ -26,7 +26,7 @@ Room = Callable[[float], int]
 """Bytes above base that an order may take by now, given the fraction of it that is done; 0 for what it was granted."""
 
 Own = Callable[[int], Mapping[str, Floats]]
-"""The running statistics of norms that a width has of its own, by its capacity."""
+"""What a width has of its own of its norms, by its capacity."""
 
 _MEBIBYTE = 1 << 20
 
@@ -100,6 +100,7 @@ class Squeezed:
                     narrow(self._engine, structure, held)
                     for name, array in (self._own(structure.capacity) if self._own else {}).items():
                         self._engine.params[name][...] = array
+                    held.apart.settle(self._engine, held.arrays)
                 self.at = done if self.at is None else self.at
                 self.micro_batch = micro_batch
                 self._settle(room, micro_batch)

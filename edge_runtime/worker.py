@@ -17,26 +17,29 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from edge_runtime import calibrate, exits, personal, rules
+from edge_runtime.apart import Apart
 from edge_runtime.data import Dataset, Source, load
 from edge_runtime.door import Pipe, Reception, entrance
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
-from edge_runtime.holding import choice, price
+from edge_runtime.holding import load as load_masked
+from edge_runtime.holding import price
 from edge_runtime.inputs import part_of, read_spec
 from edge_runtime.memory import plan as planning
 from edge_runtime.memory.guard import Gauge, offer_to_oom_killer, rest, settle_allocator, starved, wall
 from edge_runtime.memory.limit import Limit
-from edge_runtime.outgoing import Outgoing
+from edge_runtime.outgoing import Outgoing, values_of
 from edge_runtime.received import Received
 from edge_runtime.rules import still
 from edge_runtime.scoring import score
 from edge_runtime.shrink import Room, Squeezed, as_granted
+from edge_runtime.tuning import Tuning, passes
 from edge_runtime.warm import warm
 from wire.child import die_with_parent
 from wire.errors import (
@@ -53,6 +56,7 @@ from wire.job import Done, Failed, Job, Progress, Ready, write_frame
 from wire.maskfile import Held, read_masks
 from wire.memory import Prediction
 from wire.messages import Reason, Usage
+from wire.norms import APART
 from wire.schema import from_plain
 from wire.spec import ModelSpec, Structure, tensor_shapes
 from wire.tensor import Coding, write_blob
@@ -151,6 +155,8 @@ class _Work:
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.bytes_budget = self.job.bytes_budget
+        if self.process.gauge is not None:
+            self.process.gauge.rested()
 
     @property
     def bytes_peak(self) -> int:
@@ -178,7 +184,7 @@ class _Work:
         """Begin to measure and put up the wall."""
         if self.process.gauge is not None:
             self.process.gauge.begin(engine)
-            wall(self.job.bytes_budget)
+            self.process.gauge.enclose(self.job.bytes_budget)
 
     def squeezed(self, engine: Engine, received: Received) -> Squeezed:
         """Keep an order that is about to be trained within what it may take."""
@@ -193,7 +199,7 @@ class _Work:
             self.bytes_budget, self.micro_batch = room, micro_batch
             if self.process.gauge is not None:  # what is measured from here on is of the width that the answer names
                 self.process.gauge.begin(engine.name)
-                wall(room, self.process.gauge.bytes_mapped)
+                self.process.gauge.enclose(room)
 
         granted = (self.bytes_budget, self.predicted.bound, self.micro_batch)
         return Squeezed(engine, self.room, bound, settle, granted, own=received.norms)
@@ -226,7 +232,7 @@ def _trained(
     train: tuple[Floats, Labels],
     micro_batch: int,
 ) -> tuple[Outgoing, Received, dict[str, float], str]:
-    """Give what was trained, the metrics and the engine's name; gradients and copies are freed on the way out."""
+    """Give what was trained, metrics (of a model tuned later, when it is) and the engine's name; copies are freed."""
     order, (spec, structure) = work.job.order, model
     engine, received, held = _loaded(work, spec, structure, micro_batch)
     if not finite(engine.params):
@@ -238,35 +244,37 @@ def _trained(
     own = personal.own(work.job.keep, spec, structure)
     engine.seed(order.recipe.seed, order.round)
     squeeze = work.squeezed(engine, received)
-    trained = rule.train(
-        rules.Task(order.recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own, squeeze)
-    )
+    apart = Apart(received.norms) if order.recipe.knobs.get(APART) else Apart()
+    recipe, tell = order.recipe, work.tell
+    tunes = passes(recipe, spec, masked=bool(held.masks))
+    task = rules.Task(recipe, engine, *train, order.round, micro_batch, tell, held.masks, own, squeeze, apart)
+    trained = rule.train(task)
     if squeeze.at is not None:
         structure, metrics["squeezed"] = engine.structure, squeeze.at
         received = Received(spec, structure, work.job.shells, held)
-    if test is not None:
+    tuned = Tuning(task, received, test, metrics).own if tunes and trained.update is None else None
+    if test is not None and tuned is None:
         metrics["accuracy.after"], metrics["loss.after"] = score(engine, test, work.micro_batch)
     if trained.losses:
         metrics["loss"], metrics["loss.first"] = trained.losses[-1], trained.losses[0]
-    arrays = engine.params
-    if held.masks:
-        shapes = tensor_shapes(spec, structure)
-        arrays = {name: engine.read(name) for name in arrays}
-        arrays = {name: line if name in held.masks else line.reshape(shapes[name]) for name, line in arrays.items()}
-    outgoing = Outgoing(spec, structure, held, arrays, trained, order.recipe.form)
-    return outgoing, received, {**metrics, **trained.metrics}, engine.name
+    metrics |= trained.metrics
+    values = values_of(engine, held.masks)
+    outgoing = Outgoing(spec, structure, held, values, trained, recipe.form, apart.moves(spec), tuned)
+    return outgoing, received, metrics, engine.name
 
 
 def _loaded(work: _Work, spec: ModelSpec, structure: Structure, micro_batch: int) -> tuple[Engine, Received, Held]:
     """Give an engine with the order's weights, where they came from, and their masks."""
+    engine = work.open()  # first: what masks take is the order's, and no part of the base
     held = read_masks(work.job.masks, spec, structure)
     received = Received(spec, structure, work.job.shells, held)
-    engine = work.open()
     if not held.masks:
         engine.load(spec, structure)
+        engine.recompute(work.job.cuts)
         received.fill(engine.params)
         return engine, received, held
-    engine.load(spec, structure, None, held.masks, choice(work.job, spec, structure, micro_batch, pinned=work.pinned))
+    left = work.process.gauge.bytes_left if work.process.gauge is not None else 0
+    load_masked(engine, (spec, structure), held.masks, work.job, micro_batch, pinned=work.pinned, bytes_left=left)
     for name, values in received.lines():
         engine.write(name, values)
     dense = frozenset(name for name, way in engine.ways.items() if way == "dense")
@@ -305,7 +313,7 @@ def _calibrate(work: _Work) -> Done:
 
 
 def _micro_batch(work: _Work, spec: ModelSpec) -> int:
-    """Take the agent's choice, or choose.
+    """Take the agent's choice, or choose, also where the model is cut.
 
     Raises:
         BudgetExceeded: Not even one sample at a time fits.
@@ -317,6 +325,7 @@ def _micro_batch(work: _Work, spec: ModelSpec) -> int:
         work.predicted = Prediction(0, fits.bytes_needed)
         raise BudgetExceeded(fits.detail)
     micro_batch = work.micro_batch = job.micro_batch or fits.micro_batch
+    job = work.job = replace(job, cuts=job.cuts if job.micro_batch else fits.cuts)
     widest = max(job.order.structures, key=lambda s: s.capacity)
     work.predicted = price(job, spec, widest, micro_batch)
     return micro_batch

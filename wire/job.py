@@ -39,6 +39,8 @@ class Job:
         micro_batch: Samples that go through the model at once; 0 leaves the choice to the worker.
         threads: Cores to use.
         masks: File of the masks; empty when every weight is kept.
+        cuts: Where the model is cut into segments that run again in the backward pass (`wire.segments`); not read with a
+            micro-batch of 0.
     """
 
     order: Order
@@ -50,6 +52,7 @@ class Job:
     micro_batch: Natural
     threads: Positive
     masks: FilePath = ""
+    cuts: Annotated[tuple[Natural, ...], Limit(0, 4096)] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def contracted(
 
 
 def _stretch(chain: Sequence[Node], shapes: Mapping[str, Shape], batch: int) -> tuple[int, int]:
-    """Count the buffers of a stretch: those of its values, and two that hold any gradient of a value.
+    """Count the buffers of a stretch: those of its values, and two that hold any gradient of a value but the model's input.
 
     They are made at the first pass and stay. A layer has its output, and what it reads stands in an image with a border as
     wide as its padding. What it reads is the output before as it is where no pool and no border comes between.
@@ -105,6 +105,7 @@ def _stretch(chain: Sequence[Node], shapes: Mapping[str, Shape], batch: int) -> 
         border = following.attrs.get("padding", 0) if following is not None else 0
         if node.op in ("linear", "conv2d"):
             values += _panel(after, samples)
+        if node.op in ("linear", "conv2d") and node.inputs != ("input",):
             padding, kernel = node.attrs.get("padding", 0), node.attrs.get("kernel", 1)
             gradients += [_panel(after, samples, max(0, kernel - 1 - padding)), _panel(before, samples)]
         if node.op == "max_pool2d" or border:

@@ -14,25 +14,44 @@ by whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
 from wire.errors import SpecError
+from wire.heap import heap
 from wire.masked import FLOAT, Masked, aligned, index_bytes
 from wire.messages import Recipe
+from wire.norms import APART, affine_counts
+from wire.segments import Cuts
 from wire.spec import ModelSpec, Structure, node_shapes, parameter_count, tensor_shapes
-from wire.walk import Walk, heap, peak
+from wire.walk import Walk, peak
 
 MARGIN = 1.10
 SLACK = 8 << 20
 """The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
 
-_SCRATCH = {2: 24, 4: 64}
-"""Bytes per kept weight of a matrix or a convolution, while its index is made or its values are brought into C order."""
+_SCRATCH = {2: 0, 4: 78}
+"""Bytes per kept weight of a matrix or a convolution while its index is made: of a matrix it is made in small parts."""
+
+_SORTED = 26
+"""Bytes per kept weight while values are brought from C order into the index's, or back: both, places twice, and a part of
+the room of their sort."""
+
+_MODULES = 1800 << 10
+"""What loading the modules for masks takes beside them, once, while the first masks are loaded."""
+
+_MAPPED = 4 << 20
+"""Of a file of weights no more than this and one tensor is resident at a time (`edge_runtime.received`)."""
+
+_CODED, _AT_ONCE = 16, 1 << 17
+"""Bytes per value while a part of an update is brought into its form (`wire.forms`), and the values of a part."""
 
 _TOP, _LARGEST, _PLACED = "top.", 32, 12
 """Rule `importance`: its knobs for the largest values of tensors; bytes of each of these, as they are found and after."""
+
+_BLOCKS, _BLOCK = 3, 1 << 20
+"""The same rule: blocks of a step's gradient at a time, with the product and the samples that one is made of; their bytes."""
 
 _WHOLE: dict[str, int] = {"topk": 3, "lottery": 4, "maml": 2}
 """Rules that hold copies of whole tensors, masked or not, and how many."""
@@ -118,9 +137,9 @@ def predict(
     recipe: Recipe,
     micro_batch: int = 0,
     *,
-    bytes_held: int = 0,
     scale: float = 1.0,
     masked: Masked | None = None,
+    cuts: Cuts = (),
 ) -> Prediction:
     """Predict the peak of a training order.
 
@@ -129,12 +148,12 @@ def predict(
         structure: The part that is trained.
         recipe: How; its rule's copies are counted.
         micro_batch: Samples that go through the model at once; 0 for the recipe's batch.
-        bytes_held: What else is held throughout.
         scale: Measured over predicted peak of earlier orders on that device.
         masked: How masked weights are held; None for what the structure keeps, held sparse.
+        cuts: Where the model is cut into segments that run again in the backward pass; not with masks.
 
     Raises:
-        SpecError: The model cannot be run.
+        SpecError: The model cannot be run, or not be cut there.
 
     Cost: O(nodes + tensors); well under a millisecond for the zoo's models.
     """
@@ -143,15 +162,18 @@ def predict(
     sizes = _weights(spec, structure, masked)
     weights = sizes.held
     if recipe.rule == "still":
-        return _bounded(bytes_held + weights + (weights // 2 if recipe.form else 0), scale)
+        return _bounded(weights + (weights // 2 if recipe.form else 0), scale)
     gradients = sizes.trained if holds_gradients(recipe, batch) else 0
-    walk = Walk(spec, structure, batch, backward=True, masked=masked)
-    bytes_held += whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
+    walk = Walk(spec, structure, batch, backward=True, masked=masked, cuts=cuts)
+    bytes_held = whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
     bytes_held += _passed(spec, structure, recipe, batch) + _aside(spec, structure, recipe)
+    bytes_held += _apart(spec, structure, recipe)
     step = weights + gradients + copies(recipe) * sizes.trained + peak(walk)
     # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
     found, placed, told = _told(spec, structure, recipe)
-    writing = weights + (2 * sizes.trained if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
+    coded = 2 * sizes.trained + _CODED * min(sizes.largest // FLOAT, _AT_ONCE)
+    writing = weights + (coded if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
+    writing += gradients if recipe.knobs.get("personal") else 0  # what was trained goes on afterwards
     most = max(step, writing, weights + gradients + found + told, sizes.loading)
     return _bounded(bytes_held + sizes.masks + heap(walk) + most, scale)
 
@@ -210,13 +232,26 @@ def _passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: 
     """
     if recipe.rule != "importance":
         return 0
-    steps = int(recipe.knobs.get("last") or recipe.steps or 1 << 40)
-    counts = [steps * recipe.batch] if recipe.knobs.get("window") else []
+    counts = [_window(recipe) * recipe.batch] if recipe.knobs.get("window") else []
     counts += [recipe.batch] if micro_batch < recipe.batch else []
-    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
-    layers = [node for node in spec.nodes if node.params.get("weight") in structure.kept]
-    sizes = [(prod(tensors[n.params["weight"]]), prod(shapes[n.inputs[0]]) + prod(shapes[n.name])) for n in layers]
+    sizes = _through(spec, structure).values()
     return FLOAT * sum(min(weights, samples * values) for samples in counts for weights, values in sizes)
+
+
+def _window(recipe: Recipe) -> int:
+    """Give how many steps count; very many, where it is not known."""
+    return int(recipe.knobs.get("last") or recipe.steps or 1 << 40)
+
+
+def _through(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, int]]:
+    """Give of each masked weight how many it is, and how many values pass through its layer with each sample."""
+    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
+    layers = [(node, node.params.get("weight", "")) for node in spec.nodes]
+    return {
+        name: (prod(tensors[name]), prod(shapes[node.inputs[0]]) + prod(shapes[node.name]))
+        for node, name in layers
+        if name in structure.kept
+    }
 
 
 def _aside(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
@@ -227,14 +262,30 @@ def _aside(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
     return FLOAT * sum(prod(shapes[name]) for name in spec.nodes[-1].params.values()) + _PLACED * spec.classes
 
 
+def _apart(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
+    """Count what narrower widths have of their own: as received, values, gradients and the rule's copies."""
+    if not recipe.knobs.get(APART):
+        return 0
+    each = affine_counts(spec, structure)
+    return (3 + copies(recipe)) * FLOAT * sum(each)
+
+
 def _told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
-    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are."""
+    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are.
+
+    What passed in several steps is gone through side by side, in blocks of each.
+    """
     if recipe.rule != "importance" or not recipe.knobs.get("send"):
         return 0, 0, 0
-    tensors = tensor_shapes(spec, structure)
+    tensors, through, found = tensor_shapes(spec, structure), _through(spec, structure), 0
     sizes = {name: prod(shape) for name, shape in tensors.items() if _TOP + name in recipe.knobs}
-    counts = [min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()]
-    return _LARGEST * max(counts, default=0), sum(sizes.values()), _PLACED * sum(counts)
+    counts = {name: min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()}
+    steps = _window(recipe) if recipe.knobs.get("window") else 0
+    for name, count in counts.items():
+        weights, values = through.get(name, (0, 0))
+        apart = steps if steps * recipe.batch * values <= weights else 0
+        found = max(found, _LARGEST * count + _BLOCKS * apart * min(_BLOCK, FLOAT * weights))
+    return found, sum(sizes.values()), _PLACED * sum(counts.values())
 
 
 def _masked(structure: Structure) -> Masked | None:
@@ -252,9 +303,9 @@ class _Sizes:
     Attributes:
         held: With what says where they stand.
         trained: The values alone; a gradient or a copy takes as many.
-        largest: The largest tensor's values.
+        largest: The most of them that is read from a file at a time.
         masks: All masks as they come, a byte per weight.
-        scratch: What making one index takes, at most.
+        scratch: What bringing one tensor's values into C order takes, at most.
         loading: The most that there is beside the masks until the weights are in their places. At first it is the masks of
             the order before and what was made of them.
     """
@@ -276,8 +327,23 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     sparse = set(kept).difference(masked.dense if masked is not None else ())
     values = {name: aligned((kept[name],) if name in sparse else shape) for name, shape in shapes.items()}
     masks = {name: prod(shapes[name]) for name in kept}
-    index = sum(index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept)
-    scratch = max((_SCRATCH[len(shapes[name])] * kept[name] for name in sparse), default=0)
-    trained, bits = sum(values.values()), sum(masks.values())
-    loading = index + max(trained, bits) + scratch if masks else 0
-    return _Sizes(trained + index, trained, max(values.values()), bits, scratch, loading)
+    indices = {name: index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept}
+    index, trained, bits = sum(indices.values()), sum(values.values()), sum(masks.values())
+    scratch = max((_SORTED * kept[name] for name in sparse), default=0)
+    loading, made, filled = max(index + bits, _MODULES) if masks else trained + _resident(values.values()), 0, 0
+    for name, size in indices.items():  # one after the other, then the values
+        loading = max(loading, made + _SCRATCH[len(shapes[name])] * kept[name] * (name in sparse))
+        made += size
+    for name, size in values.items():
+        loading = max(loading, index + filled + _SORTED * kept[name] if name in sparse else 0)
+        filled += size
+    return _Sizes(trained + index, trained, _resident(values.values()), bits, scratch, loading)
+
+
+def _resident(sizes: Iterable[int]) -> int:
+    """Give the most of a mapped file that is resident while tensors of these sizes are read one after the other."""
+    most = touched = 0
+    for size in sizes:
+        touched = size if touched >= _MAPPED else touched + size
+        most = max(most, touched)
+    return most

@@ -1,14 +1,17 @@
-"""TOML files into frozen dataclasses: every mistake is an error that names file, key and what to write."""
+"""TOML files into frozen dataclasses, and back: every mistake is an error that names file, key and what to write."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wire.errors import ConfigError, Malformed
-from wire.schema import from_plain
+from wire.schema import from_plain, to_plain
 
 T = TypeVar("T")
 
@@ -51,3 +54,40 @@ def _lay(plain: dict[str, object], key: str, value: object, path: Path | None) -
             raise ConfigError(f"{path}: {parent} must be a table: write [{parent}] and its keys below")
         table = inner
     table[last] = value
+
+
+def text(config: Any, about: str) -> str:
+    """Write a configuration as TOML; what is as it would be anyway is left out of its tables.
+
+    Args:
+        config: A dataclass of values, of dataclasses of values, and of tables of values.
+        about: One line for its head.
+    """
+    lines = [f"# {about}"]
+    tables: list[str] = []
+    for name, value in to_plain(config).items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{name} = {_value(value)}")
+            continue
+        own, defaults = getattr(config, name), {}
+        if dataclasses.is_dataclass(own):
+            defaults = {f.name: f.default for f in dataclasses.fields(own) if f.default is not MISSING}
+        said = [
+            f"{_key(k)} = {_value(v)}" for k, v in value.items() if k not in defaults or getattr(own, k) != defaults[k]
+        ]
+        tables += ["", f"[{name}]", *said] if said else []
+    return "\n".join([*lines, *tables, ""])
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else _value(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # of what TOML knows, JSON has neither inf nor nan
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)

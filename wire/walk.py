@@ -6,30 +6,17 @@ from the instant that makes it to the last that reads it; the peak is the instan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from math import prod
 
 from wire.masked import FLOAT, Masked, aligned, contracted
+from wire.segments import Cuts, check, laid
 from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
 
 INDEX = 8
 BLOCK = 16
-HEAP = 2 << 20
-"""What the allocator keeps between its blocks, at least: the mean over measured workers."""
-
-_MAPPED = 1 << 20
-"""Blocks from this size on are mapped singly, and leave nothing behind (`edge_runtime.memory.guard`)."""
-
-_HOLES = 3
-"""Blocks below leave holes between those that live longer, a third of them at most. It is little in chains of layers, whose
-arrays die in the order opposite to that in which they were made; models with branches need it."""
-
-_CODE = 200 << 10
-"""What a convolution's own machine code and its descriptions take, which are made at the first pass and stay."""
-
-_CODED = {"conv2d": 1, "conv1d": 1, "lstm": 10}
-"""Ops with code of their own, and how many times that."""
-
 _DENSE_BLOCK = 1 << 19
 """Bytes of a dense masked weight's gradient at a time; its mask takes as many."""
 
@@ -42,6 +29,9 @@ _SAVES_INPUT = (
 _SAVES_OUTPUT = ("relu", "tanh", "sigmoid", "softmax", "lstm", "gru")
 _CONVS = {"conv2d": 1, "conv1d": 2}
 """How often a convolution copies what it reads and makes."""
+
+_FEW, _NARROW = 20_480, 3
+"""Torch does a convolution of one sample of no more values than these, with windows no wider, without oneDNN."""
 
 _VIEWS = ("flatten", "reshape")
 """Their output is their input's memory, and so is the gradient that they hand on; but a turned value is copied."""
@@ -77,18 +67,28 @@ class Walk:
         nodes: The model's steps; a stretch is one, of op ``stretch``.
         end: The last instant.
         size: Value name to bytes for the whole batch.
-        blocked: The same in a convolution's own layout.
         tensors: Tensor name to bytes.
         home: Value name to the value whose memory it shares.
         turned: Values that lie in another order than their axes.
         inside: Node name to bytes that are its own: saved for its backward pass, and taken by each pass while it runs.
+        copies: Convolution's name to bytes of what it makes for itself in either direction.
         panels: Stretch name to bytes of its values and of their gradients.
         dense: Weights that are masked and dense.
+        cuts: Where the pass is cut into segments that run again (`wire.segments`).
     """
 
     def __init__(
-        self, spec: ModelSpec, structure: Structure, batch: int, *, backward: bool, masked: Masked | None = None
+        self,
+        spec: ModelSpec,
+        structure: Structure,
+        batch: int,
+        *,
+        backward: bool,
+        masked: Masked | None = None,
+        cuts: Cuts = (),
     ) -> None:
+        check(spec.nodes, cuts)
+        self.cuts = cuts if masked is None else ()  # stretches hold what they need throughout
         shapes = node_shapes(spec, structure)
         self.panels: dict[str, tuple[int, int]] = {}
         self.dense = frozenset(masked.dense) if masked is not None else frozenset()
@@ -96,14 +96,19 @@ class Walk:
         if masked is not None:
             self.nodes = contracted(spec.nodes, set(masked.kept) - self.dense, self.panels, (shapes, batch))
         self.backward = backward
-        self.end = 2 * len(self.nodes) if backward else len(self.nodes)
         self.size = {name: aligned((batch, *shape)) for name, shape in shapes.items()}
-        self.blocked = {name: aligned((batch, _blocked(name, shape[0]), *shape[1:])) for name, shape in shapes.items()}
         tensors = tensor_shapes(spec, structure)
-        self.tensors = {name: aligned(shape) for name, shape in tensors.items()}
+        sparse = {} if masked is None else {n: k for n, k in masked.kept.items() if n not in self.dense}
+        self.tensors = {name: aligned((sparse[name],) if name in sparse else shape) for name, shape in tensors.items()}
         self.inside = {node.name: _inside(node, shapes, tensors, batch) for node in self.nodes}
+        self.copies = {node.name: _copied(node, shapes, tensors, batch) for node in self.nodes if node.op in _CONVS}
         self.turned = _turned(self.nodes)
         self.home = _homes(self.nodes, self.turned, shapes)
+
+    @property
+    def end(self) -> int:
+        """The last instant."""
+        return 2 * len(self.nodes) if self.backward else len(self.nodes)
 
     def back(self, i: int) -> int:
         """Give the instant at which node i runs backward, or forward if nothing does."""
@@ -112,18 +117,39 @@ class Walk:
 
 def peak(walk: Walk) -> int:
     """Give the largest sum of bytes that live together, weights and whatever is held throughout left out."""
-    return _most(walk, (*_activations(walk), *_temporaries(walk), *_gradients(walk)))
+    return most(walk, arrays(walk))
 
 
-def heap(walk: Walk) -> int:
-    """Give what is taken beside the arrays: holes between blocks, and what convolutions make once and for all."""
-    small = [interval for interval in _activations(walk) if interval[0] < _MAPPED]
-    code = _CODE * sum(_CODED.get(node.op, 0) for node in walk.nodes)
-    return max(HEAP, code + _most(walk, small) // _HOLES)
+def arrays(walk: Walk, *, inside: bool = True) -> Iterator[Interval]:
+    """Give all arrays of a pass, each with the instants of the plain timeline between which it lives.
+
+    Args:
+        walk: The pass.
+        inside: With the copies that convolutions make for themselves, which no framework knows of.
+    """
+    yield from _activations(walk)
+    yield from _temporaries(walk)
+    yield from _gradients(walk)
+    if inside:
+        yield from _copies(walk)
 
 
-def _most(walk: Walk, intervals: Iterable[Interval]) -> int:
-    change = [0] * (walk.end + 2)
+def saved(walk: Walk) -> list[int]:
+    """Give the bytes that each node's forward pass makes and a backward pass reads again."""
+    count = len(walk.nodes)
+    found = [0] * count
+    for size, birth, last in _activations(walk):
+        if birth < count < last < 2 * count:
+            found[birth] += size
+    return found
+
+
+def most(walk: Walk, intervals: Iterable[Interval]) -> int:
+    """Give the largest sum of bytes of arrays that live together."""
+    end = walk.end
+    if walk.cuts:
+        intervals, end = laid(walk.nodes, walk.cuts, walk.size, intervals)
+    change = [0] * (end + 2)
     for size, birth, last in intervals:
         change[birth] += size
         change[last + 1] -= size
@@ -140,12 +166,12 @@ def _turned(nodes: Sequence[Node]) -> frozenset[str]:
 
 def _homes(nodes: Sequence[Node], turned: frozenset[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Name the value whose memory each one lives in: a flatten is a view, a relu may overwrite what only it reads."""
-    readers = [name for node in nodes for name in node.inputs]
+    readers = Counter(name for node in nodes for name in node.inputs)
     made_by = {node.name: node.op for node in nodes}
     home = {"input": "input"}
     for node in nodes:
         source = node.inputs[0]
-        alone = node.op == "relu" and readers.count(source) == 1
+        alone = node.op == "relu" and readers[source] == 1
         in_place = alone and overwritten(made_by.get(source, ""), shapes[source])
         view = node.op in _VIEWS and source not in turned
         home[node.name] = home[source] if view or in_place else node.name
@@ -174,10 +200,11 @@ def _inside(
         read = aligned((batch, *shapes[node.inputs[0]]))
         if node.op == "gru":
             return gates + 4 * states + read, max(weights, gates), 2 * weights + gates + 2 * states
-        # Measured: the library packs all weights for each direction, makes the gates' gradients twice, and gives its
+        # Measured: the library packs all weights for each direction, makes the gates' gradients nearly twice, and gives its
         # states of every step the room of its inputs if these are wider.
         wider = max(0, read - states)
-        backward = 7 * weights // 2 + 9 * gates // 4 + 2 * states + 3 * wider
+        padded = gates // hidden * -(-hidden // BLOCK) * BLOCK
+        backward = 7 * weights // 2 + 7 * padded // 4 + 2 * states + 3 * wider
         return gates + 2 * states + wider, 2 * weights, backward
     if node.op == "attention":
         steps, inner = shapes[node.name][0], tensors[node.params["weight_out"]][1]
@@ -208,17 +235,14 @@ def _activations(walk: Walk) -> Iterator[Interval]:
 
 
 def _temporaries(walk: Walk) -> Iterator[Interval]:
-    """What an op needs only while it runs: a layer's new gradient before it is added, a convolution's own copies."""
+    """What an op needs only while it runs, such as a layer's new gradient before it is added."""
     for i, node in enumerate(walk.nodes):
         if node.op in ("linear", *_CONVS):
             weights = sum(walk.tensors[name] for name in node.params.values())
-            blocked = walk.blocked[node.inputs[0]] + walk.blocked[node.name]
-            workspace = weights + blocked * _CONVS[node.op] if node.op in _CONVS else 0
             if node.params["weight"] in walk.dense:
                 weights = 2 * weights if node.op == "conv2d" else min(2 * weights, 2 * _DENSE_BLOCK)
-            yield workspace, i, i
             if walk.backward:
-                yield workspace + weights, walk.back(i), walk.back(i)
+                yield weights, walk.back(i), walk.back(i)
         (_, forward, backward) = walk.inside[node.name]
         if node.op == "layer_norm" and node.inputs[0] in walk.turned:  # it norms a copy
             forward, backward = forward + walk.size[node.inputs[0]], backward + walk.size[node.inputs[0]]
@@ -229,6 +253,29 @@ def _temporaries(walk: Walk) -> Iterator[Interval]:
             yield backward, walk.back(i), walk.back(i)
         if node.op == "mul" and walk.backward:  # a gate's gradient is as large as what it weighs, until it is summed
             yield walk.size[node.name], walk.back(i), walk.back(i)
+
+
+def _copies(walk: Walk) -> Iterator[Interval]:
+    """What a convolution makes for itself in either direction."""
+    for i, node in enumerate(walk.nodes):
+        for size in walk.copies.get(node.name, ()):
+            yield size, i, i
+            if walk.backward:
+                yield size, walk.back(i), walk.back(i)
+
+
+def _copied(
+    node: Node, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tuple[int, ...]], batch: int
+) -> tuple[int, ...]:
+    """Count a convolution's copies in its library's layout, or, where it is done without that, its windows side by side."""
+    before, after, kernel = shapes[node.inputs[0]], shapes[node.name], node.attrs["kernel"]
+    few = batch == 1 and prod(before) <= _FEW and node.attrs.get("groups", 1) == 1
+    if few and (node.op == "conv1d" or kernel <= _NARROW):
+        as_it_is = kernel == 1 and node.attrs["stride"] == 1 and not node.attrs["padding"]
+        return () if as_it_is else (aligned((before[0], kernel ** len(after[1:]), *after[1:])),)
+    weights = sum(aligned(tensors[name]) for name in node.params.values())
+    ends = ((node.inputs[0], before), (node.name, after))
+    return weights, *(_CONVS[node.op] * aligned((batch, _blocked(n, s[0]), *s[1:])) for n, s in ends)
 
 
 def _gradients(walk: Walk) -> Iterator[Interval]:

@@ -94,6 +94,12 @@ MODELS: Mapping[str, Entry] = {
         6,
         _cnn((Conv(32, 5, 2, 4), Conv(64, 5, 2, 4)), 128),
     ),
+    "har-cnn-wide": Entry(
+        "the same with a wide layer behind, of which most widths do not fit where all do: 541 thousand weights",
+        (9, 128),
+        6,
+        _cnn((Conv(32, 5, 2, 4), Conv(64, 5, 2, 4)), 1024),
+    ),
     "conv-2": Entry("PruneFL's Conv-2 for FEMNIST: 6.6 million weights", (1, 28, 28), 62, _cnn(_FIVE, 2048)),
     "vgg-11": Entry(
         "PruneFL's VGG-11 for 32x32 pictures, without norms, layers of 512 behind: 9.8 million weights",

@@ -23,7 +23,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate, momentum, norms
+from coordinator.blocks import affines, aggregate, momentum, norms
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.widths import fractions_of, structures_of, widest
 from coordinator.recipes import merged, recipe_of, scheduled
@@ -35,6 +35,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         "fractions": "0.2 0.4 0.6 0.8 1",
         **norms.CALIBRATE,
+        **affines.NORMS,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "fjord",
@@ -58,8 +59,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fjord needs some, fedavg does not")
     norms.check(spec, known)
-    still = momentum.still(spec, weights, known)
-    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known}, still)
+    affines.check(spec, known)
+    sets = affines.begun(spec, weights, widths, known)
+    still = momentum.still(spec, {**weights, **affines.named(sets)}, known)
+    return State(spec, 0, dict(weights), prefix(spec, widths), widths, {"params": known}, still, norms=sets)
 
 
 def plan(
@@ -67,7 +70,7 @@ def plan(
 ) -> tuple[State, tuple[Draft, ...]]:
     """See `coordinator.algorithm.Algorithm.plan`: each device the widest structure that it can hold."""
     params, structures = state.scalars["params"], structures_of(state)
-    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    recipe = affines.told(scheduled(recipe_of(params), str(params["schedule"]), round_number), params)
     if norms.due(params, round_number):
         return norms.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng)
     held = widest(state.spec, structures, recipe, devices)
@@ -90,5 +93,6 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if norms.due(state.scalars["params"], state.round):
         return norms.pooled(state, answers)
-    by_samples = aggregate.joined(state, answers, lambda cover: aggregate.shares([seat.samples for seat in cover]))
-    return momentum.carried(state, norms.unmoved(state, by_samples))
+    after = aggregate.joined(state, affines.shared(state, answers), aggregate.by_samples)
+    after = momentum.carried(state, norms.unmoved(state, after))
+    return affines.joined(state, after, answers, aggregate.by_samples)

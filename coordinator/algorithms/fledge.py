@@ -6,10 +6,13 @@ the wide one, and what only wide widths have is trained by few devices, on few c
 * channels are ranked as in NestFL, by progressive L1 pruning; each device trains the widest width that its memory holds and,
   with ``deadline`` seconds, whose turn is over by then, judged by its own turns;
 * in every step a device also trains the narrowest width and a random one between (``recipe.widths``). The narrowest learns
-  from the labels; its output, which knows what all devices have seen, is a share ``recipe.upward`` of what the wider ones
-  learn (the rule `sgd`; in-place distillation upside down). That costs no memory and no further pass;
-* every device has the same say, ``1 / N`` of all N that answer, also on what few of them cover (FedMP's R2SP), so that what
-  few devices say moves little;
+  from the labels; its output, which knows what all devices have seen, is the share of what the wider ones learn that the
+  device's own labels lack, times ``recipe.upward`` (the rule `sgd`; in-place distillation upside down). That costs no memory
+  and no further pass;
+* every device has the same say in what it covers, however many samples it has;
+* every ``personal_every`` rounds a device goes on, once its update is written, to make the model that it keeps its own: by its
+  class shares and ``recipe.personal`` passes of its width and labels alone (`edge_runtime.tuning`). In the other rounds it
+  keeps what it has trained;
 * the round's movement D feeds a momentum at the coordinator, ``V = beta V + D`` and ``w += D + beta V`` (Nesterov's), width by
   width: what a width has beyond the next narrower one stands still, with its momentum, in a round in which nobody covers it.
 
@@ -19,19 +22,20 @@ What was tried and left out, with figures: docs/decisions/fledge.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import momentum, norms, pace
-from coordinator.blocks.aggregate import covers_of, joined
+from coordinator.blocks import affines, momentum, norms, pace
+from coordinator.blocks.aggregate import Seat, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
-from coordinator.blocks.nesting import rank, whole_of, widths_of
+from coordinator.blocks.nesting import rank, widths_of
 from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged
-from wire.errors import ConfigError
+from wire.errors import ConfigError, SpecError
+from wire.head import head_of
 from wire.spec import ModelSpec
 
 ABOUT = About("ours; docs/decisions/fledge.md", "ours", "tests/unit/test_fledge.py")
@@ -42,9 +46,12 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "ranking_rounds": 1000.0,
         "deadline": 0.0,
         **norms.CALIBRATE,
+        **affines.NORMS,
         "beta": 0.7,
         "recipe.widths": 1.0,
-        "recipe.upward": 0.5,
+        "recipe.upward": 1.0,
+        "recipe.personal": 1.0,
+        "personal_every": 5.0,
     }
 )
 """Names of all parameters with their defaults."""
@@ -59,9 +66,12 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fledge needs some, fedavg does not")
     if not float(known["deadline"]) >= 0.0:
         raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
+    _check_own(spec, known)
     norms.check(spec, known)
-    still = momentum.still(spec, weights, known)
-    return State(spec, 0, dict(weights), rank(spec, weights, widths), widths, {"params": known}, still)
+    affines.check(spec, known)
+    sets = affines.begun(spec, weights, widths, known)
+    still = momentum.still(spec, {**weights, **affines.named(sets)}, known)
+    return State(spec, 0, dict(weights), rank(spec, weights, widths), widths, {"params": known}, still, norms=sets)
 
 
 def plan(
@@ -72,7 +82,10 @@ def plan(
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
     state = dataclasses.replace(state, round=round_number)
-    recipe = recipe_at(params, round_number)
+    recipe = affines.told(recipe_at(params, round_number), params)
+    if not _tunes(params, round_number):
+        knobs = {name: value for name, value in recipe.knobs.items() if name != "personal"}
+        recipe = dataclasses.replace(recipe, knobs=knobs)
     if norms.due(params, round_number):
         return norms.asked(pace.known(state, devices), recipe, devices, rng)
     return pace.asked(state, recipe, devices, rng, float(params["deadline"]))
@@ -86,11 +99,48 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of another ranking than this round's.
     """
-    params, whole = state.scalars["params"], whole_of(state)
+    params = state.scalars["params"]
     if norms.due(params, state.round):
         return norms.pooled(state, answers)
-    if params["deadline"]:
+    if params["deadline"] and (_always(params) or not _tunes(params, state.round)):
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
-    heard = len(covers_of(answers, whole)[0])  # the narrowest width is covered by all
-    after = joined(state, answers, lambda cover: [1.0 / heard] * len(cover))
-    return momentum.carried(state, norms.unmoved(state, after))
+
+    def alike(cover: Sequence[Seat]) -> list[float]:
+        return [1.0 / len(cover)] * len(cover)
+
+    after = joined(state, affines.shared(state, answers), alike)
+    return affines.joined(state, momentum.carried(state, norms.unmoved(state, after)), answers, alike)
+
+
+def _check_own(spec: ModelSpec, params: Mapping[str, float | str]) -> None:
+    """Refuse here what every device would refuse in each round in which it makes its model its own."""
+    every, count = float(params["personal_every"]), float(params["recipe.personal"])
+    if every < 0 or not every.is_integer():
+        raise ConfigError(f"parameter personal_every = {every:g}: write a whole number, such as 5; 0 for never")
+    if count < 0 or not count.is_integer():
+        raise ConfigError(f"parameter recipe.personal = {count:g}: write a whole number, such as 1; 0 for never")
+    if not every or not count:
+        return
+    if recipe_at(params, 1).loss != "cross_entropy":
+        raise ConfigError("devices make models their own by cross_entropy alone; write personal_every = 0")
+    try:
+        head_of(spec)
+    except SpecError as error:
+        raise ConfigError(f"{error}; fledge runs it with personal_every = 0") from None
+
+
+def _tunes(params: Mapping[str, float | str], round_number: int) -> bool:
+    """Say whether devices make their models their own; for a round that calibrates they do so in the one before.
+
+    It takes longer than the other rounds, whose turns tell what is over by a deadline.
+    """
+    every = int(params.get("personal_every", 0.0)) if params.get("recipe.personal") else 0
+    if not every or norms.due(params, round_number):
+        return False
+    return round_number % every == 0 or (norms.due(params, round_number + 1) and (round_number + 1) % every == 0)
+
+
+def _always(params: Mapping[str, float | str]) -> bool:
+    """Say whether devices do so in every round that trains, so that no other turns tell anything."""
+    every = params.get("personal_every")
+    return every == 1 or every == params.get("calibrate") == 2

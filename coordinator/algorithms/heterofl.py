@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import aggregate, momentum, norms
+from coordinator.blocks import affines, aggregate, momentum, norms
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of, structures_of, widest
@@ -49,6 +49,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "mix": "",
         "scaler": 0.0,
         **norms.CALIBRATE,
+        **affines.NORMS,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "heterofl",
@@ -81,13 +82,15 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
         if known.get(name, 0.0) not in (0.0, 1.0):
             raise ConfigError(f"parameter {name} = {known[name]}: write 0 or 1")
     norms.check(spec, known)
+    affines.check(spec, known)
     if known.get("recipe.mask"):
         try:
             head_of(spec)
         except SpecError as error:
             raise ConfigError(f"{error}; heterofl runs it with recipe.mask 0") from None
-    scalars, still = {"params": known, "devices": {}}, momentum.still(spec, weights, known)
-    return State(spec, 0, dict(weights), prefix(spec, widths), widths, scalars, still)
+    scalars, sets = {"params": known, "devices": {}}, affines.begun(spec, weights, widths, known)
+    still = momentum.still(spec, {**weights, **affines.named(sets)}, known)
+    return State(spec, 0, dict(weights), prefix(spec, widths), widths, scalars, still, norms=sets)
 
 
 def plan(
@@ -95,7 +98,7 @@ def plan(
 ) -> tuple[State, tuple[Draft, ...]]:
     """See `coordinator.algorithm.Algorithm.plan`. Two draws for each device, whether anything fits there or not."""
     params, structures = state.scalars["params"], structures_of(state)
-    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    recipe = affines.told(scheduled(recipe_of(params), str(params["schedule"]), round_number), params)
     held = widest(state.spec, structures, recipe, devices)
     if norms.due(params, round_number):
         return norms.asked(dataclasses.replace(state, round=round_number), recipe, devices, rng)
@@ -134,7 +137,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if norms.due(state.scalars["params"], state.round):
         return norms.pooled(state, answers)
-    return momentum.carried(state, norms.unmoved(state, _joined(state, answers)))
+    after = momentum.carried(state, norms.unmoved(state, _joined(state, affines.shared(state, answers))))
+    return affines.joined(state, after, answers, _evenly)
 
 
 def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import momentum, norms, pace
-from coordinator.blocks.aggregate import Covers, add_up, counted, covers_of, moved, shares
+from coordinator.blocks import affines, momentum, norms, pace
+from coordinator.blocks.aggregate import Covers, add_up, by_samples, counted, covers_of, moved, shares
 from coordinator.blocks.angles import angle, angle_weights, inner_product, smoothed
 from coordinator.blocks.nesting import partition, rank, whole_of, widths_of
 from coordinator.blocks.roster import latest
@@ -45,6 +45,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "angle": 5.0,
         "deadline": 0.0,
         **norms.CALIBRATE,
+        **affines.NORMS,
         **momentum.MOMENTUM,
         "schedule": "constant",
         "recipe.rule": "sgd",
@@ -89,9 +90,11 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not 0.0 <= float(known["angle"]) <= _ANGLE_MAX:
         raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
     norms.check(spec, known)
+    affines.check(spec, known)
     levels = rank(spec, weights, widths)
-    scalars = {"params": known, "clients": []}
-    return State(spec, 0, dict(weights), levels, widths, scalars, momentum.still(spec, weights, known))
+    scalars, sets = {"params": known, "clients": []}, affines.begun(spec, weights, widths, known)
+    still = momentum.still(spec, {**weights, **affines.named(sets)}, known)
+    return State(spec, 0, dict(weights), levels, widths, scalars, still, norms=sets)
 
 
 def plan(
@@ -101,7 +104,7 @@ def plan(
     params = state.scalars["params"]
     if round_number <= params["ranking_rounds"]:
         state = dataclasses.replace(state, levels=rank(state.spec, state.weights, state.widths))
-    recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
+    recipe = affines.told(scheduled(recipe_of(params), str(params["schedule"]), round_number), params)
     state = dataclasses.replace(state, round=round_number)
     if norms.due(params, round_number):
         return norms.asked(pace.known(state, devices), recipe, devices, rng)
@@ -120,21 +123,22 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         return norms.pooled(state, answers)
     if state.scalars["params"]["deadline"]:
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
-    whole = whole_of(state)
-    covers = covers_of(answers, whole)
+    whole, shared = whole_of(state), affines.shared(state, answers)
+    covers = covers_of(shared, whole)
     if not covers[0]:
         return state
-    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
+    before, total = state, {name: np.zeros_like(array) for name, array in state.weights.items()}
     means = [shares([seat.samples for seat in cover]) if cover else [] for cover in covers]
-    add_up(state.spec, total, counted(answers, whole), covers, means)
+    add_up(state.spec, total, counted(shared, whole), covers, means)
     parts = _parts(learnt(state.spec), total, whole)
-    angles = {answer.device: _angles(learnt(state.spec), parts, answer) for answer in counted(answers, whole)}
+    angles = {answer.device: _angles(learnt(state.spec), parts, answer) for answer in counted(shared, whole)}
     del parts  # views of the mean, which would keep it beside the new weights
     state = _remembered(state, covers, angles)
     for array in total.values():
         array[...] = 0.0
-    add_up(state.spec, total, counted(answers, whole), covers, _weights(state, covers))
-    return momentum.carried(state, norms.unmoved(state, moved(state, total)))
+    add_up(state.spec, total, counted(shared, whole), covers, _weights(state, covers))
+    after = momentum.carried(state, norms.unmoved(state, moved(state, total)))
+    return affines.joined(before, after, answers, by_samples)
 
 
 def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[float]:

@@ -199,6 +199,11 @@ def shares(samples: Sequence[int]) -> list[float]:
     return [count / total for count in samples]
 
 
+def by_samples(cover: Sequence[Seat]) -> list[float]:
+    """Give `shares` of a cover's samples."""
+    return shares([seat.samples for seat in cover])
+
+
 def add_partitions(
     spec: ModelSpec, total: Arrays, update: Arrays, structure: Structure, weights: Sequence[float]
 ) -> None:

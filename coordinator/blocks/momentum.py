@@ -47,7 +47,8 @@ def still(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -
     """
     if not beta_of(params):
         return {}
-    return {PREFIX + name: np.zeros_like(weights[name]) for name in weights.keys() - statistics(spec)}
+    measured = statistics(spec)  # in the weights' order, so that a state is the same bytes in every process
+    return {PREFIX + name: np.zeros_like(array) for name, array in weights.items() if name not in measured}
 
 
 def carried(before: State, after: State) -> State:

@@ -9,7 +9,7 @@ Networks", ICLR 2019.) docs/decisions/per-width-norms.md has the figures.
 
 A state keeps the set of each width in `State.norms`, of every channel and in canonical order. A channel that a width lacks
 has there what the next wider width has, which is where a new ranking may take it from. The widest set that was ever observed
-is also that of `State.weights`.
+is also that of `State.weights`. Weights and biases of norms may stand there as well (`coordinator.blocks.affines`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from coordinator.blocks.nesting import whole_of
 from coordinator.blocks.widths import structures_of, widest
 from wire.errors import ConfigError
 from wire.messages import Recipe
-from wire.norms import measured, own_shapes, pairs
+from wire.norms import measured, pairs
 from wire.spec import ModelSpec, Structure, statistics
 from wire.structure import cut, paste_add, to_canonical, to_wire
 
@@ -112,19 +112,35 @@ def pooled(state: State, answers: Answers | Iterable[Answer]) -> State:
         return state
     still = measured(spec)
     wider = _wire(still, state, state.weights)
-    norms = dict(state.norms)
-    for capacity in sorted({*norms, *found}, reverse=True):
+    norms, names = dict(state.norms), statistics(spec)
+    known = {capacity for capacity, held in norms.items() if names <= held.keys()}
+    for capacity in sorted({*known, *found}, reverse=True):
         if capacity not in found:
             wider = _wire(still, state, norms[capacity])
             continue
         part, structure = _means(found[capacity], spec, samples[capacity]), whole.narrowed(capacity)
-        wider = {name: array.copy() for name, array in wider.items()}
-        old = {name: -array for name, array in cut(still, wider, structure).items()}
-        paste_add(still, wider, old, structure)
-        paste_add(still, wider, part, structure)
-        norms[capacity] = to_canonical(still, wider, state.levels)
+        wider = filled(still, wider, part, structure)
+        norms[capacity] = {**norms.get(capacity, {}), **to_canonical(still, wider, state.levels)}
     norms = dict(sorted(norms.items()))
-    return dataclasses.replace(state, weights={**state.weights, **norms[max(norms)]}, norms=norms)
+    widest_set = norms[max({*known, *found})]
+    weights = {**state.weights, **{name: widest_set[name] for name in names}}
+    return dataclasses.replace(state, weights=weights, norms=norms)
+
+
+def filled(spec: ModelSpec, wider: Arrays, part: Arrays, structure: Structure) -> dict[str, NDArray[np.float32]]:
+    """Give what a width has of its own, and of the channels that it lacks what the next wider one has: whole, in wire order.
+
+    Args:
+        spec: The tensors that it is about.
+        wider: The next wider width's, whole and in wire order.
+        part: The width's own, compact.
+        structure: The width.
+    """
+    found = {name: array.copy() for name, array in wider.items()}
+    old = {name: -array for name, array in cut(spec, found, structure).items()}
+    paste_add(spec, found, old, structure)
+    paste_add(spec, found, part, structure)
+    return found
 
 
 def unmoved(before: State, after: State) -> State:
@@ -137,11 +153,13 @@ def unmoved(before: State, after: State) -> State:
 
 
 def own(state: State, structure: Structure) -> Arrays:
-    """Give the set that a width has of its own, compact, in wire order; nothing where the weights say it, as of the widest."""
-    if structure.capacity not in state.norms or structure.capacity == max(state.norms):
-        return {}
-    still = measured(state.spec)
-    return cut(still, _wire(still, state, state.norms[structure.capacity]), structure)
+    """Give what a width has of its own, compact, in wire order; not what the weights say, as of the widest that has any."""
+    held = state.norms.get(structure.capacity, {})
+    wider = {name for capacity, arrays in state.norms.items() if capacity > structure.capacity for name in arrays}
+    apart = dataclasses.replace(
+        state.spec, tensors=tuple(t for t in state.spec.tensors if t.name in held.keys() & wider)
+    )
+    return cut(apart, _wire(apart, state, held), structure)
 
 
 def _wire(still: ModelSpec, state: State, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -150,7 +168,7 @@ def _wire(still: ModelSpec, state: State, arrays: Arrays) -> dict[str, NDArray[n
 
 def _seen(answer: Answer, spec: ModelSpec, capacity: int) -> dict[str, NDArray[np.float32]]:
     """Give what an answer says of a width; nothing unless it says all."""
-    names = {name: f"{capacity}/{name}" for name in own_shapes(spec, answer.structure.narrowed(capacity))}
+    names = {name: f"{capacity}/{name}" for name in statistics(spec)}
     if not answer.norms.keys() >= set(names.values()):
         return {}
     return {name: answer.norms[said] for name, said in names.items()}

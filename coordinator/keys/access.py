@@ -19,6 +19,7 @@ from coordinator.keys import register as registers
 from coordinator.keys.authority import Authority
 from coordinator.keys.passwords import hashed
 from coordinator.keys.register import Register
+from wire import private
 from wire.errors import ConfigError, StoreError
 from wire.invitation import USER
 from wire.link import Address
@@ -59,7 +60,7 @@ def prepare(state: Path, register: Register, port: int) -> str:
     """
     password = secrets.token_urlsafe(18)
     url = f"mqtt://{COORDINATOR}:{password}@127.0.0.1:{port}"
-    files.replace(state / BROKER / DOOR, f"{url}\n{hashed(password, secrets.token_bytes(12))}\n".encode("ascii"))
+    private.replace(state / BROKER / DOOR, f"{url}\n{hashed(password, secrets.token_bytes(12))}\n".encode("ascii"))
     _write(state, register)
     return url
 
@@ -135,9 +136,9 @@ def _write(state: Path, register: Register) -> tuple[str, str]:
     probe, password = f"probe.{secrets.token_hex(8)}", secrets.token_urlsafe(18)
     entries = [(COORDINATOR, ours), (probe, hashed(password, secrets.token_bytes(12)))]
     entries += [(f"{USER}{name}", one.password) for name, one in sorted(register.invitations.items())]
-    files.replace(state / BROKER / RULES, rules(register).encode("ascii"))
+    private.replace(state / BROKER / RULES, rules(register).encode("ascii"))
     text = "".join(f"{user}:{word}\n" for user, word in entries)
-    files.replace(state / BROKER / PASSWORDS, text.encode("ascii"))
+    private.replace(state / BROKER / PASSWORDS, text.encode("ascii"))
     return probe, password
 
 

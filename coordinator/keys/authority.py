@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from coordinator.keys.files import read, replace
+from coordinator.keys.files import read
+from wire import private
 from wire.errors import Malformed, StoreError
 from wire.messages import ORDER, Signed
 
@@ -99,7 +100,7 @@ class Authority:
         builder = builder.add_extension(alternatives, critical=False)
         builder = _leaf(builder, self._key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH)
         certificate = builder.sign(self._key, hashes.SHA256())
-        replace(path, _private(key) + certificate.public_bytes(serialization.Encoding.PEM) + self.pem)
+        private.replace(path, _private(key) + certificate.public_bytes(serialization.Encoding.PEM) + self.pem)
         return True
 
     def seal(self, body: bytes) -> Signed:
@@ -122,7 +123,7 @@ class Authority:
             builder = builder.not_valid_after(self._ca.not_valid_after_utc)
             builder = _leaf(builder, self._key.public_key(), ExtendedKeyUsageOID.CODE_SIGNING)
             signed = builder.sign(self._key, hashes.SHA256())
-            replace(path, _private(fresh) + signed.public_bytes(serialization.Encoding.PEM))
+            private.replace(path, _private(fresh) + signed.public_bytes(serialization.Encoding.PEM))
         data = read(path)
         try:
             key = serialization.load_pem_private_key(data, None)
@@ -161,7 +162,7 @@ class Authority:
             gone = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(begin)
             builder = builder.add_revoked_certificate(gone.build())
         signed = builder.sign(self._key, hashes.SHA256())
-        replace(self._folder / CRL, signed.public_bytes(serialization.Encoding.PEM))
+        private.replace(self._folder / CRL, signed.public_bytes(serialization.Encoding.PEM))
 
 
 def request(csr: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
@@ -202,8 +203,8 @@ def _found(folder: Path) -> None:
     builder = builder.add_extension(_usage(signs=True), critical=True)
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     certificate = builder.sign(key, hashes.SHA256())
-    replace(folder / _CA_KEY, _private(key))
-    replace(folder / CA, certificate.public_bytes(serialization.Encoding.PEM))
+    private.replace(folder / _CA_KEY, _private(key))
+    private.replace(folder / CA, certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def _builder(

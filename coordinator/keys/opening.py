@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coordinator.keys import access, files, register
+from coordinator.keys import access, register
 from coordinator.keys.access import BROKER, KEYS, PASSWORDS, RULES
 from coordinator.keys.authority import CA, CRL, SERVER, Authority
 from coordinator.keys.register import Register
+from wire import private
 
 _STRANGERS = 64
 
@@ -68,7 +69,7 @@ def opened(state: Path, pid: int) -> None:
     Raises:
         StoreError: The folders cannot be read or written.
     """
-    files.replace(state / BROKER / "pid", str(pid).encode("ascii"))
+    private.replace(state / BROKER / "pid", str(pid).encode("ascii"))
     access.change(state, lambda current: access.known(state, current), Authority(state / KEYS))
 
 

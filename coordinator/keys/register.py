@@ -15,6 +15,7 @@ from pathlib import Path
 
 from coordinator.keys import files
 from coordinator.keys.passwords import verify
+from wire import private
 from wire.errors import ConfigError, Malformed, StoreError
 from wire.invitation import Invitation
 from wire.schema import Digest, Name, Natural, from_plain, to_plain
@@ -119,7 +120,7 @@ def change(
         before = load(folder)
         after = step(before)
         if after != before:
-            files.replace(folder / FILE, json.dumps(to_plain(after), indent=1, sort_keys=True).encode())
+            private.replace(folder / FILE, json.dumps(to_plain(after), indent=1, sort_keys=True).encode())
         then(after)
         return after
     finally:

@@ -162,7 +162,7 @@ def seconds_of_work(machine: Machine, spec: ModelSpec, order: Order, samples: in
         return flops.flops(spec, order, samples) / machine.flops
     seconds = partial(machine.step.seconds, spec, order.structures[0])
     dense = flops.passes_with_all_gradients(order.recipe, samples)
-    rest = flops.passes(order.recipe, samples) - dense
+    rest = flops.passes(order.recipe, samples) - dense + samples * int(order.recipe.knobs.get("personal", 0.0))
     return (
         rest * seconds(dense_gradient=False) + (dense and dense * seconds(dense_gradient=True))
     ) / machine.step.batch

@@ -7,8 +7,9 @@ inputs and ``no`` outputs, density ``d`` and batch ``B`` that is ``6 d B ni no``
 gradient (PruneFL, on complexity); dense it is ``6 B ni no``. A recurrent layer uses its weights at every step. Attention over
 ``T`` steps of ``E`` values also multiplies queries with keys and odds with values, ``4 T^2 E`` forward and twice that back.
 What is element by element (activations, norms, pools, look-ups, the update itself) is not counted, nor what a rule or the
-worker evaluates beside training. Where a step trains several
-widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is counted as often as it is drawn on average.
+worker evaluates beside training. Where a step trains several widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is
+counted as often as it is drawn on average. The passes by which a device makes its model its own (the knob ``personal``) are of
+the order's width alone.
 """
 
 from __future__ import annotations
@@ -162,9 +163,11 @@ def flops(spec: ModelSpec, order: Order, samples: int) -> int:
         return samples * sum(per_sample(spec, width, backward=False) for width in widths)
     if order.verb not in ("train", "score"):
         return samples * per_sample(spec, structure, backward=False)
+    own = samples * int(recipe.knobs.get("personal", 0.0)) * per_sample(spec, structure)
     if structure.widths:
         often = widths_of_step(recipe, structure.capacity).items()
-        return round(passes(recipe, samples) * sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often))
+        each = sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often)
+        return round(passes(recipe, samples) * each) + own
     dense = passes_with_all_gradients(recipe, samples)
     sparse = passes(recipe, samples) - dense
-    return sparse * per_sample(spec, structure) + dense * per_sample(spec, structure, dense_gradient=True)
+    return sparse * per_sample(spec, structure) + dense * per_sample(spec, structure, dense_gradient=True) + own

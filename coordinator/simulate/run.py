@@ -102,6 +102,11 @@ def simulate(
         )
 
 
+_DRAWS = 30
+"""How often devices are drawn for a round before it is said that none can hold any part of the model."""
+_APART = 1_000_003
+
+
 def play(world: World, log: Log) -> Iterator[int]:
     """Run all rounds; yields the number of each when it is over.
 
@@ -298,24 +303,29 @@ def _performed(
 def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
     """Close the round that has ended, if it is to be closed, and plan the next one."""
     config, closing = world.config, ended is not None and ended.phase == "closed"
-    names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number)
-    views = tuple(_view(world.clients[name], log.seconds.get(name, (0.0, 0.0))) for name in names)
-    return advance(
-        Task(
-            spool=str(world.spool.root),
-            spec=world.spec_ref.digest,
-            algo=config.algo,
-            params=config.params,
-            recipe={},
-            seed=config.seed,
-            state=outcome.state,
-            closing=closing,
-            replies=ended.replies if ended is not None and closing else (),
-            round=number,
-            devices=views,
-            weights=log.weights,
+    planned = outcome
+    for draw in range(_DRAWS):  # of few devices that are drawn, perhaps none can hold what there is
+        names = choose(config.terms.select, world.clients, seed=config.seed + draw * _APART, round_number=number)
+        views = tuple(_view(world.clients[name], log.seconds.get(name, (0.0, 0.0))) for name in names)
+        planned = advance(
+            Task(
+                spool=str(world.spool.root),
+                spec=world.spec_ref.digest,
+                algo=config.algo,
+                params=config.params,
+                recipe={},
+                seed=config.seed,
+                state=outcome.state,
+                closing=closing,
+                replies=ended.replies if ended is not None and closing else (),
+                round=number,
+                devices=views,
+                weights=log.weights,
+            )
         )
-    )
+        if planned.drafts or len(names) == len(world.clients):
+            break
+    return planned
 
 
 def _view(client: Client, seconds: tuple[float, float]) -> DeviceView:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edge_runtime.kernels import Watch
     from edge_runtime.kernels.choose import Timing
     from wire.messages import Loss
+    from wire.segments import Cuts
     from wire.spec import ModelSpec, Structure
 
     Mask = NDArray[np.bool_]
@@ -162,6 +163,19 @@ class Engine(Protocol):
     def seed(self, *numbers: int) -> None:
         """Say where the randomness of training passes begins: the same numbers, and as many passes since, drop the same."""
 
+    def recompute(self, cuts: Cuts) -> None:
+        """Cut training passes into segments that keep their input alone and run again in the backward pass; none by default.
+
+        Losses, gradients and running statistics are the same to the bit. It holds until another model is loaded, for narrower
+        widths that are made from then on too.
+
+        Args:
+            cuts: Places of nodes (`wire.segments.places`); the time of what lies before the last is spent twice.
+
+        Raises:
+            SpecError: The model cannot be cut there, or has masks.
+        """
+
     def observe(self, x: Floats, share: float) -> None:
         """Norm inputs ``(n, *input_shape)`` by their own statistics, and move the running ones towards these by `share`.
 
@@ -205,11 +219,12 @@ class Engine(Protocol):
 
         Args:
             structure: The width.
-            own: Running statistics that it has of its own, by tensor name and in its compact shapes; they are copied. The
-                others are views of this engine's, which are right for this engine's width alone.
+            own: Running statistics, weights and biases of norms that it has of its own, by tensor name and in its compact
+                shapes; they are copied, and their gradients are its own too. Statistics that are not its own are views of
+                this engine's, which are right for this engine's width alone.
 
         Raises:
-            SpecError: It is no prefix of what is loaded, or masks are; or what is its own is no statistic of its shape.
+            SpecError: It is no prefix of what is loaded, or masks are; or what is its own is not a norm's, of its shape.
         """
 
     def evaluate(self, x: Floats, y: Labels, batch: int = 64) -> tuple[float, int]:

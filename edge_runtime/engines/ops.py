@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from wire.errors import DataError
+from wire.segments import Cuts
 from wire.spec import NORM_EPSILON, Node, conv_groups
 
 Tensor = torch.Tensor
@@ -44,12 +45,14 @@ class Phase:
         follows: How far running statistics move in training; those of a narrower width, views of the wide ones, do not.
         training: Whether this pass is one.
         drops: Whether dropout drops in training.
+        cuts: Where training passes are cut into segments that run again (`wire.segments`).
     """
 
     source: Source = field(default_factory=Source)
     follows: float = FOLLOWS
     training: bool = False
     drops: bool = True
+    cuts: Cuts = ()
 
 
 def _conv(convolve: Callable[..., Tensor], node: Node, x: Inputs, p: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def build(spec: ModelSpec, structure: Structure, leaves: dict[str, Tensor], load
     """
     shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
     last = {name: i for i, node in enumerate(spec.nodes) for name in node.inputs}
-    readers = [name for node in spec.nodes for name in node.inputs]
+    readers = Counter(name for node in spec.nodes for name in node.inputs)
     made_by = {node.name: node.op for node in spec.nodes}
     found = {}
     if loaded.held.ways:
@@ -83,7 +84,7 @@ def build(spec: ModelSpec, structure: Structure, leaves: dict[str, Tensor], load
         run = PHASED[node.op](loaded.phase, i) if node.op in PHASED else RUN[node.op]
         # The backward of these does not read their output, so an only reader may overwrite it.
         source = node.inputs[0]
-        alone = node.op == "relu" and readers.count(source) == 1
+        alone = node.op == "relu" and readers[source] == 1
         if alone and overwritten(made_by.get(source, ""), shapes[source]):
             run = RUN["relu in place"]
         params = {role: leaves[name] for role, name in node.params.items()}

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from edge_runtime.engines import Choice, Engine, Make, Update, losses
+from edge_runtime.engines.again import forward
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.dense import copied
 from edge_runtime.engines.ops import Phase
@@ -35,6 +36,8 @@ from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.messages import Loss
+from wire.norms import affines
+from wire.segments import Cuts, check
 from wire.spec import ModelSpec, Structure, node_shapes, statistics, tensor_shapes
 
 Tensor = torch.Tensor
@@ -99,7 +102,7 @@ class TorchEngine:
                     continue
                 if leaf is None:
                     self._wires.grads[name] = torch.zeros(self._params[name].shape).numpy()
-                elif self._parent is None:
+                elif self._parent is None or not np.may_share_memory(self._params[name], self._parent.params[name]):
                     leaf.grad = torch.zeros_like(leaf)
                     self._wires.grads[name] = leaf.grad.numpy()
                 else:
@@ -127,7 +130,8 @@ class TorchEngine:
     ) -> None:
         """See `Engine.load`."""
         self._leaves, self._params, self._wires, self._hooked = {}, {}, Wires(), False
-        self._phase = Phase(self._phase.source)
+        cuts = self._phase.cuts if spec == self._spec and not masks else ()
+        self._phase = Phase(self._phase.source, cuts=cuts)
         self._held, self._spec, self._steps = Held(), None, ()  # the model before is gone, whatever comes
         self._tools.release(masks or {})
         if masks:
@@ -180,6 +184,13 @@ class TorchEngine:
         index = sum(layout.bytes_index for layout in self._held.layouts.values())
         masks = sum(mask.nbytes for mask in self._held.masks.values())
         return index + masks + sum(array.nbytes for arrays in held for array in arrays.values())
+
+    def recompute(self, cuts: Cuts) -> None:
+        """See `Engine.recompute`."""
+        if cuts and self._held.ways:
+            raise SpecError("a model with masks is not cut into segments")
+        check(self._loaded().nodes, cuts)
+        self._phase.cuts = cuts
 
     def observe(self, x: Floats, share: float) -> None:
         """See `Engine.observe`."""
@@ -246,7 +257,7 @@ class TorchEngine:
         shapes, wide = tensor_shapes(spec, structure), tensor_shapes(spec, self._structure)
         still = statistics(spec)
         narrow = TorchEngine(self, self._tools)
-        narrow._phase = Phase(self._phase.source, follows=0.0)
+        narrow._phase = Phase(self._phase.source, follows=0.0, cuts=self._phase.cuts)
         for tensor in spec.tensors:
             name, shape = tensor.name, shapes[tensor.name]
             if any(length > limit for length, limit in zip(shape, wide[name], strict=True)):
@@ -256,10 +267,11 @@ class TorchEngine:
             narrow._leaves[name] = leaf if name in still else leaf.requires_grad_()
             narrow._params[name] = param.reshape(opened(tensor, param.shape))[index]
         for name, array in (own or {}).items():
-            if name not in still or array.shape != shapes[name]:
-                raise SpecError(f"tensor {name!r} of shape {array.shape} is no running statistic of this width")
+            if name not in still | affines(spec) or array.shape != shapes[name]:
+                raise SpecError(f"tensor {name!r} of shape {array.shape} is not of a norm of this width")
             memory = torch.empty(array.shape)
-            narrow._params[name], narrow._leaves[name] = memory.numpy(), memory
+            narrow._params[name] = memory.numpy()
+            narrow._leaves[name] = memory.detach().requires_grad_(name not in still)
             np.copyto(narrow._params[name], array)
         narrow._build(spec, structure)
         return narrow
@@ -347,13 +359,7 @@ class TorchEngine:
 
     def _run(self, x: Tensor) -> Tensor:
         self._loaded()
-        values = {"input": x}
-        for step in self._steps:
-            inputs = [values[name] for name in step.node.inputs]
-            for name in step.frees:
-                del values[name]
-            values[step.node.name] = step.run(step.node, inputs, step.params)
-        return values[self._steps[-1].node.name]
+        return forward(self._steps, x, self._phase)
 
     def _hook(self) -> None:
         """Move each weight as soon as its gradient is whole, and drop that gradient before the next one is made."""

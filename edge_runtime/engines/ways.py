@@ -109,11 +109,13 @@ def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[d
         SpecError: The choice names a way that is not there, or a tensor can be held in none.
         BudgetExceeded: A tensor has no layout here, and the choice does not allow that it is dense.
     """
-    ways, free = {}, {}
+    ways: dict[str, str] = {}
+    free: dict[str, Masked] = {}
     for name, masked in layers.items():
         known = masked.ways(tools.kit)
         asked = choice.ways.get(name, choice.ways.get("", ""))
-        if asked == "sparse" and not known and not choice.allows(frozenset({name})):
+        beside = {other for other, way in ways.items() if way == DENSE}
+        if asked == "sparse" and not known and not choice.allows(frozenset({name, *beside})):
             raise BudgetExceeded(f"weights {name!r} have no layout here, and no memory was granted to hold them dense")
         if asked == "sparse":
             asked = known[0] if known else DENSE

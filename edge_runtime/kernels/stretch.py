@@ -131,7 +131,7 @@ class NativeStretch:
             raise SpecError(f"a gradient of shape {dy.shape}; the latest training pass made {(batch, *self._out)}")
         check_goal(self._params, grads, update)
         self._batch = 0
-        given, spare = self._gradients(batch)
+        given, spare = self._gradients(batch, input_gradient)
         dy = np.ascontiguousarray(dy, np.float32)
         out = image(last.out)
         must(self._calls.nk_pack(ctypes.byref(out), batch, dy.ctypes.data, given.ctypes.data), "packing")
@@ -153,9 +153,15 @@ class NativeStretch:
             held = self._buffers[role, place] = buffer(length)
         return held
 
-    def _gradients(self, batch: int) -> tuple[Floats, Floats]:
-        """Give two buffers that each hold any gradient of an activation; they change places at every stage."""
-        length = max(floats(of, batch) for stage in self._stages for of in _gradient_images(stage))
+    def _gradients(self, batch: int, input_gradient: bool) -> tuple[Floats, Floats]:
+        """Give two buffers that each hold any gradient of an activation; they change places at every stage.
+
+        Where the input's is not wanted, the first layer's stands in the place of what that layer made.
+        """
+        first, *others = self._stages
+        whole = input_gradient or first.layout is None  # a pool without a layer makes its input's in any case
+        images = [image(first.out), *(_gradient_images(first) if whole else ())]
+        length = max(floats(of, batch) for of in (*images, *(of for one in others for of in _gradient_images(one))))
         for role in ("given", "spare"):
             held = self._buffers.get((role, 0))
             if held is None or len(held) < length:

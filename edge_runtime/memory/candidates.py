@@ -8,10 +8,38 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from wire import memory
+from wire.effort import effort
 from wire.errors import ConfigError
 from wire.masked import Masked, maskable
 from wire.messages import Recipe
-from wire.spec import ModelSpec, Structure, parameter_count, statistics, tensor_shapes
+from wire.passes import passes
+from wire.segments import Cuts
+from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """One way to train one part.
+
+    Attributes:
+        micro_batch: Samples that go through it at once.
+        cuts: Where it is cut into segments that run again; empty for none.
+        again: The share of the forward pass's work that is done twice for that.
+        bytes_peak: Expected peak above the worker's base.
+        bytes_bound: The same with its margin.
+        fits: Whether that is within the budget.
+        exact: Whether it gives the gradient of the whole batch.
+        seconds: As in `Candidate`.
+    """
+
+    micro_batch: int
+    cuts: Cuts
+    again: float
+    bytes_peak: int
+    bytes_bound: int
+    fits: bool
+    exact: bool
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +50,30 @@ class Candidate:
         width: Fraction of the channels of every prunable layer.
         density: Fraction that is kept of the weights that can be masked; 1 for no masks.
         weights: How many it trains.
-        micro_batch: Samples that go through it at once; as small as it takes to fit, and 1 if it never does.
+        micro_batch: Samples that go through it at once.
+        cuts: Where it is cut into segments that run again in the backward pass; empty for none.
         bytes_peak: Expected peak above the worker's base.
         bytes_bound: The same with its margin; this is held against the budget.
         fits: Whether it does.
         kept: Whether the gradients of all layers must be held at once; otherwise each is used up within the backward pass.
         exact: Whether micro-batches give the gradient of the whole batch. Batch norms see the micro-batch alone.
+        seconds: Predicted for a step, as `wire.effort` counts them; None for masked parts, which devices time themselves.
+        manners: Every way to do it, in the order in which they are preferred; the first that fits is the one above. Where
+            none does, it is the one that takes the least.
     """
 
     width: float
     density: float
     weights: int
     micro_batch: int
+    cuts: Cuts
     bytes_peak: int
     bytes_bound: int
     fits: bool
     kept: bool
     exact: bool
+    seconds: float | None
+    manners: tuple[Manner, ...]
 
 
 def candidates(
@@ -54,7 +89,7 @@ def candidates(
         densities: Fractions of the weights that can be masked, above 0 and below 1.
 
     Returns:
-        Widths from the widest on, then densities from the densest on. Cost: some milliseconds for each.
+        Widths from the widest on, then densities from the densest on. Cost: some tens of milliseconds for each.
 
     Raises:
         ConfigError: A fraction is impossible.
@@ -91,27 +126,40 @@ def _priced(
     if masked is not None:
         shapes = tensor_shapes(spec, structure)
         weights -= sum(prod(shapes[name]) - kept for name, kept in masked.kept.items())
-    for size, price in _prices(spec, structure, recipe, masked):
-        if not budget or price.bound <= budget or size == 1:
-            break
+    manners = tuple(_manners(spec, structure, recipe, budget, masked))
+    best = next((one for one in manners if one.fits), None) or min(manners, key=lambda one: one.bytes_bound)
     return Candidate(
         width=width,
         density=density,
         weights=weights,
-        micro_batch=size,
-        bytes_peak=price.peak,
-        bytes_bound=price.bound,
-        fits=not budget or price.bound <= budget,
-        kept=memory.holds_gradients(recipe, size),
-        exact=size == recipe.batch or not statistics(spec),
+        micro_batch=best.micro_batch,
+        cuts=best.cuts,
+        bytes_peak=best.bytes_peak,
+        bytes_bound=best.bytes_bound,
+        fits=best.fits,
+        kept=memory.holds_gradients(recipe, best.micro_batch),
+        exact=best.exact,
+        seconds=best.seconds,
+        manners=manners,
     )
 
 
-def _prices(
-    spec: ModelSpec, structure: Structure, recipe: Recipe, masked: Masked | None
-) -> Iterator[tuple[int, memory.Prediction]]:
-    for size in memory.micro_batches(recipe):
-        yield size, memory.predict(spec, structure, recipe, size, masked=masked)
+def _manners(
+    spec: ModelSpec, structure: Structure, recipe: Recipe, budget: int, masked: Masked | None
+) -> Iterator[Manner]:
+    took = effort(spec, structure)
+    for way in passes(spec, structure, recipe, masked=masked is not None):
+        price = memory.predict(spec, structure, recipe, way.micro_batch, masked=masked, cuts=way.cuts)
+        yield Manner(
+            micro_batch=way.micro_batch,
+            cuts=way.cuts,
+            again=sum(took.forward[: way.cuts[-1] + 1]) / sum(took.forward) if way.cuts else 0.0,
+            bytes_peak=price.peak,
+            bytes_bound=price.bound,
+            fits=not budget or price.bound <= budget,
+            exact=way.exact,
+            seconds=way.seconds if masked is None else None,
+        )
 
 
 def recipe_of(batch: int, momentum: float, clip: float, *, adam: bool) -> Recipe:

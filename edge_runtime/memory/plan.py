@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from wire import memory
 from wire.messages import Order
-from wire.spec import ModelSpec
+from wire.passes import passes
+from wire.segments import Cuts
+from wire.spec import ModelSpec, Structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +18,12 @@ class Fits:
     Attributes:
         micro_batch: Samples at once.
         bytes_bound: Predicted peak above base, with its margin.
+        cuts: Where the model is cut into segments that run again in the backward pass; empty for none.
     """
 
     micro_batch: int
     bytes_bound: int
+    cuts: Cuts = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Refused:
 
 
 def plan(order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0) -> Fits | Refused:
-    """Choose the micro-batch for an order's own structure.
+    """Choose how an order's own structure is trained: the fastest way that fits, but with batch norms one that is exact first.
 
     Args:
         order: What is asked; an ``evaluate`` is planned for its widest structure.
@@ -48,22 +52,39 @@ def plan(order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0) -
 
     Raises:
         SpecError: The structure does not belong to the model.
+
+    Cost: one prediction where the whole batch fits, else some tens, of one to some milliseconds each.
     """
-    recipe = order.recipe
     widest = max(order.structures, key=lambda s: s.capacity)
-
-    def price(micro_batch: int) -> int:
-        if order.verb == "train":
-            return memory.predict(spec, widest, recipe, micro_batch, scale=scale).bound
-        return memory.predict_evaluation(spec, widest, micro_batch, scale).bound
-
-    for micro_batch in memory.micro_batches(recipe):
-        bytes_bound = price(micro_batch)
-        if not bytes_budget or bytes_bound <= bytes_budget:
-            return Fits(micro_batch, bytes_bound)
-    least = min(price(1), price(recipe.batch))
+    whole = price(order, spec, widest, (order.recipe.batch, ()), scale).bound
+    if not bytes_budget or whole <= bytes_budget:  # nothing is faster, and the other ways cost time to find
+        return Fits(order.recipe.batch, whole)
+    least = whole
+    for micro_batch, cuts in manners(order, spec, widest):
+        bytes_bound = price(order, spec, widest, (micro_batch, cuts), scale).bound
+        if bytes_bound <= bytes_budget:
+            return Fits(micro_batch, bytes_bound, cuts)
+        least = min(least, bytes_bound)
     detail = f"width {widest.capacity} of {spec.name} needs at least {_mebi(least)}; granted are {_mebi(bytes_budget)}"
     return Refused(least, bytes_budget, detail)
+
+
+def manners(order: Order, spec: ModelSpec, structure: Structure) -> list[tuple[int, Cuts]]:
+    """Give the micro-batches and cuts in which an order can be done, the best first (`wire.passes`)."""
+    if order.verb != "train":
+        return [(size, ()) for size in memory.micro_batches(order.recipe)]
+    masked = order.masks is not None or bool(structure.kept)
+    return [(way.micro_batch, way.cuts) for way in passes(spec, structure, order.recipe, masked=masked)]
+
+
+def price(
+    order: Order, spec: ModelSpec, structure: Structure, manner: tuple[int, Cuts], scale: float = 1.0
+) -> memory.Prediction:
+    """Predict what an order takes for one of its structures, or a narrower one, with a micro-batch and cuts."""
+    micro_batch, cuts = manner
+    if order.verb == "train":
+        return memory.predict(spec, structure, order.recipe, micro_batch, scale=scale, cuts=cuts)
+    return memory.predict_evaluation(spec, structure, micro_batch, scale)
 
 
 def _mebi(size: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.apart import Apart
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from wire.errors import Unsupported
@@ -58,10 +59,12 @@ class Held:
     Attributes:
         arrays: Maps by tensor name of arrays in the weights' shapes (momentum, an anchor); their values are replaced.
         views: Maps of whatever looks into the weights; emptied before a cut.
+        apart: What narrower widths have of their own.
     """
 
     arrays: Sequence[Arrays] = ()
     views: Sequence[dict[int, Engine]] = ()
+    apart: Apart = field(default_factory=Apart)
 
 
 Squeeze = Callable[[float, Held], int]
@@ -93,6 +96,7 @@ class Task:
         squeeze: Called by the loop between two batches. Where memory has become less, it cuts the engine and what the rule
             holds to a narrower width, in place, or gives a smaller micro-batch (`edge_runtime.shrink`); not for a rule that
             does not say what it holds.
+        apart: What narrower widths have of their own; a rule that trains them takes them from here.
     """
 
     recipe: Recipe
@@ -105,6 +109,7 @@ class Task:
     masks: Mapping[str, Mask] = field(default_factory=dict)
     own: Mapping[str, Floats] = field(default_factory=dict)
     squeeze: Squeeze = _never
+    apart: Apart = field(default_factory=Apart)
 
 
 @dataclass(frozen=True, slots=True)

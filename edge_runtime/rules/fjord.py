@@ -75,7 +75,7 @@ class _Dropout:
         if capacity == engine.structure.capacity:
             return engine
         if capacity not in self.narrow:
-            self.narrow[capacity] = engine.narrow(engine.structure.narrowed(capacity))
+            self.narrow[capacity] = self.task.apart.narrow(engine, capacity)
         return self.narrow[capacity]
 
 

@@ -41,6 +41,7 @@ def share_of(recipe: Recipe, samples: int, batch: int) -> float:
 def gathered(task: Task, x: Floats, y: Labels, each: Each) -> float:
     """Clear the engine's gradients, have those of each micro-batch of one batch added, and give the batch's mean loss."""
     clear(task.engine.grads)
+    clear(task.apart.grads)
     loss = 0.0
     for start in range(0, len(x), task.micro_batch):
         part = slice(start, start + task.micro_batch)
@@ -91,7 +92,7 @@ def run(task: Task, step: Step, rng: np.random.Generator | None = None, held: He
                 losses.append(passed / seen)
                 passed, seen = 0.0, 0
             task.tell(steps / total, loss)
-        if not finite(task.engine.params):
+        if not finite(task.engine.params) or not finite(task.apart.params):
             raise NonFinite("a weight is no number after training")
     return Trained(tuple(losses), steps)
 
@@ -118,9 +119,9 @@ class Mover:
         velocity = _zeros(params) if recipe.momentum and self._adam is None else None
         momentum = 0.0 if velocity is None else recipe.momentum
         self.update = Update(recipe.rate, momentum, recipe.decay, velocity=velocity)
-        self.held = Held([] if velocity is None else [velocity])
+        self.held = Held([] if velocity is None else [velocity], apart=task.apart)
         if self._adam is not None:
-            self.held = Held([self._adam.first, self._adam.second])
+            self.held = Held([self._adam.first, self._adam.second], apart=task.apart)
 
     def step(self, x: Floats, y: Labels, watch: Watch | None = None, whole: Callable[[], None] | None = None) -> float:
         """Move the weights by the mean loss of one batch, in micro-batches; gives that loss before the move.
@@ -147,18 +148,21 @@ class Mover:
         return loss
 
     def apply(self) -> None:
-        """Clip the engine's gradients and move the weights along them.
+        """Clip the engine's gradients and move the weights along them, and what narrower widths have of their own with them.
 
         Raises:
             NonFinite: They have no length.
         """
-        task = self._task
-        grads = task.engine.grads
+        task, params, grads = self._task, self._task.engine.params, self._task.engine.grads
+        if task.apart.params:
+            params, grads = {**params, **task.apart.params}, {**grads, **task.apart.grads}
+            for arrays in self.held.arrays:  # of widths that have come up since
+                arrays.update(_zeros({n: array for n, array in task.apart.params.items() if n not in arrays}))
         clip(grads, task.recipe.clip)
         if self._adam is None:
-            apply(task.engine.params, grads, self.update)
+            apply(params, grads, self.update)
         else:
-            apply_adam(task.engine.params, grads, self.update, self._adam)
+            apply_adam(params, grads, self.update, self._adam)
 
 
 def clip(grads: Mapping[str, Floats], limit: float) -> None:

@@ -1,5 +1,8 @@
 """Plain SGD with momentum, weight decay and clipping, optionally over several nested widths per step.
 
+A narrower width whose norms have weights and biases of their own moves these (`edge_runtime.apart`), from the step on in which
+it first comes up, and momentum moves them as it does all weights.
+
 Knobs of the recipe:
 
 * ``widths`` (whole number, default 0): with n > 0 every step also trains the narrowest width of the structure and n
@@ -10,8 +13,10 @@ Knobs of the recipe:
   is linear in its target, so that the mixed target is the mixed loss.
 * ``upward`` (0 to 1, default 0): the same the other way round, and not together with ``distil``. The narrowest width learns
   from the labels, and its softmax output is the soft part of all wider ones' target. Where many devices train the narrowest
-  width and few the widest, it is the one that knows the classes which those few have not. The loss that is told is then that
-  of the full width against its mixed target.
+  width and few the widest, it is the one that knows the classes which those few have not. So the share is ``upward`` times
+  what this device's labels lack: how far (in total variation, 0 to 1) their frequencies are from even ones. With as many
+  samples of each class the wider ones learn from the labels alone. The loss that is told is then that of the full width
+  against its mixed target.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ def train(task: Task) -> Trained:
     if not knobs.widths or not task.engine.structure.capacity:
         return loop.run(task, mover.step, held=mover.held)
     rng = loop.rng_of(task)
-    sandwich = _Sandwich(task, knobs, mover, rng)
+    soft = knobs.distil or (knobs.upward and knobs.upward * _lacking(task.y, task.engine.spec.classes))
+    sandwich = _Sandwich(task, knobs, mover, rng, soft)
     return loop.run(task, sandwich.step, rng, dataclasses.replace(mover.held, views=[sandwich.narrow]))
 
 
@@ -59,6 +65,7 @@ class _Sandwich:
     knobs: _Knobs
     mover: loop.Mover
     rng: np.random.Generator
+    soft: float
     narrow: dict[int, Engine] = field(default_factory=dict)
 
     def step(self, x: Floats, y: Labels) -> float:
@@ -71,7 +78,6 @@ class _Sandwich:
         """Run all widths: the first learns from the labels, and the others may learn from it; give the full one's loss."""
         task, knobs, scale = self.task, self.knobs, share / (1 + len(others))
         top, kind = task.engine.structure.capacity, task.recipe.loss
-        soft = knobs.upward or knobs.distil
         order = [*reversed(others), top] if knobs.upward else [top, *others]
         target: Labels | Floats = y
         loss = 0.0
@@ -79,8 +85,8 @@ class _Sandwich:
             engine = self._engine(capacity)
             found = engine.forward_backward(x, target, scale=scale, loss=kind)
             loss = found if capacity == top else loss
-            if soft and not place:
-                target = _mixed(y, engine.logits, soft)
+            if not place and (knobs.upward or knobs.distil):
+                target = _mixed(y, engine.logits, self.soft)
         return loss
 
     def _engine(self, capacity: int) -> Engine:
@@ -88,7 +94,7 @@ class _Sandwich:
         if capacity == engine.structure.capacity:
             return engine
         if capacity not in self.narrow:
-            self.narrow[capacity] = engine.narrow(engine.structure.narrowed(capacity))
+            self.narrow[capacity] = self.task.apart.narrow(engine, capacity)
         return self.narrow[capacity]
 
     def _widths(self) -> list[int]:
@@ -112,6 +118,14 @@ def _knobs(recipe: Recipe) -> _Knobs:
     if distil and upward:
         raise SpecError(f"knobs distil = {distil} and upward = {upward}: write 0 for one of them")
     return _Knobs(int(widths), distil, upward)
+
+
+def _lacking(y: Labels, classes: int) -> float:
+    """Give the total variation between the frequencies of labels and even ones, from 0 to ``1 - 1 / classes``; 0 of none."""
+    if not len(y):
+        return 0.0
+    odds = np.bincount(y, minlength=classes) / len(y)
+    return float(np.abs(odds - 1.0 / classes).sum() / 2.0)
 
 
 def _mixed(y: Labels, logits: Floats, soft: float) -> Floats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from edge_runtime.service import files, trial
 from edge_runtime.service.placed import Placed, place
 from edge_runtime.service.units import AGENT, DOOR, SYSUSERS, survey
 from edge_runtime.service.units import files as texts_of
+from wire import service
 
 _GROUP = "edge-door"
 
@@ -58,11 +58,12 @@ def install(args: argparse.Namespace) -> int:
 
 def _start() -> str:
     """Make the group of the door and start the services, where systemd runs this machine."""
-    _run("systemd-sysusers", SYSUSERS)
-    if not trial.service_manager():
+    service.run("systemd-sysusers", SYSUSERS)
+    if not service.running():
         return "not started: systemd does not run this machine"
-    _run("systemctl", "daemon-reload")
-    problem = _run("systemctl", "enable", DOOR, AGENT) or _run("systemctl", "restart", DOOR, AGENT)  # or an upgrade
+    service.run("systemctl", "daemon-reload")
+    problem = service.run("systemctl", "enable", DOOR, AGENT)
+    problem = problem or service.run("systemctl", "restart", DOOR, AGENT)  # or an upgrade would wait for the next boot
     return f"not started: {problem}" if problem else "started, and at every boot (journalctl -u edge-runtime -f)"
 
 
@@ -76,14 +77,14 @@ def uninstall(args: argparse.Namespace) -> int:
     root = args.root.absolute()
     ours = root == Path("/") and not args.dry_run
     there = files.remove(root, dry=True)
-    if ours and trial.service_manager():
-        _run("systemctl", "disable", "--now", AGENT, DOOR)
-        _run("systemctl", "stop", "edge-trainer@*.service")
+    if ours and service.running():
+        service.run("systemctl", "disable", "--now", AGENT, DOOR)
+        service.run("systemctl", "stop", "edge-trainer@*.service")
     gone = files.remove(root, dry=args.dry_run)
     if ours:
-        if trial.service_manager():
-            _run("systemctl", "daemon-reload")
-        _run("groupdel", _GROUP)
+        if service.running():
+            service.run("systemctl", "daemon-reload")
+        service.run("groupdel", _GROUP)
     if args.json:
         print(json.dumps({"removed": [] if args.dry_run else gone, "there": sorted({*there, *gone})}))
         return exits.OK
@@ -94,15 +95,6 @@ def uninstall(args: argparse.Namespace) -> int:
     if compiled:
         print(f"{word} {compiled} compiled files")
     return exits.OK
-
-
-def _run(*argv: str) -> str:
-    """Run a command of the system; gives what went wrong, empty when nothing did."""
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=700, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{argv[0]}: {error}"
-    return "" if done.returncode == 0 else f"{' '.join(argv)}: {done.stderr.strip() or done.returncode}"
 
 
 def _show(texts: dict[str, str], placed: Placed, *, as_json: bool) -> int:

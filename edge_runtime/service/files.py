@@ -7,15 +7,16 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from edge_runtime.service.placed import SETTINGS, STATE
-from edge_runtime.service.units import AGENT, CONFIG, DOOR, SYSUSERS, TRAINER, UNITS
+from edge_runtime.service.units import AGENT, CONFIG, DOOR, SYSUSERS, TRAINER
+from wire import service
 from wire.errors import ConfigError, StoreError
+from wire.service import UNITS
 
 NOTE = f"{SETTINGS}/installed.json"
 _PACKAGES = ("wire", "edge_runtime", "paho", "msgpack", "numpy", "zstandard", "PIL", "torch")
@@ -52,7 +53,7 @@ def write(
     folders, hidden = [Path(folder) for folder in known["folders"]], {*secrets}
     try:
         for path in (*texts, *copies):
-            folders += _folder((root / path.lstrip("/")).parent, root / STATE.lstrip("/"))
+            folders += service.folders((root / path.lstrip("/")).parent, root / STATE.lstrip("/"))
         contents = {path: source.read_bytes() for path, source in copies.items()}
         stays = {path for path, source in copies.items() if source == root / path.lstrip("/")}
         fresh = [_brought(path, data) for path, data in contents.items() if _renewed(path) and path not in stays]
@@ -61,10 +62,12 @@ def write(
             "compiled": sorted({*known["compiled"], *map(str, compiled)}),
             "brought": [said for said in known["brought"] if said.rpartition(" ")[0] in stays] + fresh,
         }
-        _put(root / NOTE.lstrip("/"), json.dumps(noted, indent=1).encode(), 0o644)  # first: half an install is one
+        service.put(
+            root / NOTE.lstrip("/"), json.dumps(noted, indent=1).encode(), 0o644
+        )  # first: half an install is one
         for path, data in {**{path: text.encode() for path, text in texts.items()}, **contents}.items():
             if path not in stays:
-                _put(root / path.lstrip("/"), data, 0o600 if path in hidden else 0o644)
+                service.put(root / path.lstrip("/"), data, 0o600 if path in hidden else 0o644)
     except OSError as error:
         why = "; are you root? (sudo edge-runtime install ...)" if isinstance(error, PermissionError) else ""
         raise StoreError(f"{error.filename}: {error.strerror}{why}") from error
@@ -133,11 +136,7 @@ def remove(root: Path, *, dry: bool = False) -> list[str]:
     if dry:
         return [str(path) for path in gone]
     try:
-        for path in gone:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        service.clear(gone)
     except OSError as error:
         why = "; are you root? (sudo edge-runtime uninstall)" if isinstance(error, PermissionError) else ""
         raise StoreError(f"{error.filename}: {error.strerror}{why}") from error
@@ -165,27 +164,3 @@ def compile_all(names: Iterable[str] = _PACKAGES) -> list[Path]:
 
 def _compiled(folders: Iterable[str]) -> set[Path]:
     return {path for folder in folders for path in Path(folder).rglob("*.pyc")}
-
-
-def _folder(path: Path, state: Path) -> list[Path]:
-    """Make a folder and its parents, from the state folder on closed to others; gives those that were not there."""
-    if path.is_dir():
-        return []
-    made = _folder(path.parent, state)
-    path.mkdir()
-    path.chmod(0o700 if path.is_relative_to(state) else 0o755)
-    return [*made, path]
-
-
-def _put(path: Path, data: bytes, mode: int) -> None:
-    """Replace a file as a whole; a secret is one from its first byte on."""
-    fresh = path.with_name(f".{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        fresh.unlink()
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        if os.geteuid() == 0:  # in the folder of a service that has run already, the service is to read it
-            owner = path.parent.stat()
-            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-        file.write(data)
-    fresh.replace(path)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from edge_runtime import identity
 from edge_runtime.config import BrokerConfig, Config
@@ -16,7 +14,6 @@ from edge_runtime.data.resolve import resolve
 from wire.errors import ConfigError, PeerError
 from wire.invitation import decode
 from wire.link import Address
-from wire.schema import to_plain
 
 SETTINGS = "/etc/edge-runtime"
 STATE = "/var/lib/edge-runtime"
@@ -127,31 +124,3 @@ def _data(config: Config) -> Path | None:
     if not path.exists():
         raise ConfigError(f"[data] path: {path} is not there")
     return path
-
-
-def text(config: Config, about: str) -> str:
-    """Write a configuration as TOML; what is as it would be anyway is left out.
-
-    Args:
-        config: What to write.
-        about: One line for its head.
-    """
-    lines = [f"# {about}"]
-    tables: list[str] = []
-    for name, value in to_plain(config).items():
-        if not isinstance(value, Mapping):
-            lines.append(f"{name} = {_value(value)}")
-            continue
-        own = getattr(config, name)
-        defaults = {f.name: f.default for f in dataclasses.fields(own) if f.default is not MISSING}
-        said = [f"{k} = {_value(v)}" for k, v in value.items() if k not in defaults or getattr(own, k) != defaults[k]]
-        tables += ["", f"[{name}]", *said] if said else []
-    return "\n".join([*lines, *tables, ""])
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)

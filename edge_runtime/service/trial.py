@@ -10,19 +10,18 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.service.placed import CREDENTIAL, CREDENTIALS, SETTINGS, STATE, Placed, text
-from edge_runtime.service.units import HIDDEN, Site, shown
+from edge_runtime.service.placed import CREDENTIAL, CREDENTIALS, SETTINGS, STATE, Placed
+from edge_runtime.service.units import Site, shown
+from wire.service import NOBODY_YET, enclosed
+from wire.settings import text
 
-NOBODY_YET = 64998
-"""A user without a name, as systemd's dynamic ones are (61184..65519)."""
 _SECONDS = 300
 
 
@@ -39,11 +38,6 @@ class Outcome:
     tried: bool
     fine: bool
     said: str
-
-
-def service_manager() -> bool:
-    """Whether systemd runs this machine."""
-    return Path("/run/systemd/system").is_dir()
 
 
 def check(placed: Placed, site: Site) -> Outcome:
@@ -120,35 +114,3 @@ def _room(placed: Placed) -> Iterator[Path]:
         file = folder / "device.toml"
         file.write_text(text(config, f"for a trial; {STATE} is {state}"), "utf-8")
         yield file
-
-
-def enclosed(
-    command: Sequence[str], paths: Sequence[str], room: Path, *, user: int = NOBODY_YET, groups: Sequence[int] = ()
-) -> list[str]:
-    """Give a command line that runs a command as another user, behind the units' walls; only for root.
-
-    Args:
-        command: What to run.
-        paths: Hidden files and folders that it is to see after all, none below another.
-        room: A folder outside of what is hidden with one `holds` in it.
-        user: Number of the user, and of its group.
-        groups: Numbers of further groups.
-    """
-    quoted = shlex.quote
-    steps = ["mount --make-rprivate /"]
-    for number, path in enumerate(paths):
-        hold = quoted(str(room / "holds" / str(number)))
-        made = "mkdir -p" if Path(path).is_dir() else "touch"
-        steps += [f"{made} {hold}", f"mount --bind {quoted(path)} {hold}"]
-    for place in HIDDEN:
-        if Path(place).is_dir():
-            mode = "1777" if place.endswith("tmp") else "755"
-            steps.append(f"mount -t tmpfs -o mode={mode} tmpfs {place}")
-    for number, path in enumerate(paths):
-        parent = quoted(str(Path(path).parent))
-        made = f"mkdir -p {quoted(path)}" if Path(path).is_dir() else f"mkdir -p {parent} && touch {quoted(path)}"
-        steps += [made, f"mount --bind {quoted(str(room / 'holds' / str(number)))} {quoted(path)}"]
-    groups_said = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
-    rights = "--no-new-privs --bounding-set=-all --inh-caps=-all"
-    steps.append(f"exec setpriv --reuid={user} --regid={user} {groups_said} {rights} -- {shlex.join(command)}")
-    return ["unshare", "--mount", "sh", "-c", "umask 022 && " + " && ".join(steps)]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from coordinator.keys.authority import Authority
 from coordinator.keys.command import revoke
 from edge_runtime import csr as keys
 from edge_runtime.enrol import Wanted, enroll, pinned
-from tests.support.fleet import Fleet, free_pair, up
+from tests.support.fleet import Fleet, free_pair, refused, up
 from tests.support.mosquitto import wait_for, wait_until
 from wire import codec, topics
 from wire.errors import (
@@ -36,33 +35,11 @@ from wire.errors import (
     WrongName,
 )
 from wire.invitation import Invitation
-from wire.link import Address, Down, Message, Published, Up
+from wire.link import Address, Message, Published, Up
 from wire.link.mqtt import MqttLink
 from wire.messages import Cert, Csr
 
 BOOT = "b0" * 8
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(tmp_path_factory.mktemp("fleet")) as running:
-        running.enroll("victim")
-        running.enroll("hostile")
-        yield running
-
-
-def out(fleet: Fleet, name: str) -> Path:
-    return fleet.root / name / "state" / "keys" / "device.pem"
-
-
-def refused(address: Address, client: str = "x") -> str:
-    """Why a broker does not let somebody in; fails when it does."""
-    link = MqttLink(address, client, session_seconds=0, keepalive=10)
-    link.start()
-    try:
-        return wait_for(link, Down).why
-    finally:
-        link.stop()
 
 
 # --- getting in --------------------------------------------------------------------------------------------------
@@ -144,10 +121,10 @@ def test_names_that_cannot_be_enrolled(fleet: Fleet, name: str) -> None:
 def test_a_token_is_for_one_use(fleet: Fleet, tmp_path: Path) -> None:
     invitation = fleet.invite("once")
     fleet.enroll("once", invitation)
-    held = out(fleet, "once").read_bytes()
+    held = fleet.cert("once").read_bytes()
     with pytest.raises(InvitationUsed, match="used by another key"):
         fleet.enroll("once", invitation)
-    assert out(fleet, "once").read_bytes() == held
+    assert fleet.cert("once").read_bytes() == held
     with fleet.linked("once"):
         pass
 
@@ -197,8 +174,12 @@ def test_nothing_is_overwritten_without_being_told(fleet: Fleet, tmp_path: Path)
 def test_a_new_enrolment_takes_the_old_certificate_back(fleet: Fleet, tmp_path: Path) -> None:
     fleet.enroll("reborn")
     old = tmp_path / "old.pem"
-    old.write_bytes(out(fleet, "reborn").read_bytes())
+    old.write_bytes(fleet.cert("reborn").read_bytes())
+    waits = [fleet.cert("reborn").with_name(name) for name in ("next.key", "next.csr")]
+    for path in waits:
+        path.write_bytes(b"whoever had the old key may have this one")
     fleet.enroll("reborn")
+    assert not any(path.exists() for path in waits)
     with fleet.linked("reborn"):
         pass
     assert "taken back" in refused(dataclasses.replace(fleet.address("reborn"), cert=str(old)))

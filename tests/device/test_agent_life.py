@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,6 @@ from wire.messages import Presence, Recipe
 
 MIB = 1 << 20
 HEAVY = ("numpy", "torch", "psutil", "sqlite3", "cryptography", "click", "ssl", "asyncio")
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
-
-
-@pytest.fixture
-def script(broker: Mosquitto, tmp_path: Path) -> Iterator[Script]:
-    """Every test has a federation of its own at the shared broker."""
-    with Script(broker.port, tmp_path / "script", federation=tmp_path.name[-60:]) as running:
-        yield running
 
 
 @pytest.fixture

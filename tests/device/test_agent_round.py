@@ -22,19 +22,6 @@ from wire.chunks import WINDOW_UP
 from wire.messages import Ack, Beat, BlobRef, Cancel, Need, Presence, Recipe, Refusal, Reply
 
 
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
-
-
-@pytest.fixture
-def script(broker: Mosquitto, tmp_path: Path) -> Iterator[Script]:
-    """Every test has a federation of its own at the shared broker."""
-    with Script(broker.port, tmp_path / "script", federation=tmp_path.name[-60:]) as running:
-        yield running
-
-
 @pytest.fixture
 def make(script: Script, broker: Mosquitto, tmp_path: Path) -> Callable[..., Agent]:
     def made(**changes: Any) -> Agent:

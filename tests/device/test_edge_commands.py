@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,6 @@ from tests.support.mosquitto import Mosquitto, free_port
 from wire import zoo
 from wire.errors import DataError
 from wire.spec import Structure
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
 
 
 def config_of(folder: Path, port: int, more: str = "") -> Path:

@@ -26,12 +26,6 @@ MIB = 1 << 20
 MODEL = "digits-cnn"
 
 
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
-
-
 @pytest.fixture
 def script(broker: Mosquitto, tmp_path: Path) -> Iterator[Script]:
     with Script(broker.port, tmp_path / "script", federation=tmp_path.name[-60:], keepalive=0.5) as running:

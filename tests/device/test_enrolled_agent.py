@@ -159,7 +159,7 @@ def test_a_device_that_is_taken_back_leaves_the_round_at_once(make: Callable[...
             assert "the answer counts" not in one.log
             told = fleet.run("revoke", "pi-2")
             assert told.returncode == 0, told.stderr
-            one.said("the answer counts", seconds=10)
+            one.said("the answer counts", seconds=20)
         two.process.send_signal(signal.SIGCONT)
         two.said("taken back, or past its end")
     assert "device pi-2 is taken back" in fleet.log

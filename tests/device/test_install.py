@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,6 @@ from edge_runtime.service.units import survey
 from tests.support.mosquitto import Mosquitto
 from tests.support.systemd import exposure, verified
 from wire.invitation import Invitation
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
 
 
 def edge(*words: object, code: int = 0) -> str:

@@ -14,26 +14,14 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.service.trial import NOBODY_YET
 from tests.support.devices import Agent, Script, tensors
 from tests.support.mosquitto import Mosquitto
 from tests.support.unit import Unit
 from wire.messages import Ack, Beat, Cancel, Presence, Recipe, Refusal
+from wire.service import NOBODY_YET
 
 LESSON = Recipe(rule="sgd", epochs=2, batch=8, rate=0.1)
 LONG = Recipe(rule="sgd", epochs=4000, batch=8)
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path_factory.mktemp("broker")) as running:
-        yield running
-
-
-@pytest.fixture
-def script(broker: Mosquitto, tmp_path: Path) -> Iterator[Script]:
-    with Script(broker.port, tmp_path / "script", federation=tmp_path.name[-60:]) as running:
-        yield running
 
 
 @pytest.fixture

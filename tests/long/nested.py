@@ -117,7 +117,7 @@ TABLES = {
     "mnist": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
         100,
-        model="lenet-5",
+        model="lenet-300-100",
         data=("mnist", "writers", "539"),
         select="random:10",
         measured=10,
@@ -126,11 +126,11 @@ TABLES = {
     "motionsense": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
         12,
-        seeds="0",
-        model="har-cnn",
+        model="har-cnn-wide",
         data=("motionsense", "people", "24"),
         measured=2,
         recipe=_HAR,
+        sets={"fledge.personal_every": "4"},
     ),
     "ratios": Table(
         f"fedavg,flexcom,{_FEDMP}", 25, data=("digits", "dir0.3", "10"), fleet="spread-whole", target="0.95*fedavg"

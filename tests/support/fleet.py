@@ -19,7 +19,7 @@ from coordinator.keys.register import Register
 from edge_runtime.enrol import Enrolled, Wanted, enroll
 from tests.support.mosquitto import wait_for, wait_until
 from wire.invitation import Invitation
-from wire.link import Address, Up
+from wire.link import Address, Down, Up
 from wire.link.mqtt import MqttLink
 
 
@@ -34,6 +34,16 @@ def free_pair() -> int:
             except (OSError, OverflowError):
                 continue
             return port
+
+
+def refused(address: Address, client: str = "x") -> str:
+    """Why a broker does not let somebody in; fails when it does."""
+    link = MqttLink(address, client, session_seconds=0, keepalive=10)
+    link.start()
+    try:
+        return wait_for(link, Down).why
+    finally:
+        link.stop()
 
 
 class Fleet:
@@ -97,6 +107,9 @@ class Fleet:
     def address(self, name: str, port: int = 0) -> Address:
         keys = self.root / name / "state" / "keys"
         return Address("127.0.0.1", port or self.port, True, "", "", str(keys / "ca.pem"), str(keys / "device.pem"))
+
+    def cert(self, name: str) -> Path:
+        return Path(self.address(name).cert)
 
     @contextmanager
     def linked(self, name: str, topics: list[str] | None = None, client: str = "x") -> Iterator[MqttLink]:

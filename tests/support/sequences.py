@@ -30,6 +30,31 @@ def recurrent(op: str, hidden: int = 8, second: int = 6) -> ModelSpec:
     return check(ModelSpec(op, (STEPS, WIDTH), CLASSES, groups, tuple(tensors), tuple(nodes)))
 
 
+def turned(size: int = 24) -> ModelSpec:
+    """A convolution over the steps, a norm of batches, and a linear layer for each step, which reads it turned: group e."""
+    tensors = (
+        *(TensorSpec("k.weight", (Axis("e"), Axis(inner=WIDTH), Axis(inner=3)), "fan", 3 * WIDTH),),
+        *(TensorSpec("k.bias", (Axis("e"),)), TensorSpec("n.weight", (Axis("e"),), "ones")),
+        *(TensorSpec("n.bias", (Axis("e"),)), TensorSpec("n.mean", (Axis("e"),))),
+        *(TensorSpec("n.variance", (Axis("e"),), "ones"), TensorSpec("q.weight", (Axis("e"), Axis("e")), "fan", size)),
+        *(TensorSpec("q.bias", (Axis("e"),)), TensorSpec("o.weight", (Axis("c"), Axis("e")), "fan", size)),
+        TensorSpec("o.bias", (Axis("c"),)),
+    )
+    window = {"kernel": 3, "stride": 1, "padding": 1}
+    nodes = (
+        Node("s", "transpose", ("input",), {}, {"first": 0, "second": 1}),
+        Node("k", "conv1d", ("s",), {"weight": "k.weight", "bias": "k.bias"}, window),
+        Node("n", "batch_norm", ("k",), {role: f"n.{role}" for role in ("weight", "bias", "mean", "variance")}),
+        Node("t", "transpose", ("n",), {}, {"first": 0, "second": 1}),
+        Node("q", "linear", ("t",), {"weight": "q.weight", "bias": "q.bias"}),
+        Node("h", "tanh", ("q",)),
+        Node("l", "last", ("h",)),
+        Node("o", "linear", ("l",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    groups = (AxisGroup("e", size), AxisGroup("c", CLASSES, prunable=False))
+    return check(ModelSpec("turned", (STEPS, WIDTH), CLASSES, groups, tensors, nodes))
+
+
 def attended(*, cut_width: bool = False) -> ModelSpec:
     """A linear layer for each step, attention by 4 heads of 3 beside it, a norm, and a linear layer over all steps.
 
@@ -78,6 +103,26 @@ def normed(permille: int = 0) -> ModelSpec:
     )
     groups = (AxisGroup("a", 4), AxisGroup("c", 2, prunable=False))
     return check(ModelSpec("normed", (3,), 2, groups, tuple(tensors), nodes))
+
+
+def windows(hidden: int = 64, shape: tuple[int, int] = (9, 128), classes: int = 6) -> ModelSpec:
+    """An LSTM over windows of sensors as `har-cnn` reads them, (channels, steps), and a linear layer behind its last step."""
+    rows, (channels, _) = Axis("units", outer=GATES["lstm"]), shape
+    tensors = (
+        TensorSpec("lstm.ih", (rows, Axis(inner=channels)), "fan", hidden),
+        TensorSpec("lstm.hh", (rows, Axis("units")), "fan", hidden),
+        *(TensorSpec("lstm.bih", (rows,), "fan", hidden), TensorSpec("lstm.bhh", (rows,), "fan", hidden)),
+        *(TensorSpec("out.weight", (Axis("c"), Axis("units")), "fan", hidden), TensorSpec("out.bias", (Axis("c"),))),
+    )
+    roles = {"weight_ih": "lstm.ih", "weight_hh": "lstm.hh", "bias_ih": "lstm.bih", "bias_hh": "lstm.bhh"}
+    nodes = (
+        Node("turn", "transpose", ("input",), {}, {"first": 0, "second": 1}),
+        Node("lstm", "lstm", ("turn",), roles),
+        Node("last", "last", ("lstm",)),
+        Node("out", "linear", ("last",), {"weight": "out.weight", "bias": "out.bias"}),
+    )
+    groups = (AxisGroup("units", hidden), AxisGroup("c", classes, prunable=False))
+    return check(ModelSpec("har-lstm", shape, classes, groups, tensors, nodes))
 
 
 MODELS = {

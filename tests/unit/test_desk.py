@@ -60,3 +60,21 @@ def test_a_warm_worker_that_stands_still_goes_on_to_read_and_one_without_its_fil
         desk.give(job, 1.0)
     assert child.calls == ["thaw", "send", "kill", "let go"]
     assert (desk.due, desk._job) == (float("inf"), None)
+
+
+@pytest.mark.parametrize(("left", "bound", "stays"), [(0.9, 41.5, True), (3.0, 38.5, True), (3.0, 39.5, False)])
+def test_a_worker_in_which_too_much_was_left_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, left: float, bound: float, *, stays: bool
+) -> None:
+    """The budget has to hold both what earlier orders have left and what this one is predicted to take."""
+    mebibyte, held = 1 << 20, _Still()
+    monkeypatch.setattr(desk_module, "Child", _Still)
+    monkeypatch.setattr(_Still, "send", lambda *_: None)
+    monkeypatch.setattr(desk_module.probe, "resident", lambda _: int((200 + left) * mebibyte))
+    monkeypatch.setattr(desk_module.priority, "lower", lambda *_: None)
+    monkeypatch.setattr(desk_module.priority, "release", lambda _: None)
+    desk = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None)
+    monkeypatch.setattr(desk, "start", lambda _: setattr(desk, "_child", desk._child or _Still()))
+    desk._bytes_base, desk._child = 200 * mebibyte, held  # type: ignore[assignment]  # a stand-in
+    desk.give(Job(an_order("d0", 1), "spec", (), "out", "", 42 * mebibyte, 0, 1), 1.0, int(bound * mebibyte))
+    assert (desk._child is held) is stays

@@ -198,7 +198,7 @@ def test_parameters_that_make_no_sense_are_named():
 
 def test_a_simulated_run_can_be_repeated_and_measures_every_size():
     config = Config(
-        model="digits-mlp", algo="fiarse", partition="iid", devices=4, rounds=3, params={"sizes": "0.1 0.4 1"}
+        model="digits-cnn", algo="fiarse", partition="iid", devices=4, rounds=3, params={"sizes": "0.05 0.3 1"}
     )
     one, two = simulate(config), simulate(config)
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}

@@ -17,15 +17,17 @@ from edge_runtime import rules
 from edge_runtime.engines import open_engine
 from edge_runtime.rules import sgd
 from tests.support.models import linear, random_arrays, small_cnn, widths
+from tests.support.sequences import normed
 from wire.builders import mlp
 from wire.errors import ConfigError, Malformed, SpecError
 from wire.memory import predict
 from wire.messages import Recipe, Usage
-from wire.spec import Structure
+from wire.spec import Node, Structure
 from wire.spool import Spool
 from wire.structure import order_of
 
 SPEC = small_cnn()
+NORMED = normed()
 TOP = 2
 GREAT = 1 << 40
 
@@ -64,13 +66,13 @@ def coordinates(state, answer):
 
 
 def looped(weights, momentum, state, answers, beta):
-    """``D = 1/N sum of updates; V = beta V + D; w += D + beta V`` where anybody has the coordinate."""
+    """``D = mean of updates; V = beta V + D; w += D + beta V``, each coordinate over those who have it, if anybody has."""
     held = [coordinates(state, answer) for answer in answers]
     for name, array in weights.items():
         for index in np.ndindex(array.shape):
             values = [one[name, index] for one in held if (name, index) in one]
             if values:
-                step = sum(values) / len(answers)
+                step = sum(values) / len(values)
                 momentum[name][index] = beta * momentum[name][index] + step
                 array[index] += step + beta * momentum[name][index]
 
@@ -119,7 +121,7 @@ def test_samples_do_not_weigh_and_who_has_none_does_not_count():
 def test_each_device_trains_the_widest_that_it_holds_in_time():
     state, (draft,) = planned(start(deadline=2.0), 1, (DeviceView("a", GREAT),))
     assert draft.structure.capacity == TOP
-    assert (draft.recipe.rule, draft.recipe.knobs) == ("sgd", {"widths": 1.0, "upward": 0.5})
+    assert (draft.recipe.rule, draft.recipe.knobs) == ("sgd", {"widths": 1.0, "upward": 1.0})
     needs = [predict(SPEC, whole_of(state).narrowed(k), draft.recipe, 1).bound for k in range(3)]
     views = [DeviceView(f"d{i}", n) for i, n in enumerate((needs[2], needs[1], needs[0], needs[0] - 1))]
     state, drafts = planned(state, 1, views)
@@ -127,6 +129,84 @@ def test_each_device_trains_the_widest_that_it_holds_in_time():
     state = fledge.close(state, tuple(said(state, d.device, d.structure.capacity) for d in drafts))
     _, drafts = planned(state, 2, [dataclasses.replace(view, seconds_turn=50.0) for view in views])
     assert [d.structure.capacity for d in drafts] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("params", "tuned"),
+    [
+        ({}, [5, 10]),
+        ({"personal_every": 3.0}, [3, 6, 9]),
+        ({"personal_every": 0.0}, []),
+        ({"recipe.personal": 0.0}, []),
+    ],
+)
+def test_devices_make_their_models_their_own_every_few_rounds(params, tuned):
+    state = start(**params)
+    for number in range(1, 11):
+        _, (draft,) = planned(state, number, (DeviceView("a", GREAT),))
+        assert bool(draft.recipe.knobs.get("personal")) == (number in tuned)
+    for wrong in (-1.0, 0.5):
+        with pytest.raises(ConfigError, match="personal_every"):
+            start(personal_every=wrong)
+
+
+def test_they_do_so_in_the_round_before_one_that_calibrates():
+    state = fledge.init(NORMED, random_arrays(NORMED, Structure(), 1), {"fractions": "0.5 1", "calibrate": 5.0})
+    found = [planned(state, number, (DeviceView("a", GREAT),))[1][0] for number in range(1, 11)]
+    assert [n for n, draft in enumerate(found, 1) if draft.verb == "calibrate"] == [5, 10]
+    tuned = [n for n, draft in enumerate(found, 1) if draft.verb == "train" and draft.recipe.knobs.get("personal")]
+    assert tuned == [4, 9]
+
+
+def test_a_round_of_their_own_is_not_lost_where_the_next_one_calibrates():
+    params = {"fractions": "0.5 1", "calibrate": 5.0, "personal_every": 4.0}
+    state = fledge.init(NORMED, random_arrays(NORMED, Structure(), 1), params)
+    found = [planned(state, number, (DeviceView("a", GREAT),))[1][0] for number in range(1, 26)]
+    assert [n for n, draft in enumerate(found, 1) if draft.recipe.knobs.get("personal")] == [4, 8, 12, 16, 19, 24]
+
+
+def test_a_model_or_loss_that_devices_cannot_make_their_own_is_refused_at_once():
+    spec = SPEC
+    headless = dataclasses.replace(spec, nodes=(*spec.nodes, Node("squashed", "sigmoid", (spec.nodes[-1].name,))))
+    arrays = random_arrays(headless, Structure(), 0)
+    for params in ({}, {"recipe.loss": "sum"}):
+        with pytest.raises(ConfigError, match="personal_every = 0"):
+            fledge.init(headless if not params else SPEC, arrays, params)
+    for wrong in (-1.0, 0.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"recipe\.personal"):
+            start(**{"recipe.personal": wrong})
+    for params in ({"personal_every": 0.0}, {"recipe.personal": 0.0}):
+        assert fledge.init(headless, arrays, params).round == 0
+
+
+def test_a_run_of_before_goes_on_without_what_it_does_not_know():
+    state = start(deadline=2.0)
+    new = ("norms", "calibrate", "recipe.personal", "personal_every")
+    old = {name: value for name, value in state.scalars["params"].items() if name not in new}
+    state = dataclasses.replace(state, scalars={"params": old}, norms={})
+    for number in range(1, 6):
+        state, (draft,) = planned(state, number, (DeviceView("a", GREAT),))
+        assert draft.recipe.knobs.keys() == {"widths", "upward"}
+        state = fledge.close(state, (said(state, "a", TOP, seed=number),))
+        assert state.scalars["due"] == {"a": TOP}
+
+
+def test_a_round_with_more_to_do_tells_nothing_of_the_time_that_training_takes():
+    for every, count, heard in ((2.0, 1.0, False), (1.0, 1.0, True), (2.0, 0.0, True)):
+        params = {"personal_every": every, "recipe.personal": count}
+        state, drafts = planned(start(deadline=9.0, **params), 2, (DeviceView("a", GREAT),))
+        assert drafts[0].recipe.knobs.get("personal", 0.0) == count
+        state = fledge.close(state, (said(state, "a", TOP),))
+        assert ("a" in state.scalars.get("due", {})) == heard
+
+
+def test_turns_are_heard_of_where_every_round_that_trains_has_more_to_do():
+    params = {"fractions": "0.5 1", "calibrate": 2.0, "personal_every": 2.0, "deadline": 9.0}
+    state = fledge.init(NORMED, random_arrays(NORMED, Structure(), 1), params)
+    state, (draft,) = planned(state, 1, (DeviceView("a", GREAT),))
+    assert draft.recipe.knobs["personal"] == 1.0
+    answer = Answer("a", 9, draft.structure, {}, Usage(), random_arrays(NORMED, draft.structure, 2))
+    assert fledge.close(state, (answer,)).scalars["due"] == {"a": draft.structure.capacity}
 
 
 def test_a_run_goes_on_from_its_saved_state(tmp_path):
@@ -161,10 +241,10 @@ X = np.random.default_rng(4).standard_normal((21, 5)).astype(np.float32)
 Y = np.random.default_rng(5).integers(0, 3, 21)
 
 
-def trained(recipe, micro=None):
+def trained(recipe, micro=None, labels=Y):
     engine = open_engine("torch")()
     engine.load(PLAIN, NESTED, random_arrays(PLAIN, NESTED))
-    task = rules.Task(recipe, engine, X, Y, 1, micro or recipe.batch, lambda *_: None)
+    task = rules.Task(recipe, engine, X, labels, 1, micro or recipe.batch, lambda *_: None)
     return engine, sgd.train(task)
 
 
@@ -225,7 +305,7 @@ def upward(recipe, share):
 def test_the_narrowest_width_teaches_the_wider_ones(number, share):
     knobs = {"widths": float(number), "upward": share}
     recipe = Recipe(epochs=2, batch=8, rate=0.2, momentum=0.9, clip=0.3, seed=3, knobs=knobs)
-    params, losses = upward(recipe, share)
+    params, losses = upward(recipe, share * sum(abs(np.mean(label == Y) - 1 / 3) for label in range(3)) / 2)
     for micro in (8, 3):
         engine, told = trained(recipe, micro)
         for found, wanted in zip(engine.params.values(), params, strict=True):
@@ -240,6 +320,17 @@ def test_teaching_upward_changes_something_and_not_without_narrower_widths():
     plain, taught = params(widths=1.0), params(widths=1.0, upward=0.5)
     assert any(not np.array_equal(a, b) for a, b in zip(plain, taught, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(params(), params(upward=0.5), strict=True))
+
+
+def test_where_each_class_has_as_many_samples_the_labels_are_enough():
+    def params(labels, **knobs):
+        engine, _ = trained(Recipe(batch=8, clip=1.0, seed=2, knobs=knobs), labels=labels)
+        return [p.copy() for p in engine.params.values()]
+
+    even, one = np.arange(21) % 3, np.zeros(21, np.int64)
+    for labels, alike in ((even, True), (one, False)):
+        plain, taught = params(labels, widths=1.0), params(labels, widths=1.0, upward=1.0)
+        assert all(np.array_equal(a, b) for a, b in zip(plain, taught, strict=True)) is alike
 
 
 def test_wrong_knobs_are_explained():

@@ -204,6 +204,30 @@ def test_an_authority_signs_what_it_should_and_nothing_else(tmp_path: Path) -> N
         identity.read(tmp_path / "none")
 
 
+PEM = b"-----BEGIN PRIVATE KEY-----\nx\n"
+
+
+@pytest.mark.parametrize(
+    "damaged", [PEM, b"", b"\0" * 60 + PEM, b"renew-after: soon\nends: 1\n" + PEM, b"renew-after: 1\nends: nan\n" + PEM]
+)
+def test_a_damaged_key_file_is_not_taken_for_one_of_the_owners_making(tmp_path: Path, damaged: bytes) -> None:
+    """Its device would take orders that nobody has signed."""
+    path = tmp_path / identity.FOLDER / identity.FILE
+    path.parent.mkdir()
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"device\.pem: damaged.*enrol again"):
+        identity.read(path)
+    elsewhere = tmp_path / "moved.pem"
+    elsewhere.write_bytes(b"ends: 1\n" + PEM)
+    with pytest.raises(ConfigError, match="damaged"):
+        identity.read(elsewhere)
+
+
+def test_text_of_other_tools_above_a_certificate_is_nothing_to_us(tmp_path: Path) -> None:
+    (tmp_path / "own.pem").write_bytes(b"Bag Attributes\n    friendlyName: pi\nsubject=CN = pi\n" + PEM)
+    assert identity.read(tmp_path / "own.pem") is None
+
+
 def test_a_server_certificate_is_kept_as_long_as_it_is_good(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     now = datetime.now(UTC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import subprocess
 import time
@@ -211,8 +212,6 @@ def waiting(tmp_path: Path) -> tuple[Renewal, Wire, Authority, bytes]:
 
 
 def answer(asked: bytes, pem: bytes, seconds: float = 3600.0) -> bytes:
-    import hashlib
-
     return codec.encode(Cert(hashlib.sha256(asked).hexdigest(), "granted", pem, seconds))
 
 
@@ -246,6 +245,54 @@ def test_an_answer_that_a_broker_made_up_replaces_nothing(tmp_path: Path, begin:
     renewal._answered(answer(asked, genuine))  # the true one comes, and the key for it is still here
     assert genuine in (folder / identity.FILE).read_bytes()
     assert link.renewed == 1
+
+
+def test_a_request_is_the_same_until_it_is_answered_by_later_lives_too(tmp_path: Path) -> None:
+    """The coordinator has signed a key and its answer was lost; another key would be too early, until the old one ends."""
+    _, _, authority, asked = waiting(tmp_path)
+    folder = tmp_path / "pi"
+    (folder / keys.CSR).write_bytes(asked)
+    link = Wire()
+    renewal = renewal_of(settings.load(folder / "device.toml"), link)
+    early = codec.encode(Cert(hashlib.sha256(asked).hexdigest(), "early", detail="wait"))
+    renewal._answered(early)
+    assert (renewal._request, (folder / keys.KEY).exists()) == (asked, True)
+    again = renewal_of(settings.load(folder / "device.toml"), link)
+    again._answered(answer(asked, authority.issue("pi", request(asked)[1], 3600.0).pem))
+    assert link.renewed == 1
+    assert not (folder / keys.KEY).exists()
+    assert renewal_of(settings.load(folder / "device.toml"), link)._request == b""
+
+
+def test_a_request_that_is_refused_is_not_made_again(tmp_path: Path) -> None:
+    renewal, link, _, asked = waiting(tmp_path)
+    (tmp_path / "pi" / keys.CSR).write_bytes(asked)
+    renewal._answered(codec.encode(Cert(hashlib.sha256(asked).hexdigest(), "malformed", detail="no")))
+    assert renewal._request == renewal_of(settings.load(tmp_path / "pi" / "device.toml"), link)._request == b""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_request_without_its_key_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, there: bool
+) -> None:
+    """Whatever took the key, no answer would be of any use, and the certificate would end while the device asks on."""
+    renewal, _, _, _ = waiting(tmp_path)
+    assert renewal._identity is not None
+    renewal._identity, renewal._up = dataclasses.replace(renewal._identity, renew=0.0), True
+    if not there:
+        (tmp_path / "pi" / keys.KEY).unlink()
+    calls: list[str] = []
+    monkeypatch.setattr(renewal, "_ask", lambda _: calls.append("the same"))
+    monkeypatch.setattr(renewal, "_begin", lambda _: calls.append("another key"))
+    renewal._tick(1.0)
+    assert calls == ["the same" if there else "another key"]
+
+
+def test_a_new_key_is_never_beside_an_older_ones_request(tmp_path: Path) -> None:
+    (tmp_path / keys.CSR).write_bytes(b"of an older key")
+    (tmp_path / keys.KEY).mkdir()  # so that the key cannot be written
+    assert keys.main(["pi", str(tmp_path)]) == exits.DISK
+    assert not (tmp_path / keys.CSR).exists()
 
 
 def test_a_clock_that_is_behind_does_not_keep_a_certificate_out(tmp_path: Path) -> None:

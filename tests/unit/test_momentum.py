@@ -42,6 +42,13 @@ def test_by_hand():
     assert before.weights["w"].tolist() == [10.0, 20.0, 30.0]
 
 
+def test_it_begins_in_the_weights_order_so_that_a_state_is_the_same_bytes_in_every_process():
+    spec = normed()
+    weights = dict(sorted(random_arrays(spec, Structure(), 1).items(), key=lambda item: item[0][::-1]))
+    wanted = [momentum.PREFIX + name for name in weights if name not in statistics(spec)]
+    assert list(momentum.still(spec, weights, {"beta": 0.5})) == wanted
+
+
 def test_a_round_that_moved_nothing_is_no_round():
     state = state_of({"w": f32(1)}, {"w": f32(5)}, 0.9)
     assert momentum.carried(state, state) is state

@@ -40,13 +40,11 @@ def test_the_chosen_width_is_the_one_that_an_order_would_get(budget):
                                 for g in spec.groups if g.prunable}) for k in range(5)]  # fmt: skip
     best = parts.chosen(parts.candidates(spec, RECIPE, budget, kept, ()), masked=False)
     plan = memory.fit(spec, structures, RECIPE, budget)
-    assert (best is None) == (plan is None)
-    if best is not None and plan is not None:
-        assert (best.width, best.micro_batch, best.bytes_bound) == (
-            kept[plan.capacity],
-            plan.micro_batch,
-            plan.bytes_bound,
-        )
+    if plan is not None:  # a coordinator does not count on recomputation, by which a device may do more
+        assert best is not None
+        assert best.width >= kept[plan.capacity]
+        if best.width == kept[plan.capacity] and not best.cuts:
+            assert (best.micro_batch, best.bytes_bound) == (plan.micro_batch, plan.bytes_bound)
 
 
 def test_widths_then_densities_and_what_each_lacks():
@@ -55,7 +53,7 @@ def test_widths_then_densities_and_what_each_lacks():
     assert [(one.width, one.density) for one in found] == [(1, 1), (0.5, 1), (0.2, 1), (1, 0.2), (1, 0.05)]
     assert found[0].weights == parameter_count(spec, Structure()) == 6_603_710
     assert [one.bytes_bound for one in found[:3]] == sorted((one.bytes_bound for one in found[:3]), reverse=True)
-    assert (found[0].micro_batch, found[0].fits) == (1, False)
+    assert not found[0].fits
     assert 0.04 < found[4].weights / found[0].weights < 0.06
     best = parts.chosen(found, masked=True)
     assert best is not None
@@ -67,7 +65,9 @@ def test_no_limit_takes_all_at_once_and_batch_norm_is_exact_only_then():
     whole = parts.candidates(spec, RECIPE, 0, (0.5,), ())[0]
     assert (whole.fits, whole.micro_batch, whole.exact, whole.kept) == (True, 32, True, True)
     tight = parts.candidates(spec, RECIPE, 1, (0.5,), ())[0]
-    assert (tight.fits, tight.micro_batch, tight.exact) == (False, 1, False)
+    assert not tight.fits
+    assert tight.bytes_bound == min(one.bytes_bound for one in tight.manners)
+    assert [one.exact for one in tight.manners] == [one.micro_batch == 32 for one in tight.manners]
     assert parts.candidates(small_cnn(), RECIPE, 1, (0.5,), ())[0].exact
     fused = parts.candidates(spec, Recipe(batch=32), 0, (), ())[0]
     assert not fused.kept
@@ -76,13 +76,13 @@ def test_no_limit_takes_all_at_once_and_batch_norm_is_exact_only_then():
 def test_the_text_names_the_largest_and_the_json_says_the_same(capsys, tmp_path):
     model = tmp_path / "mine.spec"
     model.write_bytes(encode(small_cnn()))
-    words = ("--model", str(model), "--budget", "11 MiB", "--densities", "0.5")
+    words = ("--model", str(model), "--budget", "16 MiB", "--densities", "0.5")
     assert planning.run(asked(*words)) == exits.OK
     text = capsys.readouterr().out
     assert text.count("<- largest that fits") == 2
     assert planning.run(asked(*words, "--json")) == exits.OK
     told = json.loads(capsys.readouterr().out)
-    assert told["bytes_budget"] == 11 * MIB
+    assert told["bytes_budget"] == 16 * MIB
     assert [one["width"] for one in told["candidates"] if one["chosen"]] == [1.0, 1.0]
 
 
@@ -90,7 +90,7 @@ def test_nothing_fits_is_an_exit_code_and_an_advice(capsys):
     assert planning.run(asked("--model", "conv-2", "--budget", "1 MiB")) == exits.UNFIT
     text = capsys.readouterr().out
     assert "nothing fits" in text
-    assert text.count("lacks") == 10
+    assert text.count("  lacks") == 10
 
 
 def test_the_budget_is_what_an_order_would_be_granted(capsys, tmp_path):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator.keys import files as coordinators
-from edge_runtime import identity
 from edge_runtime.config import BrokerConfig, Config, MemoryConfig, load
 from edge_runtime.data import Source
 from edge_runtime.service import files, units
-from edge_runtime.service.placed import place, text
-from edge_runtime.service.units import AGENT, TRAINER, UNITS, Site, allowed
+from edge_runtime.service.placed import place
+from edge_runtime.service.units import AGENT, TRAINER, Site
+from wire import service
 from wire.errors import ConfigError, DataError, StoreError
+from wire.service import UNITS, allowed
+from wire.settings import text
 
 SITE = Site("/usr/bin/python3", (), "", -1, "")
 
@@ -47,6 +47,8 @@ def test_the_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     file.write_text(text(sane, "about"), "utf-8")
     assert load(file) == sane
     assert found["memory"] == {"budget": '9 "MiB"\\', "file": "/x\n\x7f\u00e9"}
+    endless = dataclasses.replace(sane, data=Source(scale=float("inf")))
+    assert tomllib.loads(text(endless, "about"))["data"]["scale"] == float("inf")
 
 
 def test_keys_go_where_they_are_renewed_and_a_password_is_a_credential(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_a_group_is_given_only_where_it_is_needed(tmp_path: Path) -> None:
         ("192.168.1.5", "192.168.1.5"),
         ("[2001:db8::5]", "2001:db8::5"),
         ("fe80::1%eth0", "fe80::1"),
-        ("no-such-host.invalid", units._PRIVATE),
+        ("no-such-host.invalid", service.PRIVATE),
     ],
 )
 def test_whom_the_agent_may_speak_to(host: str, value: str) -> None:
@@ -154,8 +156,8 @@ def test_whom_the_agent_may_speak_to(host: str, value: str) -> None:
 
 def test_a_name_out_in_the_world_may_be_any(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"here": "192.168.1.9", "there": "93.184.216.34"}
-    monkeypatch.setattr(units.socket, "getaddrinfo", lambda name, _: [(0, 0, 0, "", (answers[name], 0))])
-    assert allowed("here") == units._PRIVATE
+    monkeypatch.setattr(service.socket, "getaddrinfo", lambda name, _: [(0, 0, 0, "", (answers[name], 0))])
+    assert allowed("here") == service.PRIVATE
     assert allowed("there") == "any"
 
 
@@ -223,18 +225,6 @@ def test_a_disk_that_refuses_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "etc").write_text("a file in the way")
     with pytest.raises(StoreError):
         files.write(tmp_path, units.files(placed, SITE), placed.copies, placed.secrets, ())
-
-
-@pytest.mark.parametrize("replace", [coordinators.replace, identity.replace], ids=["coordinator", "device"])
-def test_what_root_writes_in_a_services_folder_is_the_services(
-    tmp_path: Path, replace: Callable[[Path, bytes], None]
-) -> None:
-    """`sudo coordinator enroll` in the folder of a running service must not take its own files away from it."""
-    wanted = 64998 if os.geteuid() == 0 else os.geteuid()
-    os.chown(tmp_path, wanted, -1)
-    replace(tmp_path / "secret", b"x")
-    status = (tmp_path / "secret").stat()
-    assert (status.st_uid, status.st_mode & 0o777) == (wanted, 0o600)
 
 
 def test_what_others_have_is_neither_replaced_nor_removed(tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def test_selection_asks_some(tmp_path):
     assert [len(r.orders) for r in log.view.rounds.values()] == [2, 2]
 
 
+def test_devices_are_drawn_again_until_one_can_hold_the_model(tmp_path):
+    config = Config("fedavg", "digits-mlp", fleet="spread", devices=5, rounds=4, terms=Terms("random:1"))
+    log = Log()
+    list(play(build(dataclasses.replace(config, params={"recipe.rule": "still"}), tmp_path), log))
+    assert [list(r.orders) for r in log.view.rounds.values()] == 4 * [["device-5"]]
+
+
 def test_fates_follow_the_seed_and_the_odds():
     storm = weather.forecast("stormy")
     fates = [weather.fate(storm, 0, n, "a") for n in range(400)]
