@@ -50,19 +50,25 @@ _PAGES: Mapping[str, int] = {op: size * KIB for size, ops in _OPS for op in ops}
 
 
 def heap(walk: Walk) -> int:
-    """Give what is taken beside the arrays. Cost: that of two more walks."""
+    """Give what is taken beside the arrays in the middle of a step. Cost: that of four more walks."""
+    return lasting(walk) + holes(walk)
+
+
+def lasting(walk: Walk) -> int:
+    """Give what stays between steps too. Cost: a look at each node."""
+    found = sum(_PAGES.get(op, 0) for op in {node.op for node in walk.nodes})
+    windows = [node for node in walk.nodes if node.op in ("conv2d", "conv1d")]
+    single = [node for node in windows if node.attrs.get("kernel", 1) == 1 and node.attrs.get("groups", 1) == 1]
+    found += _POINT * bool(single) + _CONV * (len(windows) - len(single))
+    return BASE + found + _SPARSE * bool(walk.panels or walk.dense)
+
+
+def holes(walk: Walk) -> int:
+    """Give what lies free among the small blocks of a step. Once these have gone, it is there for others, or given back."""
     found = [interval for interval in arrays(walk) if interval[0]]
     small = most(walk, [interval for interval in found if interval[0] < MAPPED])
     mapped = most(walk, [interval for interval in found if interval[0] >= MAPPED])
     passing = most(walk, [i for i in found if i[0] < MAPPED and not (i[1] == 0 and i[2] == walk.end)])
     weights = sum(size for size in walk.tensors.values() if size < MAPPED)
     kept = small + mapped - most(walk, found)
-    return BASE + _code(walk) + kept + (passing + 2 * weights) // _HOLES
-
-
-def _code(walk: Walk) -> int:
-    found = sum(_PAGES.get(op, 0) for op in {node.op for node in walk.nodes})
-    windows = [node for node in walk.nodes if node.op in ("conv2d", "conv1d")]
-    single = [node for node in windows if node.attrs.get("kernel", 1) == 1 and node.attrs.get("groups", 1) == 1]
-    found += _POINT * bool(single) + _CONV * (len(windows) - len(single))
-    return found + _SPARSE * bool(walk.panels or walk.dense)
+    return kept + (passing + 2 * weights) // _HOLES

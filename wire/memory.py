@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from wire.errors import SpecError
-from wire.heap import heap
+from wire.heap import heap, holes, lasting
 from wire.masked import FLOAT, Masked, aligned, index_bytes
 from wire.messages import Recipe
 from wire.norms import APART, affine_counts
@@ -174,8 +174,9 @@ def predict(
     coded = 2 * sizes.trained + _CODED * min(sizes.largest // FLOAT, _AT_ONCE)
     writing = weights + (coded if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
     writing += gradients if recipe.knobs.get("personal") else 0  # what was trained goes on afterwards
-    most = max(step, writing, weights + gradients + found + told, sizes.loading)
-    return _bounded(bytes_held + sizes.masks + heap(walk) + most, scale)
+    beside = holes(walk)
+    most = max(step + beside, writing, weights + gradients + found + told + beside, sizes.loading)
+    return _bounded(bytes_held + sizes.masks + lasting(walk) + most, scale)
 
 
 def predict_evaluation(
