@@ -210,7 +210,7 @@ def _both_ways(folder: Path) -> Iterator[Row]:
             _, make = case.order(spec)
             copied = _forked(worker, folder / f"copy-{number}", case)[2]
             fresh = _peak(folder / f"fresh-{number}", spec, case.recipe(), make, 2)
-            yield Row(case.name, "copied less fresh worker", abs(copied - fresh) / MIB, "MiB", "lower", LEAST / 2 / MIB)
+            yield Row(case.name, "copied less fresh worker", abs(copied - fresh) / MIB, "MiB", "lower", LEAST / MIB)
 
 
 def _special_rows(folder: Path) -> Iterator[Row]:
