@@ -175,7 +175,9 @@ def predict(
     writing = weights + (coded if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
     writing += gradients if recipe.knobs.get("personal") else 0  # what was trained goes on afterwards
     beside = holes(walk)
-    most = max(step + beside, writing, weights + gradients + found + told + beside, sizes.loading)
+    # the small arrays of indices fall among what the order before has left
+    loading = sizes.loading + (beside if sizes.masks else 0)
+    most = max(step + beside, writing, weights + gradients + found + told + beside, loading)
     return _bounded(bytes_held + sizes.masks + lasting(walk) + most, scale)
 
 
