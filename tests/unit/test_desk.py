@@ -62,7 +62,7 @@ def test_a_warm_worker_that_stands_still_goes_on_to_read_and_one_without_its_fil
     assert (desk.due, desk._job) == (float("inf"), None)
 
 
-@pytest.mark.parametrize(("left", "bound", "stays"), [(0.9, 41.5, True), (3.0, 38.5, True), (3.0, 39.5, False)])
+@pytest.mark.parametrize(("left", "bound", "stays"), [(3.9, 41.5, True), (6.0, 35.5, True), (6.0, 36.5, False)])
 def test_a_worker_in_which_too_much_was_left_is_replaced(
     monkeypatch: pytest.MonkeyPatch, left: float, bound: float, *, stays: bool
 ) -> None:
