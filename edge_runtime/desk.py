@@ -24,7 +24,7 @@ log = logging.getLogger("edge_runtime")
 NEVER = float("inf")
 _MEBIBYTE = 1 << 20
 _BYTES_LEFT = 4 * _MEBIBYTE
-"""What orders may leave in a worker whatever the budget, half of a bound's slack: a fresh one costs seconds of processor time."""
+"""What orders may leave in a worker whatever the budget, half of a bound's slack: a fresh one costs seconds of work."""
 TIMINGS = "timings.json"
 """File in the state folder for what workers find out about this device's speed."""
 _SECONDS_RETRY_MAX = 60.0
