@@ -94,7 +94,9 @@ def _add_demo(commands: Commands) -> None:
     demo.add_argument("--devices", type=int, default=5, help="device processes, at least 2 (default: 5)")
     demo.add_argument("--rounds", type=int, default=None, help="rounds (default: as many as the demo needs)")
     demo.add_argument("--seed", type=int, default=0, help="root of all randomness (default: 0)")
-    demo.add_argument("--engine", default="torch", help="training engine of the devices (default: torch)")
+    demo.add_argument(
+        "--engine", default="native", help="training engine of the devices: native, or torch (default: native)"
+    )
     demo.add_argument(
         "--out", type=Path, default=Path("nestling-demo"), help="folder for results (default: nestling-demo)"
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.advance import Head, Outcome
-from wire.child import Child, Ended, Said
+from wire.child import Child, Ended, Said, surroundings
 from wire.errors import WorkerLost
 from wire.job import Done, Failed, Job
 from wire.messages import BlobRef, Recipe
@@ -55,7 +55,8 @@ class Evaluator:
     def start(self) -> None:
         """Start the worker ahead of the first model, so that loading its engine costs no round any time."""
         if self._child is None:
-            self._child = Child("local", ["edge_runtime.worker", "--data", self._data], self._post)
+            argv = ["edge_runtime.worker_process", "--data", self._data]
+            self._child = Child("local", argv, self._post, env=surroundings())
 
     def measure(self, round_number: int, order_id: str, run: str, spec: BlobRef, outcome: Outcome) -> None:
         """Have all widths of a model measured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +20,9 @@ def subcommand(commands: Commands, name: str, text: str, examples: str) -> argpa
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return added
+
+
+_ENGINE = "training engine: native or torch (default: native where it has all ops of the model)"
 
 
 def add_simulate(commands: Commands) -> None:
@@ -75,6 +79,7 @@ def _add_flags(parser: argparse.ArgumentParser, algo: str, fleet: str) -> None:
     parser.add_argument("--select", default="all", help="who is asked: all, random:5, random:0.2 (default: all)")
     parser.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")
     parser.add_argument("--seconds", type=float, default=3600.0, help="virtual time for a round (default: 3600)")
+    parser.add_argument("--engine", default="", help=_ENGINE)
     parser.add_argument(
         "--recipe", action="append", default=[], metavar="NAME=VALUE", help="change the recipe: rate=0.05"
     )
@@ -108,6 +113,7 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument("--select", default="all", help="who is asked: all, random:10, random:0.2 (default: all)")
     compare.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")
     compare.add_argument("--seconds", type=float, default=86400.0, help="virtual time for a round (default: 86400)")
+    compare.add_argument("--engine", default="", help=_ENGINE)
     compare.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
     compare.add_argument("--seeds", default="0,1,2", help="with commas (default: 0,1,2)")
     compare.add_argument("--densities", default="", help="for methods that know one, with commas: .2,.1")
@@ -125,9 +131,8 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument(
         "--configs", type=Path, metavar="FILE", help='JSON: {"METHOD or *": [{"PARAM": value}, ...]}, at most six each'
     )
-    compare.add_argument(
-        "--tune", action="store_true", help="try the configurations on a validation part; the best of each goes on"
-    )
+    tune = "try the configurations on a validation part; the best of each goes on"
+    compare.add_argument("--tune", action="store_true", help=tune)
     compare.add_argument("--tuning-seeds", default="1000", help="with commas, other ones (default: 1000)")
     compare.add_argument(
         "--target", default="0.95", help="accuracy to reach, or a share of a method's: 0.95*fedavg (default: 0.95)"
@@ -146,13 +151,22 @@ def add_compare(commands: Commands) -> None:
     compare.set_defaults(command=_compare)
 
 
+def _one_thread() -> None:
+    """A run is the same again on one thread alone, and numpy's library asks the environment, once, when it is loaded."""
+    from wire.child import surroundings
+
+    os.environ.update(surroundings())
+
+
 def _simulate(args: argparse.Namespace) -> int:
+    _one_thread()
     from coordinator.simulate.command import run_simulation
 
     return run_simulation(args)
 
 
 def _ticket(args: argparse.Namespace) -> int:
+    _one_thread()
     from coordinator.simulate.ticket import run_ticket
 
     return run_ticket(args)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from edge_runtime import session as table
-from edge_runtime.config import Config, amount
+from edge_runtime.config import Config
 from edge_runtime.desk import Desk, Finished
 from edge_runtime.fetch import Fetcher
 from edge_runtime.frugal import give_back
@@ -28,7 +28,7 @@ from edge_runtime.offer import Offers
 from edge_runtime.session import Session
 from wire import codec, link, topics
 from wire.child import Ended, Said
-from wire.errors import DataError, NestlingError, PeerError, SpecError
+from wire.errors import DataError, NestlingError, PeerError, SpecError, Unsupported
 from wire.job import Done, Job, Ready
 from wire.link import Will
 from wire.messages import Ack, Beat, Cancel, Lead, Order, Presence, Reason, Reply
@@ -64,7 +64,7 @@ class Agent:
         root = Path(config.state.dir)
         self._config = config
         self._claim = claim(root)
-        self._spool = Spool(root / "spool", amount(config.state.bytes_spool, "state.bytes_spool"))
+        self._spool = Spool(root / "spool", config.bytes_spool)
         self._keep = Keep(root / "keep")
         self._session = Session(config.device, os.urandom(8).hex())
         self._life = Life(next_seq(root, time.time()), Guest(config.conditions))
@@ -196,7 +196,7 @@ class Agent:
             if refusing is not None:
                 self._happen(refusing)
             return
-        self._life.tries.done(told.job, result)
+        self._life.tries.done(told.job, result, told.took)
         reply = Reply(
             order=order.id,
             device=self._config.device,
@@ -273,12 +273,11 @@ class Agent:
 
     def _work(self, order: Order, now: float) -> None:
         path = self._spool.path(order.spec.digest)
-        budget = self._granted()
         known, spec = self._spec
         if spec is None or known != order.spec.digest:
             spec = decode(path.read_bytes())
             self._spec = order.spec.digest, spec
-        fits = self._life.tries.fit(order, spec, budget)
+        fits = self._life.tries.fit(order, spec, self._desk.means(self._grant))
         if isinstance(fits, table.Failed):
             self._happen(fits)
             return
@@ -289,9 +288,10 @@ class Agent:
             shells=tuple(str(self._spool.path(ref.digest)) for ref in order.shells),
             out=str(self._offers.out),
             keep=str(held or ""),
-            bytes_budget=budget,
+            bytes_budget=fits.means.bytes_budget,
             micro_batch=fits.micro_batch,
             cuts=fits.cuts,
+            engine=fits.means.engine,
             threads=self._config.worker.threads,
             masks="" if order.masks is None else str(self._spool.path(order.masks.digest)),
         )
@@ -301,8 +301,8 @@ class Agent:
             self._desk.still()
 
     def _granted(self) -> int:
-        """What an order may take above the worker's base, as of this second; 0 means that nothing bounds it."""
-        return self._grant.now(self._desk.bytes_coming)
+        """What an order may take above the best engine's base, as of this second; 0 means that nothing bounds it."""
+        return self._desk.means(self._grant)[0].bytes_budget
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -397,4 +397,4 @@ class Agent:
 
 
 def _blame(error: NestlingError) -> Reason:
-    return "unsupported" if isinstance(error, SpecError) else "data"
+    return "unsupported" if isinstance(error, (SpecError, Unsupported)) else "data"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from edge_runtime.amounts import amount
 from edge_runtime.data import Source
 from wire import settings, topics
 from wire.errors import ConfigError
-from wire.schema import Limit, Name, Natural, Positive, shown
-
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
-_AMOUNT_MAX = 2**53
+from wire.schema import Limit, Name, Natural, Positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +171,11 @@ class Config:
         """The memory reserve in bytes."""
         return amount(self.memory.reserve, "memory.reserve")
 
+    @property
+    def bytes_spool(self) -> Natural:
+        """The bound of the cache of models in bytes."""
+        return amount(self.state.bytes_spool, "state.bytes_spool")
+
 
 def load(path: Path) -> Config:
     """Read and check a configuration file.
@@ -200,23 +202,3 @@ def _hours(conditions: ConditionsConfig) -> None:
         from edge_runtime.probes.hours import spans  # only who names hours loads what reads them
 
         spans(conditions.hours)
-
-
-def amount(value: int | str, key: str) -> int:
-    """Read an amount of memory: ``50331648`` or ``"48 MiB"``.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    wrong = ConfigError(f'{key}: {shown(value)} is no amount of memory; write bytes or text such as "48 MiB"')
-    if isinstance(value, int):
-        if not 0 <= value <= _AMOUNT_MAX:
-            raise wrong
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if found is None or found[2].lower() not in _UNITS:
-        raise wrong
-    bytes_wanted = float(found[1]) * _UNITS[found[2].lower()]
-    if bytes_wanted > _AMOUNT_MAX:
-        raise wrong
-    return int(bytes_wanted)

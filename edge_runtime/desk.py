@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime import exits, priority
+from edge_runtime.choice import Means
 from edge_runtime.config import Config
 from edge_runtime.door import Visit, landed
+from edge_runtime.engines import available
 from edge_runtime.memory import probe
+from edge_runtime.memory.limit import Grant
 from edge_runtime.spawn import command, surroundings
 from wire.child import Child, Ended, Said
 from wire.errors import StoreError, WorkerLost
@@ -32,7 +35,7 @@ _SECONDS_AFRESH = 2.0
 _DOUBLINGS = 6
 _TRIES = 6
 """How often a socket's worker is asked for before an order is given back: half a minute in all."""
-BASE_GUESS = 240 << 20
+BASE_GUESS = {"torch": 240 << 20, "native": 40 << 20}
 """What a worker with a loaded engine takes, until one has told: torch on x86-64 and aarch64 measured 220 to 245 MiB."""
 _OUT_OF_MEMORY = frozenset({-9, -11, -7, -6, exits.WORKER_MEMORY})
 """Exit codes: the kernel's out-of-memory killer, three signals that torch dies of at its memory limit, the worker's own."""
@@ -45,10 +48,37 @@ class Finished:
     Attributes:
         job: Which.
         result: `Failed` also for a worker that crashed, was killed or stalled.
+        took: Seconds with the engine loaded, and those before, in which a fresh worker loaded it; 0 for what is not known.
     """
 
     job: Job
     result: Done | Failed
+    took: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far the worker is.
+
+    Attributes:
+        engine: What it has loaded, or will have when it is through with its job; empty as long as it has none.
+        sent: Whether it has its job.
+        given: When it was given it.
+        begun: When it had loaded its engine for it; 0 where that is not known, below 0 where it says nothing.
+        fresh: Whether it had to load it for this job.
+    """
+
+    engine: str = ""
+    sent: bool = False
+    given: float = 0.0
+    begun: float = 0.0
+    fresh: bool = False
+
+    def took(self, now: float) -> tuple[float, float]:
+        """Give the seconds of the job, and those of loading."""
+        if not self.begun > 0.0:
+            return 0.0, 0.0
+        return now - self.begun, self.begun - self.given if self.fresh else 0.0
 
 
 class Desk:
@@ -66,12 +96,12 @@ class Desk:
         self._post = post
         self._child: Child | Visit | None = None
         self._job: Job | None = None
-        self._sent = False
+        self._course = _Course()
         self._since = 0.0  # the latest sign of life of a busy worker, or the beginning of idleness
         self._retry = NEVER
         self._failures = 0
         self._ready = False
-        self._bytes_base = 0
+        self._bases: dict[str, int] = {}
 
     @property
     def due(self) -> float:
@@ -89,23 +119,33 @@ class Desk:
         """Whether there is a job."""
         return self._job is not None
 
-    @property
-    def bytes_coming(self) -> int:
-        """Memory that the worker itself will take before an order's own begins: all of it when none runs.
+    def bytes_coming(self, engine: str) -> int:
+        """Memory that a worker with an engine will take before an order's own begins: all of it when none runs.
 
-        Below 0 where it holds more than that: what an order has taken is there for the next one.
+        Below 0 where it holds more than that: what an order has taken is there for the next one, and what a worker with
+        another engine holds is as well, since it is replaced.
         """
         if isinstance(self._child, Visit):
             held = self._child.bytes_held
         else:
             held = probe.resident(self._child.pid) if self._child is not None else 0
-        return self._bytes_base - held if self._bytes_base else max(0, BASE_GUESS - held)
+        base = self._bases.get(engine, 0)
+        return base - held if base else max(0, BASE_GUESS.get(engine, max(BASE_GUESS.values())) - held)
 
-    def start(self, now: float) -> None:
-        """Start a worker if there is none."""
+    def means(self, grant: Grant) -> tuple[Means, ...]:
+        """Give the engines that may be used here, the best first, with what an order may take on each as of this second."""
+        named = self._config.worker.engine
+        engines = (named,) if named else available() or tuple(BASE_GUESS)[:1]
+        loaded = self._course.engine if self._child is not None else ""
+        return tuple(Means(name, grant.now(self.bytes_coming(name), name), name == loaded) for name in engines)
+
+    def start(self, now: float, engine: str = "") -> None:
+        """Start a worker if there is none; one that is kept warm loads this engine at once, or else the best."""
         if self._child is not None:
             return
         worker = self._config.worker
+        warm = worker.mode == "warm" and not worker.socket
+        self._course = _Course((engine or worker.engine or next(iter(available()), "")) if warm else "")
         self._since = now
         self._retry = NEVER
         self._ready = False
@@ -114,7 +154,7 @@ class Desk:
             return
         argv = command(
             json.dumps(to_plain(self._config.data)),
-            engine=worker.engine,
+            engine=self._course.engine or worker.engine,
             threads=worker.threads,
             preload=worker.mode == "warm",
             timings=str(Path(self._config.state.dir) / TIMINGS),
@@ -130,17 +170,21 @@ class Desk:
             job: Which.
             now: On the monotonic clock.
             bytes_bound: What it is predicted to take. A worker in which earlier orders have left so much that the budget
-                does not hold both is replaced.
+                does not hold both is replaced, and so is one with another engine.
 
         Raises:
             StoreError: One of its files cannot be opened.
         """
         self.progress = Progress(0.0, None, 0)
-        self._job, self._sent = job, False
-        left = -self.bytes_coming if self._bytes_base else 0
+        self._job = job
+        left = -self.bytes_coming(job.engine) if job.engine in self._bases else 0
         if left > _BYTES_LEFT and 0 < job.bytes_budget < bytes_bound + left:
             self.stop()
-        self.start(now)
+        if self._course.engine not in ("", job.engine):
+            self.stop()
+        anew = self._child is None  # also where it is told at its start what to load: it is the order that waits
+        self.start(now, job.engine)
+        self._course = _Course(job.engine, given=now, fresh=anew or self._course.engine != job.engine)
         self._since = now
         self.go_on(now)  # a warm one that stands still would not read
         if isinstance(self._child, Child):  # a unit says it itself: Nice=, CPUSchedulingPolicy=, IOSchedulingClass=
@@ -151,7 +195,7 @@ class Desk:
     def _send(self) -> None:
         assert self._child is not None
         assert self._job is not None
-        self._sent = True
+        self._course.sent, self._course.engine = True, self._job.engine
         try:
             self._child.send(self._job)
         except WorkerLost:
@@ -170,11 +214,12 @@ class Desk:
         frame = event.frame
         if isinstance(frame, Progress):
             self.progress = frame
+            self._course.begun = self._course.begun or now
             return self._measured(frame)
         if isinstance(frame, Ready):
             self._ready, self._failures = True, 0
-            if self._config.worker.mode == "warm":
-                self._bytes_base = max(self._bytes_base, frame.bytes_base)
+            if self._config.worker.mode == "warm" and frame.engine:
+                self._bases[frame.engine] = max(self._bases.get(frame.engine, 0), frame.bytes_base)
             return self._late(frame)
         if isinstance(frame, (Done, Failed)):
             if self._job is None:
@@ -183,17 +228,17 @@ class Desk:
             job, self._job = self._job, None
             if isinstance(frame, Done):
                 frame = landed(frame, job) if isinstance(self._child, Visit) else frame
-                self._bytes_base = frame.usage.bytes_base if frame.usage.engine else self._bytes_base
+                self._bases |= {frame.usage.engine: frame.usage.bytes_base} if frame.usage.engine else {}
             broken = isinstance(frame, Failed) and frame.reason in ("oom", "crash")  # it is about to end
             if self._config.worker.mode == "spawn" or broken or not self._affordable():
                 self.stop()
                 self._retry = now + _SECONDS_AFRESH if self._config.worker.mode == "warm" else NEVER
-            return Finished(job, frame)
+            return Finished(job, frame, self._course.took(now))
         return None
 
     def _late(self, ready: Ready) -> Finished | Ready:
         """Hand over the job that a worker behind a socket was started for."""
-        if self._job is None or self._sent:
+        if self._job is None or self._course.sent:
             return ready
         job = self._job
         try:
@@ -245,6 +290,7 @@ class Desk:
         """Let a worker stand still in the middle of its job. One behind a socket cannot, and goes on until `drop`."""
         if self._job is not None and isinstance(self._child, Child):
             self._child.freeze()
+            self._course.begun = -NEVER  # what it takes says nothing from here on
 
     def go_on(self, now: float) -> None:
         """Let it go on."""
@@ -277,7 +323,7 @@ class Desk:
         assert self._child is not None
         self._child.close()
         self._child = None
-        if self._job is not None and not self._sent and self._failures < _TRIES:
+        if self._job is not None and not self._course.sent and self._failures < _TRIES:
             self._failures += 1  # the unit before may still be going away, and then no other is let in
             self._retry = now + 2.0**self._failures / 4
             return None

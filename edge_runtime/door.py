@@ -32,6 +32,8 @@ FILES_MAX = 72
 UNSEEN = -9
 """Exit code of a worker whose end cannot be seen: one that says no word was killed, and mostly because memory ran out."""
 _SECONDS_SEND = 10
+_TIME = "ll" if socket.SO_SNDTIMEO == 21 else "qq"
+"""32-bit systems with 64-bit times (Debian 13's armhf) have another number for the option, and another form."""
 _SECONDS_BETWEEN = 0.01
 """Between two frames of a worker behind a socket: a stranger that talks without end must not fill the agent's memory."""
 _ANSWERS = ("update", "keep")
@@ -56,7 +58,7 @@ class Visit:
         self.bytes_held = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Not settimeout, which would be the feeder's as well: both use one connection.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SECONDS_SEND, 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(_TIME, _SECONDS_SEND, 0))
         try:
             self._socket.connect(path)
         except OSError as error:

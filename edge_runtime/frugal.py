@@ -1,9 +1,10 @@
-"""Keeping the agent small: modules that it never uses are not loaded, and what only its start needed is given back.
+"""Keeping processes small: modules that they never use are not loaded, and what only the start needed is given back.
 
 ``put_aside``
     Much of what the standard library and paho import is for cases that an agent never has: `dataclasses` imports `inspect`
     for classes without a docstring, `urllib` imports `ipaddress` for addresses in brackets. A stand-in takes the place of
-    each such module, and loads the real one when anything of it is asked for: 2.5 MiB of the agent's own memory.
+    each such module, and loads the real one when anything of it is asked for: 2.5 MiB of the agent's own memory, and a sixth
+    of the time that a worker needs to start: numpy writes documentation and signatures that no worker reads.
 ``without_openssl``
     Where the broker is spoken to in the clear, nothing needs OpenSSL: 4.4 MiB of resident memory.
 ``give_back``
@@ -18,11 +19,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path  # it loads half of urllib, for which there may be a stand-in
 
 ASIDE = (
     *("ast", "base64", "bz2", "dis", "inspect", "ipaddress", "linecache", "lzma", "platform", "random", "shutil"),
@@ -34,18 +37,40 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     "shutil": {"get_terminal_size": lambda: os.terminal_size((80, 24))},  # argparse's, for every single argument
 }
 """What stand-ins know themselves, because everybody asks it."""
+_STANDS_IN = "__stands_in__"
 _MADV_DONTNEED = 4
-_MAPS = Path("/proc/self/smaps")
+_MAPS = "/proc/self/smaps"
 
 
-def put_aside(names: tuple[str, ...] = ASIDE) -> None:
-    """Let stand-ins take the place of modules that are not loaded yet. To be called before anything that imports them."""
+def put_aside(names: tuple[str, ...] = ASIDE, answers: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Let stand-ins take the place of modules that are not loaded yet. To be called before anything that imports them.
+
+    Args:
+        names: Of the modules.
+        answers: What they know themselves, by name; `take_back` replaces it.
+    """
     modules: dict[str, ModuleType] = sys.modules
+    known = _ANSWERS if answers is None else answers
     for name in names:
-        modules.setdefault(name, _stand_in(name))
+        if name not in modules:
+            modules[name] = _stand_in(name, known.get(name, {}))
 
 
-def _stand_in(name: str) -> ModuleType:
+def take_back() -> None:
+    """Load what stand-ins know a part of, for all who hold one: a large library may ask them for more than that."""
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__dict__", {}).get(_STANDS_IN):
+            load(name)
+
+
+def load(name: str) -> None:
+    """Load what a stand-in stands for, if there still is one, for all who hold it."""
+    said = getattr(sys.modules.get(name), "__dict__", {})
+    if _STANDS_IN in said:
+        said["__getattr__"]("__name__")
+
+
+def _stand_in(name: str, answers: Mapping[str, Any]) -> ModuleType:
     """Make a module that becomes the real one when anything of it is asked for."""
     module = ModuleType(name)
 
@@ -55,10 +80,11 @@ def _stand_in(name: str) -> ModuleType:
         if sys.modules.get(name) is module:
             del sys.modules[name]
         loaded = importlib.import_module(name)
+        module.__dict__.pop(_STANDS_IN, None)
         module.__dict__.update(loaded.__dict__)
         return getattr(loaded, wanted)
 
-    module.__dict__.update(_ANSWERS.get(name, {}), __getattr__=real)
+    module.__dict__.update({**answers, "__getattr__": real, _STANDS_IN: bool(answers)})
     return module
 
 
@@ -89,7 +115,7 @@ def without_openssl() -> Iterator[None]:
             del sys.modules[name]
 
 
-def give_back(part: str = "", maps: Path = _MAPS) -> int:
+def give_back(part: str = "", maps: Path | str = _MAPS) -> int:
     """Give unused heap back, and the resident pages of code, which come back from the page cache when they are run again.
 
     Only mappings of files that may be executed and that nothing has ever been written into. Cost: about 5 ms.
@@ -102,13 +128,17 @@ def give_back(part: str = "", maps: Path = _MAPS) -> int:
         Bytes of code that were resident.
     """
     import ctypes  # 0.2 MiB, where it is not loaded yet
+    from pathlib import Path
 
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):  # Android's has none
         libc.malloc_trim(0)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     freed = 0
-    with contextlib.suppress(OSError, ValueError, IndexError), maps.open(encoding="utf-8", errors="replace") as lines:
+    with (
+        contextlib.suppress(OSError, ValueError, IndexError),
+        Path(maps).open(encoding="utf-8", errors="replace") as lines,
+    ):
         for start, end, resident in code(lines, part):
             if libc.madvise(start, end - start, _MADV_DONTNEED) == 0:
                 freed += resident

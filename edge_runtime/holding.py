@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from edge_runtime.engines import Choice, Engine
-from wire import memory
+from wire import memory, prices
 from wire.errors import BudgetExceeded
 from wire.job import Job
 from wire.masked import Masked
@@ -26,8 +26,8 @@ def price(
     """Predict an order's memory with some of its masked tensors held dense."""
     masked = Masked(structure.kept, dense) if structure.kept else None
     if job.order.verb == "train":
-        return memory.predict(spec, structure, job.order.recipe, micro_batch, masked=masked, cuts=job.cuts)
-    return memory.predict_evaluation(spec, structure, micro_batch, masked=masked)
+        return prices.training(job.engine)(spec, structure, job.order.recipe, micro_batch, masked=masked, cuts=job.cuts)
+    return prices.evaluation(job.engine)(spec, structure, micro_batch, masked=masked)
 
 
 def load(

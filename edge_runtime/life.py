@@ -16,6 +16,7 @@ from edge_runtime.config import ConditionsConfig, Config
 from edge_runtime.engines import available
 from edge_runtime.guest import Guest
 from edge_runtime.memory.watch import Watch
+from edge_runtime.paces import Paces
 from edge_runtime.renewal import Renewal
 from edge_runtime.retry import Tries
 from wire.errors import ConfigError, StoreError
@@ -25,6 +26,8 @@ from wire.link.mqtt import MqttLink
 from wire.messages import Caps, Lead
 
 NEVER = float("inf")
+PACES = "paces.json"
+"""File in the state folder for how fast each engine was here."""
 _CLIENT_ID_MAX = 128
 _SECONDS_SESSION = 86_400
 _SECONDS_KEEPALIVE = 30.0
@@ -68,7 +71,7 @@ class Life:
         return min(self.silence, self.beat, self.watchdog, self.guest.due, self.tries.due, self.watch.due)
 
     def link(self, config: Config, will: Will) -> MqttLink:
-        """Prepare the agent's link; its certificate is looked after from then on, in `next`.
+        """Prepare the agent's link; its certificate is looked after from then on, in `next`. What was measured is read.
 
         Raises:
             ConfigError: The broker's address or files cannot be used.
@@ -79,6 +82,7 @@ class Life:
         )
         self.renewal = Renewal(config, where, made)
         self.watch = Watch(config.bytes_reserve)
+        self.tries = Tries(Paces(Path(config.state.dir) / PACES))
         return made
 
     def next(self, link: MqttLink, timeout: float) -> object | None:
@@ -100,7 +104,7 @@ class Life:
         assert self.ready is not None
         return Caps(
             runtime=__version__,
-            engines=available(),
+            engines=(config.worker.engine,) if config.worker.engine else available(),
             bytes_budget=bytes_budget,
             threads=config.worker.threads,
             samples=self.ready.samples,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from wire.child import surroundings
+
+__all__ = ["command", "surroundings"]
+
 
 def command(
     source: str,
@@ -24,7 +28,7 @@ def command(
         limit: The operator's file with what an order may take (`edge_runtime.memory.limit`); empty for none.
         reserve: Bytes that must stay available to the rest of the machine; 0 to let orders run on as they were granted.
     """
-    words = ["edge_runtime.worker", "--data", source, "--threads", str(threads)]
+    words = ["edge_runtime.worker_process", "--data", source, "--threads", str(threads)]
     if engine:
         words += ["--engine", engine]
     if timings:
@@ -34,9 +38,3 @@ def command(
     if reserve:
         words += ["--reserve", str(reserve)]
     return [*words, "--preload"] if preload else words
-
-
-def surroundings(threads: int = 1) -> dict[str, str]:
-    """Give the environment variables to add: the libraries read their thread counts when they are loaded, not later."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    return dict.fromkeys(names, str(threads))

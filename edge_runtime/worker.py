@@ -25,7 +25,7 @@ from edge_runtime import calibrate, exits, personal, rules
 from edge_runtime.apart import Apart
 from edge_runtime.data import Dataset, Source, load
 from edge_runtime.door import Pipe, Reception, entrance
-from edge_runtime.engines import Engine
+from edge_runtime.engines import Engine, suited
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
 from edge_runtime.holding import load as load_masked
@@ -99,13 +99,14 @@ def perform(
             ``<order id>.keep``. A micro-batch of 0 is chosen here, to fit ``job.bytes_budget``; another is taken as it is.
         data: The device's data.
         report: Told of progress at most every 0.2 s.
-        engine: Which engine; empty for the best that is installed.
+        engine: Which engine, where the job does not say it; empty for the best that is installed and has all ops.
         process: What is known of the process that this is done in.
         pinned: Choose how masked weights are held by their density alone, not by timing, so that the same job over the same
             data gives the same bytes with masks too.
         room: Looked at between batches: what the order may take by then.
     """
-    work = _Work(job, data, engine, process, report, _throttled(report, process.gauge), pinned, room)
+    job = job if job.engine else replace(job, engine=engine)
+    work = _Work(job, data, process, report, _throttled(report, process.gauge), pinned, room)
     try:
         if job.order.verb == "train":
             return _train(work)
@@ -141,7 +142,6 @@ class _Work:
 
     job: Job
     data: Dataset
-    engine: str
     process: Process
     report: Report | None
     tell: Callable[[float, float], None]
@@ -172,9 +172,9 @@ class _Work:
 
     def open(self) -> Engine:
         """Make an empty engine; only then is the base taken, since the first use of a library costs memory of its own."""
-        make = warm(self.engine, self.job.threads, self.process.timings)
+        make = warm(self.job.engine, self.job.threads, self.process.timings)
+        self.settle(self.job.engine)
         engine = make()
-        self.settle(engine.name)
         if self.report is not None:
             # Loading an engine may take a minute on a small device; the agent hears that it is over.
             self.report(Progress(0.0, None, 0))
@@ -313,19 +313,19 @@ def _calibrate(work: _Work) -> Done:
 
 
 def _micro_batch(work: _Work, spec: ModelSpec) -> int:
-    """Take the agent's choice, or choose, also where the model is cut.
+    """Take the agent's choice, or choose, also the engine and where the model is cut.
 
     Raises:
         BudgetExceeded: Not even one sample at a time fits.
     """
     job = work.job
-    budget = 0 if job.micro_batch else job.bytes_budget
-    fits = planning.plan(job.order, spec, budget)
+    engine, budget = job.engine or suited(spec), 0 if job.micro_batch else job.bytes_budget
+    fits = planning.plan(job.order, spec, budget, engine=engine)
     if isinstance(fits, planning.Refused):
         work.predicted = Prediction(0, fits.bytes_needed)
         raise BudgetExceeded(fits.detail)
     micro_batch = work.micro_batch = job.micro_batch or fits.micro_batch
-    job = work.job = replace(job, cuts=job.cuts if job.micro_batch else fits.cuts)
+    job = work.job = replace(job, cuts=job.cuts if job.micro_batch else fits.cuts, engine=engine)
     widest = max(job.order.structures, key=lambda s: s.capacity)
     work.predicted = price(job, spec, widest, micro_batch)
     return micro_batch

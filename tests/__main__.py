@@ -26,7 +26,7 @@ import pytest
 from tests.bench import table
 
 LAYERS = ("unit", "storm", "broker", "device", "house")
-BESIDE = ("unit", "storm", "broker", "house")
+BESIDE = ("unit", "storm")
 _NONE_FOUND = int(pytest.ExitCode.NO_TESTS_COLLECTED)
 HERE = Path(__file__).parent
 
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
 
 
 def everything(rest: list[str]) -> int:
-    """Run all layers: real devices, which mostly wait for processes, and beside them, on the other core, all else."""
+    """Run all layers: real devices and brokers, which mostly wait for processes, and beside them, on the other core, units."""
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "pytest", *_words(BESIDE, rest)]
         beside = subprocess.Popen(command, cwd=HERE.parent, stdout=output, stderr=subprocess.STDOUT)

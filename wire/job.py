@@ -41,6 +41,7 @@ class Job:
         masks: File of the masks; empty when every weight is kept.
         cuts: Where the model is cut into segments that run again in the backward pass (`wire.segments`); not read with a
             micro-batch of 0.
+        engine: Which engine does it; empty for the one that the worker was told to use, or the best that has all ops.
     """
 
     order: Order
@@ -53,6 +54,7 @@ class Job:
     threads: Positive
     masks: FilePath = ""
     cuts: Annotated[tuple[Natural, ...], Limit(0, 4096)] = ()
+    engine: Annotated[str, Limit(0, 64)] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from wire.native.stages import CHUNK, POOL_MAX, Shape, sizes, stages_of
 from wire.spec import ModelSpec, Node, Structure, node_shapes
-
-Shape = tuple[int, ...]
 
 FLOAT = 4
 ALIGN = 64
 
-_PANEL = 4
 _COLUMNS = 64
 _CHANNELS = 2
 """Columns of a matrix and channels of a convolution in the smallest blocks that an index is cut into."""
@@ -72,50 +70,41 @@ def contracted(
     readers = Counter(name for node in nodes for name in node.inputs)
     found: list[Node] = []
     chain: list[Node] = []
+    reached: set[str] = set()  # values that weights reach: only these have gradients
     for node in nodes:
         layer = node.op in ("linear", "conv2d") and node.params["weight"] in sparse
-        pools = node.op == "max_pool2d" and node.attrs["kernel"] == node.attrs["stride"]
+        pools = node.op == "max_pool2d" and node.attrs["kernel"] == node.attrs["stride"] <= POOL_MAX
         follows = bool(chain) and node.inputs == (chain[-1].name,) and readers[node.inputs[0]] == 1
         if follows and (layer or pools or node.op in ("relu", "flatten")):
             chain.append(node)
-            found.pop()
+            del panels[found.pop().name]
         elif layer:
             chain = [node]
         else:
             chain = []
             found.append(node)
+            reached.update([node.name] if node.params or reached.intersection(node.inputs) else ())
             continue
+        reached.add(node.name)
         found.append(Node(node.name, "stretch", chain[0].inputs))
-        panels[node.name] = _stretch(chain, *values)
+        panels[node.name] = _stretch(chain, values, input_gradient=not reached.isdisjoint(chain[0].inputs))
     return found
 
 
-def _stretch(chain: Sequence[Node], shapes: Mapping[str, Shape], batch: int) -> tuple[int, int]:
-    """Count the buffers of a stretch: those of its values, and two that hold any gradient of a value but the model's input.
-
-    They are made at the first pass and stay. A layer has its output, and what it reads stands in an image with a border as
-    wide as its padding. What it reads is the output before as it is where no pool and no border comes between.
-    """
-    samples = -(-batch // _PANEL) * _PANEL
-    values = _panel(shapes[chain[0].inputs[0]], samples, chain[0].attrs.get("padding", 0))
-    gradients = [_panel(shapes[chain[-1].name], samples)]
-    for place, node in enumerate(chain):
-        before, after = shapes[node.inputs[0]], shapes[node.name]
-        following = chain[place + 1] if place + 1 < len(chain) else None
-        border = following.attrs.get("padding", 0) if following is not None else 0
-        if node.op in ("linear", "conv2d"):
-            values += _panel(after, samples)
-        if node.op in ("linear", "conv2d") and node.inputs != ("input",):
-            padding, kernel = node.attrs.get("padding", 0), node.attrs.get("kernel", 1)
-            gradients += [_panel(after, samples, max(0, kernel - 1 - padding)), _panel(before, samples)]
-        if node.op == "max_pool2d" or border:
-            values += _panel(after, samples, border)
-    return values, 2 * max(gradients)
-
-
-def _panel(shape: Sequence[int], samples: int, halo: int = 0) -> int:
-    sides = [length + 2 * halo for length in shape[1:]]
-    return aligned((samples, shape[0], *sides)) + ALIGN
+def _stretch(
+    chain: Sequence[Node], values: tuple[Mapping[str, Shape], int], *, input_gradient: bool
+) -> tuple[int, int]:
+    """Count the buffers of a stretch: those of an evaluation, and what a training pass takes beyond; they stay in between."""
+    shapes, batch = values
+    weights: dict[str, Shape] = {}
+    for node in chain:
+        if node.params:
+            kernel = (node.attrs["kernel"],) * 2 if node.op == "conv2d" else ()
+            weights[node.params["weight"]] = (shapes[node.name][0], shapes[node.inputs[0]][0], *kernel)
+    stages, _ = stages_of(chain, shapes[chain[0].inputs[0]], weights)
+    evaluation = sizes(stages, min(batch, CHUNK), train=False).total
+    training = sizes(stages, batch, train=True, input_gradient=input_gradient, watched=True).total
+    return evaluation, training - evaluation
 
 
 def aligned(shape: Sequence[int]) -> int:

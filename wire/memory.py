@@ -18,13 +18,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from wire import beside
 from wire.errors import SpecError
 from wire.heap import heap, holes, lasting
 from wire.masked import FLOAT, Masked, aligned, index_bytes
 from wire.messages import Recipe
-from wire.norms import APART, affine_counts
 from wire.segments import Cuts
-from wire.spec import ModelSpec, Structure, node_shapes, parameter_count, tensor_shapes
+from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
 from wire.walk import Walk, peak
 
 MARGIN = 1.10
@@ -46,12 +46,6 @@ _MAPPED = 4 << 20
 
 _CODED, _AT_ONCE = 16, 1 << 17
 """Bytes per value while a part of an update is brought into its form (`wire.forms`), and the values of a part."""
-
-_TOP, _LARGEST, _PLACED = "top.", 32, 12
-"""Rule `importance`: its knobs for the largest values of tensors; bytes of each of these, as they are found and after."""
-
-_BLOCKS, _BLOCK = 3, 1 << 20
-"""The same rule: blocks of a step's gradient at a time, with the product and the samples that one is made of; their bytes."""
 
 _WHOLE: dict[str, int] = {"topk": 3, "lottery": 4, "maml": 2}
 """Rules that hold copies of whole tensors, masked or not, and how many."""
@@ -158,38 +152,87 @@ def predict(
     Cost: O(nodes + tensors); well under a millisecond for the zoo's models.
     """
     batch = micro_batch or recipe.batch
-    masked = masked or _masked(structure)
+    masked = masked or masked_of(structure)
+    walk = Walk(spec, structure, batch, backward=True, masked=masked, cuts=cuts)
+    around = holes(walk)
+    # the small arrays of indices fall among what the order before has left
+    takes = Pass(peak(walk), around, lasting(walk), around if masked is not None and masked.kept else 0)
+    return with_pass(spec, structure, recipe, (batch, masked), takes, scale=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What an engine takes for its passes, in bytes, beside weights and gradients and what the rule holds.
+
+    Attributes:
+        peak: Arrays that live at the same time, at most.
+        beside: What else there is until training is over.
+        lasting: What stays until the order is done.
+        loading: What lies in the way while masked weights are loaded.
+    """
+
+    peak: int
+    beside: int
+    lasting: int = 0
+    loading: int = 0
+
+
+def with_pass(
+    spec: ModelSpec,
+    structure: Structure,
+    recipe: Recipe,
+    manner: tuple[int, Masked | None],
+    takes: Pass,
+    *,
+    scale: float = 1.0,
+) -> Prediction:
+    """Predict the peak of a training order on an engine whose passes take so much.
+
+    Args:
+        spec: The model.
+        structure: The part that is trained.
+        recipe: How.
+        manner: Samples that go through the model at once, and how masked weights are held.
+        takes: The engine's.
+        scale: As in `predict`.
+    """
+    batch, masked = manner
     sizes = _weights(spec, structure, masked)
     weights = sizes.held
     if recipe.rule == "still":
-        return _bounded(weights + (weights // 2 if recipe.form else 0), scale)
+        return bounded(weights + (weights // 2 if recipe.form else 0), scale)
     gradients = sizes.trained if holds_gradients(recipe, batch) else 0
-    walk = Walk(spec, structure, batch, backward=True, masked=masked, cuts=cuts)
     bytes_held = whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
-    bytes_held += _passed(spec, structure, recipe, batch) + _aside(spec, structure, recipe)
-    bytes_held += _apart(spec, structure, recipe)
-    step = weights + gradients + copies(recipe) * sizes.trained + peak(walk)
+    bytes_held += beside.passed(spec, structure, recipe, batch) + beside.aside(spec, structure, recipe)
+    bytes_held += beside.apart(spec, structure, recipe, copies(recipe))
+    step = weights + gradients + copies(recipe) * sizes.trained + takes.peak
     # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
-    found, placed, told = _told(spec, structure, recipe)
+    found, placed, told = beside.told(spec, structure, recipe)
     coded = 2 * sizes.trained + _CODED * min(sizes.largest // FLOAT, _AT_ONCE)
     writing = weights + (coded if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
     writing += gradients if recipe.knobs.get("personal") else 0  # what was trained goes on afterwards
-    beside = holes(walk)
-    # the small arrays of indices fall among what the order before has left
-    loading = sizes.loading + (beside if sizes.masks else 0)
-    most = max(step + beside, writing, weights + gradients + found + told + beside, loading)
-    return _bounded(bytes_held + sizes.masks + lasting(walk) + most, scale)
+    most = max(
+        step + takes.beside, writing, weights + gradients + found + told + takes.beside, sizes.loading + takes.loading
+    )
+    return bounded(bytes_held + sizes.masks + takes.lasting + most, scale)
 
 
 def predict_evaluation(
     spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0, masked: Masked | None = None
 ) -> Prediction:
     """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time."""
-    masked = masked or _masked(structure)
-    sizes = _weights(spec, structure, masked)
+    masked = masked or masked_of(structure)
     walk = Walk(spec, structure, batch, backward=False, masked=masked)
-    most = max(sizes.held + max(sizes.largest, peak(walk)), sizes.loading)
-    return _bounded(heap(walk) + sizes.masks + most, scale)
+    return evaluated(spec, structure, masked, Pass(peak(walk), heap(walk)), scale)
+
+
+def evaluated(
+    spec: ModelSpec, structure: Structure, masked: Masked | None, takes: Pass, scale: float = 1.0
+) -> Prediction:
+    """Predict the peak of an evaluation on an engine whose passes take so much."""
+    sizes = _weights(spec, structure, masked)
+    most = max(sizes.held + max(sizes.largest, takes.peak), sizes.loading)
+    return bounded(takes.beside + sizes.masks + most, scale)
 
 
 def fit(
@@ -228,74 +271,13 @@ def uniform(spec: ModelSpec, kept: float) -> Structure:
     return Structure(0, {g.name: (max(1, ceil(kept * g.size)),) for g in spec.groups if g.prunable})
 
 
-def _passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: int) -> int:
-    """Count what rule `importance` holds of the steps in its window: of each layer their sum, or all that passed, if less.
-
-    The same of one step, where that comes in micro-batches.
-    """
-    if recipe.rule != "importance":
-        return 0
-    counts = [_window(recipe) * recipe.batch] if recipe.knobs.get("window") else []
-    counts += [recipe.batch] if micro_batch < recipe.batch else []
-    sizes = _through(spec, structure).values()
-    return FLOAT * sum(min(weights, samples * values) for samples in counts for weights, values in sizes)
-
-
-def _window(recipe: Recipe) -> int:
-    """Give how many steps count; very many, where it is not known."""
-    return int(recipe.knobs.get("last") or recipe.steps or 1 << 40)
-
-
-def _through(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, int]]:
-    """Give of each masked weight how many it is, and how many values pass through its layer with each sample."""
-    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
-    layers = [(node, node.params.get("weight", "")) for node in spec.nodes]
-    return {
-        name: (prod(tensors[name]), prod(shapes[node.inputs[0]]) + prod(shapes[node.name]))
-        for node, name in layers
-        if name in structure.kept
-    }
-
-
-def _aside(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
-    """Count the last layer's rows that rule `heterofl` sets aside, at most all of them, with the two places of each class."""
-    if recipe.rule != "heterofl" or not recipe.knobs.get("mask", 1.0):
-        return 0
-    shapes = tensor_shapes(spec, structure)
-    return FLOAT * sum(prod(shapes[name]) for name in spec.nodes[-1].params.values()) + _PLACED * spec.classes
-
-
-def _apart(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
-    """Count what narrower widths have of their own: as received, values, gradients and the rule's copies."""
-    if not recipe.knobs.get(APART):
-        return 0
-    each = affine_counts(spec, structure)
-    return (3 + copies(recipe)) * FLOAT * sum(each)
-
-
-def _told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
-    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are.
-
-    What passed in several steps is gone through side by side, in blocks of each.
-    """
-    if recipe.rule != "importance" or not recipe.knobs.get("send"):
-        return 0, 0, 0
-    tensors, through, found = tensor_shapes(spec, structure), _through(spec, structure), 0
-    sizes = {name: prod(shape) for name, shape in tensors.items() if _TOP + name in recipe.knobs}
-    counts = {name: min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()}
-    steps = _window(recipe) if recipe.knobs.get("window") else 0
-    for name, count in counts.items():
-        weights, values = through.get(name, (0, 0))
-        apart = steps if steps * recipe.batch * values <= weights else 0
-        found = max(found, _LARGEST * count + _BLOCKS * apart * min(_BLOCK, FLOAT * weights))
-    return found, sum(sizes.values()), _PLACED * sum(counts.values())
-
-
-def _masked(structure: Structure) -> Masked | None:
+def masked_of(structure: Structure) -> Masked | None:
+    """Say how masked weights are held when nothing else is known: all that the structure keeps, sparse."""
     return Masked(structure.kept) if structure.kept else None
 
 
-def _bounded(peak: int, scale: float) -> Prediction:
+def bounded(peak: int, scale: float) -> Prediction:
+    """Put the margin on an expected peak."""
     return Prediction(peak, int(MARGIN * scale * peak) + SLACK)
 
 

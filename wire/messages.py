@@ -24,7 +24,7 @@ ORDER = b"nestling order\0"
 
 Verb = Literal["train", "score", "calibrate", "evaluate"]
 Form = Literal["", "bfloat16", "float16", "int8"]
-Loss = Literal["cross_entropy", "binary_cross_entropy", "sum"]
+Loss = Literal["cross_entropy", "binary_cross_entropy", "sum", "mean_squared_error"]
 Reason = Literal["memory", "oom", "crash", "stalled", "data", "unsupported", "nonfinite", "cancelled", "busy"]
 
 
@@ -135,7 +135,8 @@ class Recipe:
         form: How the update's values are written (see `forms`); what that loses is added to the device's next update.
         steps: Updates in all, over as many passes as that takes; 0 for as many as `epochs` make.
         loss: ``cross_entropy`` of the softmax; ``binary_cross_entropy`` of each output against one-hot targets, the mean
-            over classes and samples (PruneFL's public code); ``sum`` of all outputs, which knows no labels (SynFlow).
+            over classes and samples (PruneFL's public code); ``sum`` of all outputs, which knows no labels (SynFlow);
+            ``mean_squared_error`` of the outputs from one-hot targets, the mean over classes and samples.
     """
 
     rule: Name = "sgd"

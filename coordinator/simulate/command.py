@@ -9,7 +9,7 @@ import sys
 from coordinator.simulate import report
 from coordinator.simulate.run import simulate
 from coordinator.simulate.watch import Screen
-from coordinator.simulate.world import Config, Terms
+from coordinator.simulate.world import Config, Terms, named
 from wire.errors import ConfigError
 
 
@@ -40,21 +40,24 @@ def config_of(args: argparse.Namespace) -> Config:
     Raises:
         ConfigError: A change is no ``NAME=VALUE``.
     """
-    return Config(
-        algo=args.algo,
-        model=args.model,
-        data=args.data,
-        partition=args.partition,
-        fleet=args.fleet,
-        weather=args.weather,
-        devices=args.devices,
-        rounds=args.rounds,
-        seed=args.seed,
-        terms=Terms(args.select, args.quorum, args.seconds),
-        params={
-            **settings(args.param, "--param"),
-            **{f"recipe.{k}": v for k, v in settings(args.recipe, "--recipe").items()},
-        },
+    return named(
+        Config(
+            algo=args.algo,
+            model=args.model,
+            data=args.data,
+            partition=args.partition,
+            fleet=args.fleet,
+            weather=args.weather,
+            devices=args.devices,
+            rounds=args.rounds,
+            seed=args.seed,
+            terms=Terms(args.select, args.quorum, args.seconds),
+            engine=args.engine,
+            params={
+                **settings(args.param, "--param"),
+                **{f"recipe.{k}": v for k, v in settings(args.recipe, "--recipe").items()},
+            },
+        )
     )
 
 

@@ -26,7 +26,7 @@ from coordinator.simulate.command import settings
 from coordinator.simulate.crew import Ended, work
 from coordinator.simulate.report import Result
 from coordinator.simulate.trials import Failure, Store, Trial
-from coordinator.simulate.world import Config, Terms
+from coordinator.simulate.world import Config, Terms, named
 from wire.errors import ConfigError
 
 CONFIGURATIONS_MAX = 6
@@ -112,7 +112,7 @@ class Comparison:
         every = max(1, base.terms.evaluate_every * rounds // base.rounds)
         terms = dataclasses.replace(base.terms, tuning=tuning, evaluate_every=every)
         base = dataclasses.replace(base, model=model, fleet=fleet, rounds=rounds)
-        config = dataclasses.replace(base, algo=method.algo, seed=seed, params=full, terms=terms)
+        config = named(dataclasses.replace(base, algo=method.algo, seed=seed, params=full, terms=terms))
         return Trial(method.label, density, config)
 
 
@@ -275,6 +275,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
             devices=args.devices,
             rounds=args.rounds,
             terms=Terms(args.select, args.quorum, args.seconds, args.evaluate_every),
+            engine=args.engine,
         ),
         methods=methods,
         densities=densities,

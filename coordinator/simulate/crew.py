@@ -25,7 +25,7 @@ from coordinator.show import RunView
 from coordinator.simulate.run import simulate
 from coordinator.simulate.trials import Trial, keep
 from coordinator.simulate.world import Config
-from wire.child import die_with_parent
+from wire.child import die_with_parent, surroundings
 from wire.errors import NestlingError
 from wire.schema import from_plain
 
@@ -90,7 +90,7 @@ def _hire(selector: selectors.BaseSelector) -> _Worker:
         [sys.executable, "-m", "coordinator.simulate.crew", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **surroundings()},
     )
     worker = _Worker(process)
     selector.register(_pipe(process.stdout), selectors.EVENT_READ, worker)

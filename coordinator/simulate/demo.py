@@ -7,6 +7,7 @@ is simulated except that all devices sit on one machine.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from coordinator.journal import Journal
 from coordinator.recipes import recipe_of
 from coordinator.show import RunView
 from coordinator.simulate import fleet, partitions, report, watch
+from coordinator.simulate.held import Held
+from coordinator.simulate.world import installed
 from edge_runtime.data import Dataset, Source, load
 from wire import zoo
 from wire.child import die_with_parent
@@ -69,9 +72,11 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
     """
     if demo.devices < 2:
         raise ConfigError(f"--devices {demo.devices}: a federation has at least 2")
+    installed(demo.engine)
     began = time.monotonic()
     run = _fresh(demo.out)
     interrupted: list[int] = []
+    held = Held()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda caught, _: interrupted.append(caught))
     with ExitStack() as stack:
@@ -84,12 +89,10 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
             "coordinator", ["coordinator", "start", "--config", str(_lead_config(demo, run, broker.url))]
         )
         for device in shares.devices:
-            processes(
-                device,
-                ["edge_runtime.cli", "run", "--config", str(_device_config(demo, run, device, shares, broker.url))],
-            )
+            config = _device_config(demo, run, device, shares, broker.url)
+            held.add(device, processes(device, ["edge_runtime.cli", "run", "--config", str(config)]).pid)
         print(f"coordinator and {demo.devices} devices started; their logs are in {run}")
-        view = _watch(run, leader, demo, interrupted)
+        view = _watch(run, leader, demo, (interrupted, held))
         code = leader.poll()
     if interrupted:
         print("interrupted: everything that the demo started has ended", file=sys.stderr)
@@ -98,7 +101,7 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
         tail = (run / "coordinator.log").read_text("utf-8", "replace").splitlines()[-5:]
         print("the coordinator ended early:\n  " + "\n  ".join(tail), file=sys.stderr)
         return 4
-    return _finish(run, view, shares, time.monotonic() - began, json_file)
+    return _finish(run, view, (shares, held), time.monotonic() - began, json_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +224,10 @@ def _fleet() -> Iterator[Start]:
                 process.wait()
 
 
-def _watch(run: Path, leader: subprocess.Popen[bytes], demo: Demo, interrupted: list[int]) -> RunView:
-    """Follow the journal until the coordinator ends."""
+def _watch(run: Path, leader: subprocess.Popen[bytes], demo: Demo, seen: tuple[list[int], Held]) -> RunView:
+    """Follow the journal until the coordinator ends, and what the devices hold."""
     view = RunView()
+    interrupted, held = seen
     with watch.Screen(demo.rounds or _ROUNDS) as screen:
         while not interrupted:
             ended = leader.poll() is not None
@@ -236,25 +240,36 @@ def _watch(run: Path, leader: subprocess.Popen[bytes], demo: Demo, interrupted: 
                             screen.show(view)
                         if ended:
                             return view
+                        held.look()
                         time.sleep(0.1)
             except StoreError:
                 if ended:
                     return view
+                held.look()
                 time.sleep(0.1)
     return view
 
 
-def _finish(run: Path, view: RunView, shares: Shares, seconds: float, json_file: Path | None) -> int:
+def _finish(run: Path, view: RunView, parts: tuple[Shares, Held], seconds: float, json_file: Path | None) -> int:
+    (shares, held), model = parts, run / "coordinator" / MODEL
     result = report.result(
         view, zoo.load(_MODEL), data="digits", partition=_PARTITION, partition_digest=shares.digest, seconds=seconds
     )
+    peaks = held.peaks()
+    result["bytes_processes"] = {name: dataclasses.asdict(peak) for name, peak in peaks.items()}
+    result["bytes_devices"] = sum(peak.agent + peak.worker for peak in peaks.values())
     text = json.dumps(result, indent=1)
     (run / "result.json").write_text(text, "utf-8")
     if json_file is not None:
         json_file.write_text(text, "utf-8")
-    model = run / "coordinator" / MODEL
     plot = report.plot(result, run / "plot.png")
     print(report.text(result))
+    if peaks:
+        agents, workers = sum(peak.agent for peak in peaks.values()), sum(peak.worker for peak in peaks.values())
+        print(
+            f"memory of all {len(peaks)} devices at their peaks: {(agents + workers) / MIB:.0f} MiB,"
+            f" of which agents {agents / MIB:.0f} and workers {workers / MIB:.0f} (as the kernel splits what they share)\n"
+        )
     print(f"model: {model}\nplot:  {plot}\ndata:  {json_file or run / 'result.json'}")
     over = [d["name"] for d in result["devices"] if d["bytes_peak"] > d["bytes_budget"]]
     if over:

@@ -13,7 +13,9 @@ from coordinator.recipes import merged, recipe_of
 from coordinator.simulate import fleet, partitions, weather
 from edge_runtime.data import Dataset, load, parse
 from edge_runtime.data.parts import hold_out
+from edge_runtime.engines import available, suited
 from wire import zoo
+from wire.errors import ConfigError
 from wire.messages import BlobRef
 from wire.spec import ModelSpec, encode
 from wire.spool import Spool
@@ -60,7 +62,7 @@ class Config:
         rounds: How many.
         seed: Root of all randomness.
         terms: Of every round.
-        engine: Training engine; empty for the best that is installed.
+        engine: Training engine; empty for the best that is installed and has all ops of the model. See `named`.
         params: Changes to the algorithm's parameters; those of its recipe are called ``recipe.NAME``.
     """
 
@@ -111,6 +113,28 @@ class World:
     test: Dataset
     digest: str
     weather: weather.Weather
+
+
+def named(config: Config) -> Config:
+    """Name the engine: a run that is kept says what it was done with.
+
+    Raises:
+        ConfigError: There is no such engine here.
+        Unsupported: No engine here has all ops of the model.
+    """
+    if config.engine:
+        installed(config.engine)
+    return dataclasses.replace(config, engine=config.engine or suited(zoo.load(config.model)))
+
+
+def installed(engine: str) -> None:
+    """Check that there is such an engine here.
+
+    Raises:
+        ConfigError: There is not.
+    """
+    if engine not in available():
+        raise ConfigError(f"engine {engine!r} is not installed here; there are {', '.join(available())}")
 
 
 def build(config: Config, folder: Path) -> World:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from wire.errors import DeviceError, Unsupported
+from wire.prices import having
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
     Mask = NDArray[np.bool_]
 
-ENGINES: dict[str, tuple[str, str]] = {"torch": ("edge_runtime.engines.torch", "torch")}
-"""Name to the module that holds it and the package that it needs."""
+ENGINES: dict[str, tuple[str, str]] = {
+    "native": ("edge_runtime.engines.native", "numpy"),
+    "torch": ("edge_runtime.engines.torch", "torch"),
+}
+"""Name to the module that holds it and the package that it needs, the best first: torch takes 210 MiB and seconds to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +241,15 @@ Make = Callable[[], Engine]
 def available() -> tuple[str, ...]:
     """Name the engines whose package is installed, best first. Nothing is loaded. Cost: a few stat calls."""
     return tuple(name for name, (_, package) in ENGINES.items() if importlib.util.find_spec(package) is not None)
+
+
+def suited(spec: ModelSpec) -> str:
+    """Name the best engine that is installed and has all ops of a model.
+
+    Raises:
+        Unsupported: There is none; the text names the ops that each lacks.
+    """
+    return having(spec, available() or ENGINES)[0]
 
 
 def open_engine(name: str, threads: int = 1, timings: Path | None = None) -> Make:

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from edge_runtime.engines.ops import Phase, Run
+from edge_runtime.engines.ops import Run
+from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.steps import Step
 from wire.segments import spans
 

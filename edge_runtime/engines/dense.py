@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats, Labels
-from edge_runtime.engines.update import apply
+from edge_runtime.engines.update import apply, move
 from edge_runtime.kernels import Watch, check_goal
 from wire.errors import SpecError
 from wire.masks import Mask
@@ -176,7 +176,7 @@ class DenseStretch:
         """Move some rows along their gradient; what is pruned was zero, and stays so whatever the anchor says."""
         name, array = self._weight_name, gradient.numpy()
         self._prune(array, rows)
-        apply({name: self.params[name][rows]}, {name: array}, _part(update, name, rows))
+        move(name, self.params[name][rows], array, update, rows.start or 0)
         if update.pull or update.momentum:  # anchor and velocity may be of another mask
             self._prune(self.params[name][rows], rows)
 
@@ -200,12 +200,6 @@ class DenseStretch:
 def _looks(update: Update) -> bool:
     """Tell whether an update needs the gradient itself, or adds a multiple of it."""
     return bool(update.momentum or update.decay or update.pull)
-
-
-def _part(update: Update, name: str, rows: slice) -> Update:
-    velocity = {name: update.velocity[name][rows]} if update.momentum and update.velocity is not None else None
-    anchor = {name: update.anchor[name][rows]} if update.pull and update.anchor is not None else None
-    return Update(update.rate, update.momentum, update.decay, update.pull, velocity, anchor)
 
 
 def plain(tensor: Tensor) -> Floats:

@@ -6,11 +6,14 @@
 * ``binary_cross_entropy``: the mean over samples *and* classes of ``-t log s(z) - (1 - t) log(1 - s(z))``, ``s`` being the
   sigmoid. It is c times smaller than the sum over classes that others mean by it: PruneFL's public code takes this mean, and
   its learning rates of 0.25 and 0.1 belong to it (Jiang et al., TNNLS 2022);
+* ``mean_squared_error``: the mean over samples *and* classes of ``(z - t)^2``;
 * ``sum``: the sum of all logits, whatever the labels. Over inputs of ones and the absolute values of the weights it is
   SynFlow's objective (Tanaka et al., NeurIPS 2020, equation 1).
 """
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -36,9 +39,11 @@ def value(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
         return F.cross_entropy(output, target)
     if loss == "binary_cross_entropy":
         return F.binary_cross_entropy_with_logits(output, _spread(target, output))
+    if loss == "mean_squared_error":
+        return F.mse_loss(output, _spread(target, output))
     if loss == "sum":
         return output.sum()
-    raise Unsupported(f"loss {loss!r}; known are cross_entropy, binary_cross_entropy and sum")
+    raise _unknown(loss)
 
 
 def gradient(output: Tensor, target: Tensor, loss: Loss, scale: float) -> Tensor:
@@ -54,9 +59,15 @@ def gradient(output: Tensor, target: Tensor, loss: Loss, scale: float) -> Tensor
         return _minus(odds, target).mul_(scale / len(odds))
     if loss == "binary_cross_entropy":
         return _minus(torch.sigmoid(output), target).mul_(scale / output.numel())
+    if loss == "mean_squared_error":
+        return _minus(output.clone(), target).mul_(2 * scale / output.numel())
     if loss == "sum":
         return torch.full_like(output, scale)
-    raise Unsupported(f"loss {loss!r}; known are cross_entropy, binary_cross_entropy and sum")
+    raise _unknown(loss)
+
+
+def _unknown(loss: str) -> Unsupported:
+    return Unsupported(f"loss {loss!r}; known are {', '.join(get_args(Loss))}")
 
 
 def _minus(odds: Tensor, target: Tensor) -> Tensor:

@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
+from edge_runtime.engines.phase import FOLLOWS, Phase, draw_keeps
 from wire.errors import DataError
-from wire.segments import Cuts
 from wire.spec import NORM_EPSILON, Node, conv_groups
 
 Tensor = torch.Tensor
 Inputs = list[Tensor]
 Run = Callable[[Node, Inputs, Mapping[str, Tensor]], Tensor]
-
-FOLLOWS = 0.1
-"""How far the running mean and variance of a batch norm move towards those of each batch."""
-
-
-@dataclass(slots=True)
-class Source:
-    """Where an engine and its narrower widths draw from: a counter, so that the same order draws the same again.
-
-    Attributes:
-        numbers: What the order gives: its recipe's seed and its round.
-        calls: Training passes so far.
-    """
-
-    numbers: tuple[int, ...] = ()
-    calls: int = 0
-
-
-@dataclass(slots=True)
-class Phase:
-    """What an engine's ops need to know of the pass that is under way.
-
-    Attributes:
-        source: Shared with narrower widths.
-        follows: How far running statistics move in training; those of a narrower width, views of the wide ones, do not.
-        training: Whether this pass is one.
-        drops: Whether dropout drops in training.
-        cuts: Where training passes are cut into segments that run again (`wire.segments`).
-    """
-
-    source: Source = field(default_factory=Source)
-    follows: float = FOLLOWS
-    training: bool = False
-    drops: bool = True
-    cuts: Cuts = ()
 
 
 def _conv(convolve: Callable[..., Tensor], node: Node, x: Inputs, p: Mapping[str, Tensor]) -> Tensor:
@@ -153,23 +115,14 @@ def _batch_norm(phase: Phase, _: int) -> Run:
 
 
 def _dropout(phase: Phase, place: int) -> Run:
-    """Set a share of the values to zero and scale the rest, in training alone.
-
-    What is dropped follows from the order, the pass and the node's place among the nodes by a counter generator (Philox), so
-    that the same order drops the same values again.
-    """
+    """Set a share of the values to zero and scale the rest, in training alone (`phase.draw_keeps`)."""
 
     def run(node: Node, x: Inputs, _: Mapping[str, Tensor]) -> Tensor:
         share = node.attrs["permille"] / 1000
         if not (phase.training and phase.drops and share):
             return x[0]
-        source = phase.source
-        seeds = np.random.SeedSequence([*source.numbers, source.calls, place])
         keeps = torch.empty(x[0].shape)
-        drawn = keeps.numpy().reshape(-1)
-        np.random.Generator(np.random.Philox(seeds)).random(prod(x[0].shape), np.float32, drawn)
-        np.greater_equal(drawn, np.float32(share), out=drawn)
-        drawn *= np.float32(1 / (1 - share))
+        draw_keeps(phase.source, place, share, keeps.numpy())
         return x[0] * keeps
 
     return run

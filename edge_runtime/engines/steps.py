@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from edge_runtime.engines.arrays import Floats
-from edge_runtime.engines.ops import PHASED, RUN, Phase, Run
-from edge_runtime.engines.stretches import Held, Wires, chains, through
+from edge_runtime.engines.masks import Backend, Held, Wires, chains
+from edge_runtime.engines.ops import PHASED, RUN, Run
+from edge_runtime.engines.phase import Phase
+from edge_runtime.engines.stretches import through
 from edge_runtime.engines.views import gathered
 from edge_runtime.kernels import Stretch
 from edge_runtime.kernels.kits import Kit
@@ -43,14 +45,14 @@ class Loaded:
         held: How masked weights are held.
         wires: What stretches read of their engine.
         phase: What ops read of it.
-        kit: Opens what runs sparse weights.
+        kit: Opens what runs masked weights, sparse and dense.
     """
 
     params: Mapping[str, Floats]
     held: Held
     wires: Wires
     phase: Phase
-    kit: Callable[[], Kit]
+    kit: Callable[[], tuple[Kit, Backend]]
 
 
 def build(spec: ModelSpec, structure: Structure, leaves: dict[str, Tensor], loaded: Loaded) -> tuple[Step, ...]:

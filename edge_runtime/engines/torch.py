@@ -14,31 +14,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from edge_runtime.engines import Choice, Engine, Make, Update, losses
+from edge_runtime.engines import Choice, Engine, Make, Update, losses, stored
 from edge_runtime.engines.again import forward
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.dense import copied
-from edge_runtime.engines.ops import Phase
+from edge_runtime.engines.masks import Held, Wires
+from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.steps import Loaded, Step, build, line
-from edge_runtime.engines.stretches import Held, Wires, check_masks, straight
+from edge_runtime.engines.stretches import TORCH, straight
 from edge_runtime.engines.update import apply
 from edge_runtime.engines.views import opened, prefix
-from edge_runtime.engines.ways import Masked, Tools, decide, step_key
-from edge_runtime.kernels import Watch, from_c_order, to_c_order
+from edge_runtime.engines.ways import Masked, Tools, agree
+from edge_runtime.kernels import Watch
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
 from wire.masks import Mask
 from wire.messages import Loss
 from wire.norms import affines
 from wire.segments import Cuts, check
-from wire.spec import ModelSpec, Structure, node_shapes, statistics, tensor_shapes
+from wire.spec import ModelSpec, Structure, statistics, tensor_shapes
 
 Tensor = torch.Tensor
 
@@ -47,7 +47,7 @@ def create(threads: int, timings: Path | None = None) -> Make:
     """Set torch's one thread count and give a function that makes empty engines."""
     torch.set_num_threads(threads)
     _hear_warning_out()
-    tools = Tools(threads, timings)
+    tools = Tools(TORCH, threads, timings)
     return lambda: TorchEngine(tools=tools)
 
 
@@ -58,7 +58,7 @@ class TorchEngine:
 
     def __init__(self, parent: TorchEngine | None = None, tools: Tools | None = None) -> None:
         self._parent = parent  # whose gradients a narrower width adds into
-        self._tools = tools or Tools()
+        self._tools = tools or Tools(TORCH)
         self._held = Held()
         self._spec: ModelSpec | None = None
         self._structure = Structure()
@@ -137,7 +137,7 @@ class TorchEngine:
         if masks:
             self._load_masked(spec, structure, masks, choice or Choice())
             if arrays is not None:
-                self._fill(arrays, tensor_shapes(spec, structure), masks)
+                stored.fill(self._params, self._held, (arrays, tensor_shapes(spec, structure), masks))
             return
         still = statistics(spec)
         for name, shape in tensor_shapes(spec, structure).items():
@@ -153,24 +153,11 @@ class TorchEngine:
 
     def read(self, name: str) -> Floats:
         """See `Engine.read`."""
-        param = self._params[name]
-        if name in self._held.layouts:
-            return to_c_order(self._held.layouts[name], param)
-        mask = self._held.masks.get(name)
-        return param.flatten() if mask is None else param[mask]
+        return stored.read(self._params, self._held, name)
 
     def write(self, name: str, values: Floats) -> None:
         """See `Engine.write`."""
-        param, mask = self._params[name], self._held.masks.get(name)
-        size = param.size if mask is None else int(np.count_nonzero(mask))
-        if values.shape != (size,):
-            raise SpecError(f"values of shape {values.shape} for {name!r}, which takes {size}")
-        if name in self._held.layouts:
-            param[...] = from_c_order(self._held.layouts[name], values)
-        elif mask is None:
-            param[...] = values.reshape(param.shape)
-        else:
-            param[mask] = values
+        stored.write(self._params, self._held, name, values)
 
     def seed(self, *numbers: int) -> None:
         """See `Engine.seed`."""
@@ -178,12 +165,7 @@ class TorchEngine:
 
     def bytes_of_weights(self, update: Update | None = None) -> int:
         """See `Engine.bytes_of_weights`."""
-        held = [self._params, self._wires.grads]
-        if update is not None:
-            held += [dict(state) for state in (update.velocity, update.anchor) if state is not None]
-        index = sum(layout.bytes_index for layout in self._held.layouts.values())
-        masks = sum(mask.nbytes for mask in self._held.masks.values())
-        return index + masks + sum(array.nbytes for arrays in held for array in arrays.values())
+        return stored.count(self._params, self._wires.grads, self._held, update)
 
     def recompute(self, cuts: Cuts) -> None:
         """See `Engine.recompute`."""
@@ -294,24 +276,13 @@ class TorchEngine:
 
     def _load_masked(self, spec: ModelSpec, structure: Structure, masks: Mapping[str, Mask], choice: Choice) -> None:
         """Decide how weights are held and make them, all zero."""
-        shapes = node_shapes(spec, structure)
-        nodes = check_masks(spec, tensor_shapes(spec, structure), masks)
-        layers = {
-            name: Masked(node, masks[name], shapes[node.inputs[0]], first=node.inputs[0] == "input")
-            for name, node in nodes.items()
-        }
-        candidates = decide(layers, choice, self._tools)
-        ways = candidates[0]
-        if len(candidates) > 1:
-            key = step_key(spec, layers, candidates, choice.batch)
 
-            def step(ways: Mapping[str, str]) -> Trial:
-                engine = TorchEngine(tools=self._tools)
-                engine._install(spec, structure, layers, ways)
-                return engine._probe(choice.batch)
+        def step(layers: Mapping[str, Masked], ways: Mapping[str, str]) -> Trial:
+            engine = TorchEngine(tools=self._tools)
+            engine._install(spec, structure, layers, ways)
+            return engine._probe(choice.batch)
 
-            makers = {str(place): partial(step, one) for place, one in enumerate(candidates)}
-            ways = candidates[int(self._tools.chooser.fastest(key, makers))]
+        layers, ways = agree((spec, structure), masks, choice, self._tools, step)
         self._install(spec, structure, layers, ways)
 
     def _install(
@@ -331,21 +302,6 @@ class TorchEngine:
                 self._leaves[name] = memory.detach().requires_grad_(name not in still)
         self._build(spec, structure)
 
-    def _fill(
-        self, arrays: Mapping[str, Floats], shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]
-    ) -> None:
-        if arrays.keys() != shapes.keys():
-            raise SpecError(f"weights of {sorted(arrays.keys() ^ shapes.keys())[:3]} are missing, or not the model's")
-        for name, array in arrays.items():
-            if name in masks and array.shape == shapes[name]:
-                self.write(name, array[masks[name]])
-            elif name in masks:
-                self.write(name, array)
-            elif array.shape != shapes[name]:
-                raise SpecError(f"weights of {name!r} have shape {array.shape}, the structure says {shapes[name]}")
-            else:
-                self._params[name][...] = array
-
     def _probe(self, batch: int) -> Trial:
         """Give a training step that moves nothing, to be timed while all weights are zero."""
         spec = self._loaded()
@@ -353,7 +309,7 @@ class TorchEngine:
         return lambda: self.forward_backward(x, y, update=Update(0.0))
 
     def _build(self, spec: ModelSpec, structure: Structure) -> None:
-        loaded = Loaded(self._params, self._held, self._wires, self._phase, lambda: self._tools.kit)
+        loaded = Loaded(self._params, self._held, self._wires, self._phase, lambda: (self._tools.kit, TORCH))
         self._steps = build(spec, structure, self._leaves, loaded)
         self._spec, self._structure = spec, structure
 

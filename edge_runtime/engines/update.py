@@ -19,24 +19,41 @@ def apply(params: Mapping[str, Floats], grads: Mapping[str, Floats], update: Upd
 
     Cost: one pass over the weights, 64 KiB of scratch.
     """
-    scratch = np.empty(BLOCK, np.float32)
     for name, param in _moved(params, grads):
-        velocity = update.velocity[name] if update.momentum and update.velocity is not None else None
-        anchor = update.anchor[name] if update.pull and update.anchor is not None else None
-        moving = [_flat(array) for array in (param, grads[name], velocity, anchor) if array is not None]
-        for start in range(0, param.size, BLOCK):
-            block = [array[start : start + BLOCK] for array in moving]
-            w, g = block[0], block[1]
-            spare = scratch[: w.size]
-            _draw(w, g, spare, update, block[-1] if anchor is not None else None)
-            if velocity is not None:
-                v = block[2]
-                v *= update.momentum
-                v += g
-                np.multiply(v, update.rate, out=g)
-            else:
-                g *= update.rate
-            w -= g
+        move(name, param, grads[name], update)
+
+
+def move(name: str, param: Floats, gradient: Floats, update: Update, first: int = 0) -> None:
+    """Move one weight, or its rows from `first` on, along a gradient whose values are overwritten with what was applied.
+
+    Args:
+        name: Of the weight, whose rows of `Update.velocity` and `Update.anchor` these are.
+        param: The rows.
+        gradient: Of the same shape.
+        update: How.
+        first: Where the rows begin.
+    """
+    rows = slice(first, first + len(param))
+    velocity = update.velocity[name][rows] if update.momentum and update.velocity is not None else None
+    anchor = update.anchor[name][rows] if update.pull and update.anchor is not None else None
+    w, g = _flat(param), _flat(gradient)
+    v = None if velocity is None else _flat(velocity)
+    a = None if anchor is None else _flat(anchor)
+    draws = update.decay or a is not None
+    scratch = np.empty(min(BLOCK, w.size) if draws else 0, w.dtype)
+    for start in range(0, w.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        some, slope = w[block], g[block]
+        if draws:
+            _draw(some, slope, scratch[: some.size], update, None if a is None else a[block])
+        if v is not None:
+            held = v[block]
+            held *= update.momentum
+            held += slope
+            np.multiply(held, update.rate, out=slope)
+        else:
+            slope *= update.rate
+        some -= slope
 
 
 @dataclass(slots=True)

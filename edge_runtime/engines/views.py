@@ -43,6 +43,12 @@ def gathered(run: Run, shapes: Mapping[str, Dims]) -> Run:
     """Give an op whose params are brought from opened shapes into these, by role."""
 
     def compact(node: Node, inputs: Inputs, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return run(node, inputs, {role: value.reshape(shapes[role]) for role, value in params.items()})
+        return run(node, inputs, {role: _brought(value, shapes[role]) for role, value in params.items()})
 
     return compact
+
+
+def _brought(value: torch.Tensor, shape: Dims) -> torch.Tensor:
+    """Bring one param into a shape; torch's batch norm takes a weight whose entries lie apart for one whose do not."""
+    found = value.reshape(shape)
+    return found.contiguous() if found.requires_grad else found

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edge_runtime.engines import Choice
-from edge_runtime.engines.dense import DenseStretch
+from edge_runtime.engines.arrays import Floats
+from edge_runtime.engines.masks import Backend, check_masks
 from edge_runtime.kernels import Layout
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, Trial, machine, pick, trial
-from edge_runtime.kernels.kits import Kit, open_kit
+from edge_runtime.kernels.kits import Kit
+from edge_runtime.kernels.panels import buffer
 from wire.errors import BudgetExceeded, SpecError
 from wire.masks import Mask
-from wire.spec import ModelSpec, Node, digest
+from wire.spec import ModelSpec, Node, Structure, digest, node_shapes, tensor_shapes
 
 _CLOSE = 1.5
 _OVERHEAD = 5e-4
@@ -29,14 +30,14 @@ _OVERHEAD = 5e-4
 class Tools:
     """What the engines of a process share; opened when a mask first comes."""
 
-    def __init__(self, threads: int = 1, timings: Path | None = None) -> None:
-        self._threads, self._timings = threads, timings
+    def __init__(self, backend: Backend, threads: int = 1, timings: Path | None = None) -> None:
+        self.backend, self._threads, self._timings = backend, threads, timings
         self._made: dict[str, tuple[str, Mask, Layout]] = {}
 
     @functools.cached_property
     def kit(self) -> Kit:
         """What runs stretches."""
-        return open_kit(self._threads)
+        return self.backend.kit(self._threads)
 
     def release(self, masks: Mapping[str, Mask]) -> None:
         """Let go of what was made of other masks than these, with those masks, before anything new takes memory."""
@@ -68,7 +69,7 @@ class Tools:
     @functools.cached_property
     def chooser(self) -> Chooser:
         """What times them."""
-        return Chooser(machine(self.kit.name, f"torch {torch.__version__}"), self._timings, self._threads)
+        return Chooser(machine(self.kit.name, self.backend.name), self._timings, self._threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,42 @@ def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[d
     return [{**ways, **one} for place, one in enumerate(found) if one not in found[:place] and took[place] <= limit]
 
 
-def step_key(spec: ModelSpec, layers: Mapping[str, Masked], candidates: Sequence[Mapping[str, str]], batch: int) -> str:
+def agree(
+    model: tuple[ModelSpec, Structure],
+    masks: Mapping[str, Mask],
+    choice: Choice,
+    tools: Tools,
+    step: Callable[[Mapping[str, Masked], Mapping[str, str]], Trial],
+) -> tuple[dict[str, Masked], dict[str, str]]:
+    """Give a model's masked layers and the way to hold each: by choice, or by the time that layers and whole steps take.
+
+    Args:
+        model: The model and the part of it that is loaded.
+        masks: What is kept, by tensor name.
+        choice: What is given, and what memory allows.
+        tools: Of the engine.
+        step: Makes ready a whole training step that holds these layers in these ways, and moves nothing.
+
+    Raises:
+        SpecError, BudgetExceeded: As `check_masks` and `decide` do.
+    """
+    spec, structure = model
+    shapes = node_shapes(spec, structure)
+    nodes = check_masks(spec, tensor_shapes(spec, structure), masks)
+    layers = {
+        name: Masked(node, masks[name], shapes[node.inputs[0]], first=node.inputs[0] == "input")
+        for name, node in nodes.items()
+    }
+    candidates = decide(layers, choice, tools)
+    if len(candidates) == 1:
+        return layers, candidates[0]
+    makers = {str(place): functools.partial(step, layers, one) for place, one in enumerate(candidates)}
+    return layers, candidates[int(tools.chooser.fastest(_step_key(spec, layers, candidates, choice.batch), makers))]
+
+
+def _step_key(
+    spec: ModelSpec, layers: Mapping[str, Masked], candidates: Sequence[Mapping[str, str]], batch: int
+) -> str:
     """Name a choice between whole steps for the chooser."""
     parts = [masked.layer(batch).key for _, masked in sorted(layers.items())]
     parts += [repr(sorted(ways.items())) for ways in candidates]
@@ -159,7 +195,7 @@ def _timing(name: str, masked: Masked, choice: Choice, tools: Tools, *, sparse: 
     makers: dict[str, Callable[[], Trial]] = {}
     ways = masked.ways(kit) if sparse else ()
     if choice.allows(frozenset({name})):
-        makers[DENSE] = functools.partial(_dense, masked, choice.batch)
+        makers[DENSE] = functools.partial(_dense, masked, tools.backend, choice.batch)
     for way in ways:
         makers[way] = functools.partial(_sparse, way, masked, kit, choice.batch)
     return tools.chooser.timing(masked.layer(choice.batch), makers)
@@ -168,16 +204,20 @@ def _timing(name: str, masked: Masked, choice: Choice, tools: Tools, *, sparse: 
 def _sparse(way: str, masked: Masked, kit: Kit, batch: int) -> Trial:
     node, layout = masked.node, kit.layout(way, masked.node, masked.mask)
     weight, bias = node.params["weight"], node.params["bias"]
-    params = {weight: torch.randn(layout.kept).numpy(), bias: torch.zeros(layout.shape[0]).numpy()}
+    params = {weight: _filled((layout.kept,)), bias: _filled(layout.shape[:1])}
     stretch = kit.stretch([node], masked.input_shape, params, {weight: layout})
     return trial(stretch, masked.input_shape, batch, input_gradient=not masked.first)
 
 
-def _dense(masked: Masked, batch: int) -> Trial:
-    node = masked.node
-    params = {
-        node.params["weight"]: torch.full(masked.mask.shape, 0.5).numpy(),
-        node.params["bias"]: torch.zeros(masked.mask.shape[0]).numpy(),
-    }
-    stretch = DenseStretch([node], params, masked.mask)
+def _dense(masked: Masked, backend: Backend, batch: int) -> Trial:
+    node, shape = masked.node, masked.mask.shape
+    params = {node.params["weight"]: _filled(shape), node.params["bias"]: _filled(shape[:1])}
+    stretch = backend.dense([node], masked.input_shape, params, masked.mask)
     return trial(stretch, masked.input_shape, batch, input_gradient=not masked.first)
+
+
+def _filled(shape: tuple[int, ...]) -> Floats:
+    """Make weights whose memory begins where a cache line does, as an engine's do."""
+    array = buffer(math.prod(shape))
+    array.fill(0.5)
+    return array.reshape(shape)

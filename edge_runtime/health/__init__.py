@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_runtime.config import Config, load
-from edge_runtime.health import android, machine, reach, software
+from edge_runtime.health import android, engines, machine, reach, software
 from edge_runtime.health.conditions import conditions
 from edge_runtime.health.finding import HERE, Finding, Machine
 from wire.errors import ConfigError, NestlingError
@@ -28,7 +28,8 @@ QUESTIONS: tuple[Callable[[Config, Machine], Finding | None], ...] = (
     software.compression,
     reach.broker,
     reach.data,
-    software.engine,
+    engines.native,
+    engines.torch,
     software.kernels,
     android.phantom,
     android.api,

@@ -25,6 +25,7 @@ _TERMUX = {
     "numpy": "pkg install python-numpy",
     "cryptography": "pkg install python-cryptography",
 }
+MISSING = "none is installed"
 _OLDEST = (2, 6)
 _TRIED = """
 import json, sys
@@ -105,7 +106,7 @@ def _engine_runs(told: str, where: Machine) -> Finding:
     except (ValueError, AttributeError):
         return Finding("engine", fine=False, found=f"{where.python} says {told[:80]!r}", advice=_get_torch(where))
     if not version:
-        return Finding("engine", fine=False, found="none is installed", advice=_get_torch(where))
+        return Finding("engine", fine=False, found=MISSING, advice=_get_torch(where))
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < _OLDEST:
         return Finding("engine", fine=False, found=f"torch {version} is older than 2.6", advice=_get_torch(where))
@@ -162,5 +163,5 @@ def kernels(_: Config, where: Machine) -> Finding:
     advice = f"run: {library.AGAIN}"
     if not any(map(shutil.which, COMPILERS)):
         advice = f"there is no C++ compiler: {get}, then {advice}"
-    shown = f"none compiled, torch does sparse layers more slowly: {library.why_not()}"
+    shown = f"none compiled, sparse layers are done more slowly: {library.why_not()}"
     return Finding("kernels", fine=True, found=shown, advice=advice)

@@ -11,7 +11,8 @@ from typing import Any, Protocol, cast
 
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.kernels import Layout, Stretch
-from edge_runtime.kernels.library import ABI, Library, open_library
+from edge_runtime.kernels.library import ABI, Library, open_library, why_not
+from wire.errors import SpecError
 from wire.masks import Mask
 from wire.spec import Node
 
@@ -128,6 +129,38 @@ class TwinKit:
         from edge_runtime.kernels.twin import TwinStretch
 
         return TwinStretch(nodes, input_shape, params, cast("Any", layouts))
+
+
+@dataclass(frozen=True, slots=True)
+class NoKit:
+    """What a device has that has neither a build of the core nor torch: no layout, so that all weights are held dense."""
+
+    name: str = "none"
+
+    def ways(self, node: Node, shape: Shape, input_shape: Shape, density: float) -> tuple[str, ...]:
+        """See `Kit.ways`: there is none."""
+        del node, shape, input_shape, density
+        return ()
+
+    def layout(self, way: str, node: Node, mask: Mask) -> Layout:
+        """See `Kit.layout`."""
+        raise SpecError(f"no layout {way!r} of {mask.shape} for {node.name!r}: {why_not()}")
+
+    def stretch(
+        self, nodes: Sequence[Node], input_shape: Shape, params: Mapping[str, Floats], layouts: Mapping[str, Layout]
+    ) -> Stretch:
+        """See `Kit.stretch`."""
+        del input_shape, params, layouts
+        raise SpecError(f"node {nodes[0].name!r} cannot run sparse: {why_not()}")
+
+
+def open_bare(threads: int = 1) -> Kit:
+    """Give the best kit of a device without torch; as `open_kit` otherwise."""
+    library = open_library()
+    if library is None:
+        return NoKit()
+    library.threads(threads)
+    return NativeKit(library)
 
 
 def open_kit(threads: int = 1) -> Kit:

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 from edge_runtime.kernels import compile as source
 from wire.errors import DeviceError
 
-ABI = 1
+ABI = 2
 THREADS_MAX = 64
 AGAIN = "python -m edge_runtime.kernels.compile"
 """The command that mends every reason of `why_not`."""
 CODES = {
     1: "its shape is not one that a kernel can run",
     2: "the starts of its rows are out of order",
-    3: "an index lies outside its block",
+    3: "an index lies outside its block, or a label is no class",
     4: "there is no memory for its scratch",
 }
 
@@ -65,7 +65,35 @@ class Conv(ctypes.Structure):
     ]
 
 
+class Call(ctypes.Structure):
+    """`nk_call`: one call of a list that `nk_run` runs."""
+
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("what", "batch", "size", "relu")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("layer", "first", "second", "third", "update", *"abcdefg")),
+    ]
+
+
+class Window(ctypes.Structure):
+    """`nk_window`: windows that slide over planes of activations as torch lays them out."""
+
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("channels", "held", "height", "width", "out_height", "out_width")),
+        *((name, c_int32) for name in ("kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x")),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """`nk_norm`: values of which every channel, or every group of a sample, has statistics of its own."""
+
+    _fields_: ClassVar = [(name, c_int32) for name in ("samples", "channels", "inner", "groups")]
+
+
 _IMAGE, _STEP, _LINEAR, _CONV = POINTER(Image), POINTER(Step), POINTER(Linear), POINTER(Conv)
+_WINDOW = POINTER(Window)
+_NORM = POINTER(Norm)
+_CALL = POINTER(Call)
 _P, _I = c_void_p, c_int32  # any array, by address; None is null
 CALLS: dict[str, tuple[Any, ...]] = {
     "nk_abi": (),
@@ -76,12 +104,34 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "nk_linear_check": (_LINEAR,),
     "nk_linear_forward": (_LINEAR, _P, _P, _P, _I, _I, _P),
     "nk_linear_backward": (_LINEAR, _P, _P, _P, _P, _I, _P, _P, _P, _STEP),
-    "nk_pool_forward": (_IMAGE, _I, _I, _I, _P, _IMAGE, _P),
+    "nk_pool_forward": (_IMAGE, _I, _I, _I, _P, _IMAGE, _P, _P),
     "nk_pool_backward": (_IMAGE, _I, _I, _I, _P, _IMAGE, _P, _P, _IMAGE, _P, _P),
+    "nk_conv_pool_forward": (_CONV, _P, _P, _IMAGE, _P, _I, _IMAGE, _I, _I, _IMAGE, _P, _P),
+    "nk_conv_pool_backward": (_CONV, _P, _IMAGE, _P, _I, _IMAGE, _I, _I, _IMAGE, _P, _P, _P, _P, _P, _STEP),
+    "nk_cross_entropy": (_P, _I, _I, _P, c_float, _P, _P),
+    "nk_settle": (_P, _I, _P, _STEP),
+    "nk_run": (_CALL, _I),
     "nk_conv_check": (_CONV,),
     "nk_conv_forward": (_CONV, _P, _P, _IMAGE, _P, _I, _I, _P),
     "nk_conv_backward_input": (_CONV, _P, _IMAGE, _IMAGE, _P, _I, _P),
     "nk_conv_backward_weight": (_CONV, _P, _IMAGE, _P, _IMAGE, _P, _I, _P, _STEP),
+    "nk_window_take": (_WINDOW, _I, _P, _P),
+    "nk_window_give": (_WINDOW, _I, _P, _P),
+    "nk_depth_forward": (_WINDOW, _I, _P, _P, _P, _P, _P, _I),
+    "nk_depth_backward": (_WINDOW, _I, _P, _P, _P, _P, _P, _P, _P, _I),
+    "nk_dense_forward": (_WINDOW, _I, _I, _I, _P, _P, _P, _P, _P, _I),
+    "nk_dense_backward": (_WINDOW, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _I),
+    "nk_most_forward": (_WINDOW, _I, _P, _P, _P),
+    "nk_most_backward": (_WINDOW, _I, _P, _P, _P),
+    "nk_mean_forward": (_WINDOW, _I, _I, _P, _P),
+    "nk_mean_backward": (_WINDOW, _I, _I, _P, _P),
+    "nk_norm_forward": (_NORM, _P, _P, _P, c_float, _P, _P, _P, _P, _P),
+    "nk_norm_fixed": (_NORM, _P, _P, _P, _P, _P, _P),
+    "nk_norm_backward": (_NORM, _P, _P, _P, _P, _P, _P, _I, _P, _P),
+    "nk_lstm_forward": (_I, _I, _P, _P, _P, _P, _P, _P, _I, _P, _I),
+    "nk_lstm_backward": (_I, _I, _P, _I, _P, _P, _P, _P, _I, _P),
+    "nk_gru_forward": (_I, _I, _P, _P, _P, _P, _P, _P, _I, _P, _I, _P, _I),
+    "nk_gru_backward": (_I, _I, _P, _I, _P, _P, _I, _P, _I, _P, _I, _P, _P),
 }
 """Function to the types of its arguments; each gives an int32. Structures are passed with `ctypes.byref`."""
 

@@ -55,10 +55,13 @@ class LinearLayout:
             starts[place, 0] = end
             for row in range(0, rows, step):
                 part = mask[row : row + step, place * block : (place + 1) * block]
-                np.cumsum(np.count_nonzero(part, axis=1), out=starts[place, row + 1 : row + 1 + len(part)])
-                starts[place, row + 1 : row + 1 + len(part)] += end
+                count, width = part.shape
                 found = np.flatnonzero(part)
-                index[end : end + len(found)] = found % part.shape[1]
+                ends = found.searchsorted(np.arange(1, count + 1) * width)  # counting by row takes longer than finding
+                starts[place, row + 1 : row + 1 + count] = ends + end
+                np.remainder(
+                    found.astype(np.uint32), np.uint32(width), out=index[end : end + len(found)], casting="unsafe"
+                )
                 end += len(found)
         starts.flags.writeable = index.flags.writeable = False  # they are checked once, and relied upon
         call = Linear(rows, columns, block, blocks, index.itemsize, len(index), starts.ctypes.data, index.ctypes.data)

@@ -1,61 +1,33 @@
 """A chain of nodes run by the compiled core, its activations in panels from end to end.
 
 A convolution reads an image with a halo of zeros as wide as its padding, and so does the gradient of its input. ReLU and pool
-write straight into that, so that nothing is copied only to be padded. Buffers are made at the first pass and used again.
+write straight into that, so that nothing is copied only to be padded. Buffers are made at the first pass and used again, and
+so are the lists of calls that a pass consists of: a pass is one crossing into the core.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.engines import Update
-from edge_runtime.engines.arrays import Floats
-from edge_runtime.engines.update import apply
-from edge_runtime.kernels import STRETCHABLE, Layout, Watch, check_goal
-from edge_runtime.kernels.conv import ConvLayout
-from edge_runtime.kernels.library import Image, Library, Step, must
-from edge_runtime.kernels.linear import LinearLayout
-from edge_runtime.kernels.panels import address, buffer, floats, image
-from wire.errors import SpecError
+from edge_runtime.engines.arrays import Floats, Labels
+from edge_runtime.kernels import Layout, Watch, check_goal
+from edge_runtime.kernels import lists as do
+from edge_runtime.kernels.layers import layer_of
+from edge_runtime.kernels.library import Image, Library, must
+from edge_runtime.kernels.lists import Prepared, Steps, Writer
+from edge_runtime.kernels.panels import buffer, image
+from wire.errors import DataError, DeviceError, SpecError
+from wire.native.stages import CHUNK, Shape, Sizes, sizes, stages_of
 from wire.spec import Node
 
-Shape = tuple[int, ...]
-_SIDE_MAX = 1 << 15
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """A layer and what follows it at once, or a ReLU or a pool that stands alone.
-
-    Attributes:
-        layout: Of the layer's weight; None where there is none.
-        names: Of its weight and bias.
-        shape: Of what it reads, and
-        made: of what the layer makes, and
-        out: of what comes out behind the pool.
-        kernel: Of the pool; 1 for none.
-        relu: Whether there is one.
-        halo: Of the image that comes out.
-    """
-
-    layout: LinearLayout | ConvLayout | None
-    names: tuple[str, str]
-    shape: Shape
-    made: Shape
-    out: Shape
-    kernel: int = 1
-    relu: bool = False
-    halo: int = 0
-
-    @property
-    def pools(self) -> bool:
-        """Whether the pass behind the layer is one of its own; a ReLU alone is done on the way."""
-        return self.layout is None or self.kernel > 1 or self.halo > 0
+Goal = tuple[Mapping[str, Floats] | None, Update | None, Watch | None]
 
 
 class NativeStretch:
@@ -77,16 +49,17 @@ class NativeStretch:
         """
         self._calls = library.calls
         self._shape = in_shape
-        self._stages, self._out = _stages(nodes, in_shape, params, layouts)
-        self._params = {
-            name: params[name] for stage in self._stages if stage.layout is not None for name in stage.names
-        }
-        for stage in self._stages:
-            if isinstance(stage.layout, LinearLayout):
-                must(self._calls.nk_linear_check(ctypes.byref(stage.layout.call)), stage.names[0])
-            elif stage.layout is not None:
-                must(self._calls.nk_conv_check(ctypes.byref(stage.layout.call)), stage.names[0])
-        self._buffers: dict[tuple[str, int], Floats] = {}
+        self._stages, self._out = stages_of(nodes, in_shape, {name: one.shape for name, one in layouts.items()})
+        layers = {place: stage.layer for place, stage in enumerate(self._stages) if stage.layer is not None}
+        names = [name for node in layers.values() for name in (node.params["weight"], node.params["bias"])]
+        self._params = {name: params[name] for name in names}
+        self._layers = {place: layer_of(self._stages[place], node, params, layouts) for place, node in layers.items()}
+        for layer in self._layers.values():
+            check = self._calls.nk_conv_check if layer.conv else self._calls.nk_linear_check
+            must(check(ctypes.byref(layer.call)), layer.weight)
+        self._memory: dict[tuple[str, int], NDArray[Any]] = {}
+        self._lists: dict[tuple[object, ...], Prepared] = {}
+        self._steps = Steps(names)
         self._batch = 0
 
     @property
@@ -94,26 +67,35 @@ class NativeStretch:
         """Trainable arrays by tensor name."""
         return self._params
 
+    @property
+    def in_shape(self) -> Shape:
+        """Of one input."""
+        return self._shape
+
+    @property
+    def out_shape(self) -> Shape:
+        """Of one output."""
+        return self._out
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of what stays between passes: buffers of activations and gradients."""
+        return sum(array.nbytes for array in self._memory.values())
+
     def forward(self, x: Floats, *, train: bool) -> Floats:
         """See `edge_runtime.kernels.Stretch.forward`."""
-        batch = len(x)
-        if x.shape[1:] != self._shape or not batch:
-            raise SpecError(f"inputs of shape {x.shape}; this stretch takes one or more of {self._shape}")
-        x = np.ascontiguousarray(x, np.float32)
+        x = self._taken(x)
         self._batch = 0
-        if not train:
-            self._buffers.clear()  # an evaluation has its own, and lets each go as soon as it was read
-        first = self._stages[0]
-        into = image(first.shape, _padding(first))
-        held = self._buffer("x", 0, into, batch) if train else buffer(floats(into, batch))
-        must(self._calls.nk_pack(ctypes.byref(into), batch, x.ctypes.data, held.ctypes.data), "packing")
-        for place, stage in enumerate(self._stages):
-            held = self._through(place, stage, held, batch, train)
-        last = self._stages[-1]
-        result = buffer(batch * prod(self._out)).reshape(batch, *self._out)
-        out = image(last.out)
-        must(self._calls.nk_unpack(ctypes.byref(out), batch, held.ctypes.data, result.ctypes.data), "unpacking")
-        self._batch = batch if train else 0
+        result = buffer(len(x) * prod(self._out)).reshape(len(x), *self._out)
+        if train:
+            self._forward(x, result, ("forward", len(x)))
+            self._batch = len(x)
+            return result
+        self._let_go()  # an evaluation has its own, and lets it go
+        for start in range(0, len(x), CHUNK):
+            part = x[start : start + CHUNK]
+            self._forward(part, result[start : start + CHUNK], ("evaluation", len(part)))
+        self._let_go()
         return result
 
     def backward(
@@ -126,269 +108,270 @@ class NativeStretch:
         watch: Watch | None = None,
     ) -> Floats | None:
         """See `edge_runtime.kernels.Stretch.backward`."""
-        batch, last = self._batch, self._stages[-1]
+        batch = self._batch
         if dy.shape != (batch, *self._out) or not batch:
             raise SpecError(f"a gradient of shape {dy.shape}; the latest training pass made {(batch, *self._out)}")
         check_goal(self._params, grads, update)
         self._batch = 0
-        given, spare = self._gradients(batch, input_gradient)
         dy = np.ascontiguousarray(dy, np.float32)
-        out = image(last.out)
-        must(self._calls.nk_pack(ctypes.byref(out), batch, dy.ctypes.data, given.ctypes.data), "packing")
-        for place in range(len(self._stages) - 1, -1, -1):
-            wanted = input_gradient or place > 0
-            given, spare = self._back(place, (given, spare), batch, wanted, (grads, update, watch))
-        if not input_gradient:
-            return None
-        result = buffer(batch * prod(self._shape)).reshape(batch, *self._shape)
-        into = image(self._stages[0].shape)
-        must(self._calls.nk_unpack(ctypes.byref(into), batch, given.ctypes.data, result.ctypes.data), "unpacking")
+        found = self._list(("backward", batch, input_gradient, watch is not None, update is not None))
+        self._aim(found, grads, update)
+        found.point("dy", "a", dy)
+        result = None
+        if input_gradient:
+            result = buffer(batch * prod(self._shape)).reshape(batch, *self._shape)
+            found.point("dx", "b", result)
+        self._back(found, 0, batch, watch)
         return result
 
-    def _buffer(self, role: str, place: int, of: Image, batch: int) -> Floats:
-        """Give memory that is kept until the next pass in its role, grown when the batch does."""
-        length = floats(of, batch)
-        held = self._buffers.get((role, place))
-        if held is None or len(held) < length:
-            held = self._buffers[role, place] = buffer(length)
-        return held
+    def learn(self, x: Floats, labels: Labels, scale: float, goal: Goal) -> tuple[Floats, float]:
+        """Do a whole training step of a model that is this stretch, with cross-entropy, in one crossing.
 
-    def _gradients(self, batch: int, input_gradient: bool) -> tuple[Floats, Floats]:
-        """Give two buffers that each hold any gradient of an activation; they change places at every stage.
+        Args:
+            x: Inputs ``(n, *in_shape)``.
+            labels: int64 ``(n,)``.
+            scale: Of the gradient.
+            goal: Gradients to add to or an update, one of the two; and who is shown what passes through, if anybody.
 
-        Where the input's is not wanted, the first layer's stands in the place of what that layer made.
+        Returns:
+            The logits ``(n, classes)``, and the mean loss, not scaled.
+
+        Raises:
+            SpecError: A shape is another, or a gradient, velocity or anchor is missing.
+            DataError: A label is no class.
         """
-        first, *others = self._stages
-        whole = input_gradient or first.layout is None  # a pool without a layer makes its input's in any case
-        images = [image(first.out), *(_gradient_images(first) if whole else ())]
-        length = max(floats(of, batch) for of in (*images, *(of for one in others for of in _gradient_images(one))))
-        for role in ("given", "spare"):
-            held = self._buffers.get((role, 0))
-            if held is None or len(held) < length:
-                self._buffers[role, 0] = buffer(length)
-        return self._buffers["given", 0], self._buffers["spare", 0]
-
-    def _through(self, place: int, stage: _Stage, x: Floats, batch: int, train: bool) -> Floats:
-        made, out = image(stage.made), image(stage.out, stage.halo)
-        y = x
-        if stage.layout is not None:
-            weight, bias = (self._params[name].ctypes.data for name in stage.names)
-            relu = int(stage.relu and not stage.pools)
-            y = self._buffer("y", place, made, batch) if train else buffer(floats(made, batch))
-            call = ctypes.byref(stage.layout.call)
-            if isinstance(stage.layout, LinearLayout):
-                code = self._calls.nk_linear_forward(call, weight, bias, x.ctypes.data, batch, relu, y.ctypes.data)
-            else:
-                into = ctypes.byref(image(stage.shape, _padding(stage)))
-                code = self._calls.nk_conv_forward(call, weight, bias, into, x.ctypes.data, batch, relu, y.ctypes.data)
-            must(code, stage.names[0])
-        if not stage.pools:
-            return y
-        held = self._buffer("out", place, out, batch) if train else buffer(floats(out, batch))
-        code = self._calls.nk_pool_forward(
-            *(ctypes.byref(made), batch, stage.kernel, int(stage.relu)),
-            *(y.ctypes.data, ctypes.byref(out), held.ctypes.data),
-        )
-        must(code, "a pool")
-        return held
-
-    def _back(
-        self,
-        place: int,
-        pair: tuple[Floats, Floats],
-        batch: int,
-        wanted: bool,
-        goal: tuple[Mapping[str, Floats] | None, Update | None, Watch | None],
-    ) -> tuple[Floats, Floats]:
-        """Take one stage's gradients; give the buffer that holds the gradient of its input, and the other one."""
-        stage, (given, spare) = self._stages[place], pair
-        before = self._buffers["x", 0] if place == 0 else self._held(place - 1)
-        if stage.layout is None:
-            self._unpool(place, pair, batch, image(stage.made), None)
-            return spare, given
-        weight, bias = stage.names
+        x = self._taken(x)
+        if labels.shape != (len(x),) or len(self._out) != 1:
+            raise SpecError(f"labels of shape {labels.shape} for outputs of {(len(x), *self._out)}")
+        labels = np.ascontiguousarray(labels, np.int64)
         grads, update, watch = goal
-        dbias = np.zeros_like(self._params[bias]) if grads is None else grads[bias]
-        dvalues = None if grads is None else grads[weight]
-        step = _step(weight, update) if update is not None else None
-        dx = spare if wanted else None
-        if isinstance(stage.layout, ConvLayout):
-            made = self._back_conv(place, pair, batch, wanted, (before, dvalues, dbias, step))
-            if watch is not None:
-                self._show(watch, stage, before, made, batch)
-            result = given, spare
-        else:
-            y = self._buffers["y", place] if stage.relu else None
-            code = self._calls.nk_linear_backward(
-                *(ctypes.byref(stage.layout.call), self._params[weight].ctypes.data, before.ctypes.data),
-                *(address(y), given.ctypes.data, batch, address(dx), address(dvalues), dbias.ctypes.data),
-                None if step is None else ctypes.byref(step),
-            )
-            must(code, weight)
-            if watch is not None:
-                self._show(watch, stage, before, (given, image(stage.made)), batch)
-            result = spare, given
+        found = self._list(("learn", len(x), False, watch is not None, update is not None))
+        if update is None or grads is not None or not self._steps.known(update):
+            check_goal(self._params, grads, update)
+            self._aim(found, grads, update)
+        self._batch = 0
+        found.point("x", "a", x)
+        found.point("loss", "b", labels)
+        found.calls[found.marks["loss"]].scale = scale
+        logits: Floats = self._memory["logits", 0][: labels.size * self._out[0]].reshape(len(x), -1)
+        try:
+            if watch is None:
+                found.run(self._calls)
+            else:
+                found.run(self._calls, 0, found.marks["dy"])
+                self._back(found, found.marks["dy"], len(x), watch)
+        except DeviceError:
+            if 0 <= labels.min() <= labels.max() < self._out[0]:
+                raise
+            raise DataError(f"a sample has a label that is none of the model's {self._out[0]} classes") from None
+        return logits.copy(), float(self._memory["loss", 0][0])
+
+    def _taken(self, x: Floats) -> Floats:
+        if x.shape[1:] != self._shape or not len(x):
+            raise SpecError(f"inputs of shape {x.shape}; this stretch takes one or more of {self._shape}")
+        return np.ascontiguousarray(x, np.float32)
+
+    def _let_go(self) -> None:
+        self._memory.clear()
+        self._lists.clear()
+
+    def _forward(self, x: Floats, result: Floats, key: tuple[object, ...]) -> None:
+        found = self._list(key)
+        found.point("x", "a", x)
+        found.point("y", "b", result)
+        found.run(self._calls)
+
+    def _aim(self, found: Prepared, grads: Mapping[str, Floats] | None, update: Update | None) -> None:
         if update is not None:
-            apply({bias: self._params[bias]}, {bias: dbias}, update)
-        return result
+            self._steps.fill(update)
+        elif grads is not None:
+            found.aim(grads)
 
-    def _back_conv(
-        self,
-        place: int,
-        pair: tuple[Floats, Floats],
-        batch: int,
-        wanted: bool,
-        goal: tuple[Floats, Floats | None, Floats, Step | None],
-    ) -> tuple[Floats, Image]:
-        """Take a convolution's gradients; give where that of its output is, and how."""
-        stage, (given, spare) = self._stages[place], pair
-        before, dvalues, dbias, step = goal
-        layout = stage.layout
-        assert isinstance(layout, ConvLayout)
-        into = image(stage.made, _back_halo(layout) if wanted else 0)
-        if not wanted:  # without a halo it may take the place of what the layer made
-            spare = self._buffers["y", place]
-        self._unpool(place, (given, spare), batch, into, dbias)
-        call, weight = ctypes.byref(layout.call), self._params[stage.names[0]].ctypes.data
-        x, dy = image(stage.shape, _padding(stage)), ctypes.byref(into)
-        if wanted:
-            code = self._calls.nk_conv_backward_input(
-                call, weight, ctypes.byref(x), dy, spare.ctypes.data, batch, given.ctypes.data
-            )
-            must(code, stage.names[0])
-        code = self._calls.nk_conv_backward_weight(
-            *(call, weight, ctypes.byref(x), before.ctypes.data, dy, spare.ctypes.data, batch, address(dvalues)),
-            None if step is None else ctypes.byref(step),
-        )
-        must(code, stage.names[0])
-        return spare, into
+    def _back(self, found: Prepared, first: int, batch: int, watch: Watch | None) -> None:
+        """Run a way back; with a watch, stop behind each layer to show what passed through it."""
+        if watch is None:
+            found.run(self._calls, first)
+            return
+        at = first
+        for place, (_, end) in zip(reversed(range(len(self._stages))), found.spans, strict=True):
+            found.run(self._calls, at, end)
+            at = end
+            self._show(watch, place, batch, found)
+        found.run(self._calls, at)
 
-    def _show(self, watch: Watch, stage: _Stage, x: Floats, made: tuple[Floats, Image], batch: int) -> None:
-        into = np.empty((batch, *stage.shape), np.float32)
-        of = image(stage.shape, _padding(stage))
-        must(self._calls.nk_unpack(ctypes.byref(of), batch, x.ctypes.data, into.ctypes.data), "unpacking")
-        dy = np.empty((batch, *stage.made), np.float32)
-        given, of = made
-        must(self._calls.nk_unpack(ctypes.byref(of), batch, given.ctypes.data, dy.ctypes.data), "unpacking")
-        watch(stage.names[0], into, dy)
-
-    def _unpool(self, place: int, pair: tuple[Floats, Floats], batch: int, into: Image, dbias: Floats | None) -> None:
-        """Bring the gradient behind a stage to what its layer made, from the first of a pair of buffers into the other."""
+    def _show(self, watch: Watch, place: int, batch: int, found: Prepared) -> None:
         stage = self._stages[place]
-        y = self._buffers["y", place] if stage.layout is not None else self._input(place)
-        made, out = image(stage.made), image(stage.out, stage.halo if stage.pools else 0)
-        code = self._calls.nk_pool_backward(
-            *(ctypes.byref(made), batch, stage.kernel, int(stage.relu), y.ctypes.data),
-            *(ctypes.byref(out), self._held(place).ctypes.data, pair[0].ctypes.data),
-            *(ctypes.byref(into), pair[1].ctypes.data, address(dbias)),
-        )
-        must(code, "a pool")
+        layer = self._layers.get(place)
+        if layer is None:
+            return
+        shown = Writer(batch)
+        x, dy = np.empty((batch, *stage.shape), np.float32), np.empty((batch, *stage.made), np.float32)
+        call = found.calls[found.marks[f"stage {place}"]]
+        given = Image.from_address(call.second) if layer.conv else image(stage.made)
+        shown.add(do.UNPACK, "unpacking", [image(stage.shape, stage.padding)], [None, x], a=call.b)
+        shown.add(do.UNPACK, "unpacking", [given], [None, dy], a=call.c if layer.conv else call.d)
+        shown.done().run(self._calls)
+        watch(layer.weight, x, dy)
 
-    def _held(self, place: int) -> Floats:
-        return self._buffers["out" if self._stages[place].pools else "y", place]
+    def _list(self, key: tuple[object, ...]) -> Prepared:
+        """Give a list of calls, made when it is first asked for.
 
-    def _input(self, place: int) -> Floats:
-        return self._held(place - 1) if place else self._buffers["x", 0]
+        Args:
+            key: Its kind and the batch; and of a way back, whether the input's gradient is wanted, whether somebody watches,
+                and whether an update moves the weights.
+        """
+        found = self._lists.get(key)
+        if found is not None:
+            return found
+        kind, batch = str(key[0]), int(str(key[1]))
+        wanted, watched, fused = (bool(word) for word in (*key[2:], False, False, False)[:3])
+        train = kind != "evaluation"
+        held = sizes(self._stages, batch, train=train, input_gradient=wanted, watched=watched)
+        self._make(held, batch, whole=kind == "learn")
+        writer = Writer(batch)
+        if kind != "backward":
+            self._write_forward(writer, held, learn=kind == "learn")
+        if kind == "learn":
+            logits, dlogits = self._memory["logits", 0], self._memory["dlogits", 0]
+            arrays = [logits, None, dlogits, self._memory["loss", 0]]
+            writer.add(do.CROSS_ENTROPY, "labels", [], arrays, mark="loss", size=self._out[0])
+        if kind in ("learn", "backward"):
+            self._write_backward(writer, held, (kind == "learn", wanted, watched, fused))
+        found = self._lists[key] = writer.done()
+        return found
 
+    def _make(self, held: Sizes, batch: int, *, whole: bool) -> None:
+        """Make the buffers of a pass, or larger ones than there are; then no list is right any more."""
+        wanted = {("x", 0): held.first}
+        wanted |= {("out", place): length for place, length in enumerate(held.outs)}
+        wanted |= {("pair", place): length for place, length in enumerate(held.pair)}
+        if whole:
+            wanted |= {("logits", 0): batch * prod(self._out), ("dlogits", 0): batch * prod(self._out)}
+        for key, length in wanted.items():
+            if key not in self._memory or len(self._memory[key]) < length:
+                self._memory[key] = buffer(length)
+                self._lists.clear()
+        for place, length in enumerate(held.places):
+            if len(self._memory.get(("places", place), ())) < length:
+                self._memory["places", place] = np.empty(length, np.uint8)
+                self._lists.clear()
+        if whole and ("loss", 0) not in self._memory:
+            self._memory["loss", 0] = np.zeros(1)
 
-def _stages(
-    nodes: Sequence[Node], shape: Shape, params: Mapping[str, Floats], layouts: Mapping[str, Layout]
-) -> tuple[tuple[_Stage, ...], Shape]:
-    """Give the stages and the shape of what comes out."""
-    stages: list[_Stage] = []
-    for place, node in enumerate(nodes):
-        if node.op not in STRETCHABLE:
-            raise SpecError(f"node {node.name!r}: a stretch has no {node.op}")
-        if place and node.inputs != (nodes[place - 1].name,):
-            raise SpecError(f"node {node.name!r} does not read the one before it")
-        latest = stages[-1] if stages else None
-        if node.op == "flatten":
-            shape = (prod(shape),)
-        elif node.op in ("linear", "conv2d"):
-            stage = _layer(node, shape, params, layouts)
-            if latest is not None:
-                stages[-1] = replace(latest, halo=_padding(stage))
-            stages.append(stage)
-            shape = stage.out
-        elif node.op == "relu":
-            if latest is not None and latest.out == shape:
-                stages[-1] = replace(latest, relu=True)  # behind a pool as good as before it
+    def _write_forward(self, writer: Writer, held: Sizes, *, learn: bool) -> None:
+        first, last = self._stages[0], self._stages[-1]
+        x = self._memory["x", 0]
+        writer.add(do.PACK, "packing", [image(first.shape, first.padding)], [None, x], mark="x")
+        larger = int(held.pair[1] > held.pair[0])
+        for place, stage in enumerate(self._stages):
+            out, y, layer = self._memory["out", place], x, self._layers.get(place)
+            places = self._memory["places", place] if held.places[place] else None
+            if layer is not None and stage.at_once:
+                images = [image(stage.shape, stage.padding), image(stage.made), image(stage.out, stage.halo)]
+                arrays = [layer.values, layer.bias, x, out, places]
+                how: dict[str, Any] = {"layer": layer.call, "size": stage.kernel, "relu": int(stage.relu)}
+                writer.add(do.CONV_POOL_FORWARD, layer.weight, images, arrays, **how)
+                x = out
+                continue
+            if layer is not None:
+                y = self._memory["pair", larger] if stage.pools else out
+                images = [image(stage.shape, stage.padding)] if layer.conv else []
+                what, arrays = (do.CONV_FORWARD if layer.conv else do.LINEAR_FORWARD), [layer.values, layer.bias, x, y]
+                relu = int(stage.relu and not stage.pools)
+                writer.add(what, layer.weight, images, arrays, layer=layer.call, relu=relu)
+            if stage.pools:
+                self._write_pool(writer, do.POOL_FORWARD, place, [], [y, out, places])
+            x = out
+        result = self._memory["logits", 0] if learn else None
+        writer.add(do.UNPACK, "unpacking", [image(last.out)], [x, result], mark="y")
+
+    def _write_backward(self, writer: Writer, held: Sizes, how: tuple[bool, ...]) -> None:
+        learn, wanted, watched, fused = how
+        pair = self._memory["pair", 0], self._memory["pair", 1]
+        given, last = self._memory["dlogits", 0] if learn else None, image(self._stages[-1].out)
+        writer.add(do.PACK, "packing", [last], [given, pair[held.roles[-1]]], mark="dy")
+        result = pair[0]
+        for place in reversed(range(len(self._stages))):
+            begun, stage, layer = len(writer), self._stages[place], self._layers.get(place)
+            mine, other = pair[held.roles[place]], pair[1 - held.roles[place]]
+            asked = wanted or place > 0
+            result = other
+            if layer is None:
+                self._write_unpool(writer, place, (mine, other), image(stage.made))
+            elif stage.at_once and not asked and not watched:
+                self._write_at_once(writer, place, mine, fused)
+            elif layer.conv:
+                self._write_conv(writer, place, (mine, other), asked, fused)
+                result = mine
             else:
-                stages.append(_Stage(None, ("", ""), shape, shape, shape, relu=True))
-        else:
-            kernel = node.attrs["kernel"]
-            if node.attrs["stride"] != kernel or len(shape) != 3 or min(shape[1:]) < kernel:
-                raise SpecError(f"node {node.name!r}: a stretch pools {shape} in windows side by side only")
-            pooled = (shape[0], shape[1] // kernel, shape[2] // kernel)
-            if latest is not None and latest.kernel == 1 and isinstance(latest.layout, ConvLayout):
-                stages[-1] = replace(latest, kernel=kernel, out=pooled)
-            else:
-                stages.append(_Stage(None, ("", ""), shape, shape, pooled, kernel=kernel))
-            shape = pooled
-    if not stages:
-        raise SpecError("a stretch without a layer")
-    return tuple(stages), shape
+                self._write_linear(writer, place, (mine, other), asked, fused)
+            if fused and layer is not None:
+                arrays = [layer.bias, layer.dbias]
+                update = self._steps.of[layer.node.params["bias"]]
+                writer.add(do.SETTLE, layer.weight, [], arrays, size=layer.bias.size, update=update)
+            writer.span(begun)
+        if wanted:
+            writer.add(do.UNPACK, "unpacking", [image(self._stages[0].shape)], [result, None], mark="dx")
 
+    def _write_linear(self, writer: Writer, place: int, pair: tuple[Floats, Floats], asked: bool, fused: bool) -> None:
+        layer = self._layers[place]
+        y = self._memory["out", place] if self._stages[place].relu else None
+        arrays = [layer.values, self._before(place), y, pair[0], pair[1] if asked else None, None, layer.dbias]
+        self._write_weights(writer, place, [], arrays, fused)
+        if not fused:
+            writer.goal("f", layer.weight)
+            writer.goal("g", layer.node.params["bias"])
 
-def _layer(node: Node, shape: Shape, params: Mapping[str, Floats], layouts: Mapping[str, Layout]) -> _Stage:
-    names = node.params["weight"], node.params["bias"]
-    layout = layouts.get(names[0])
-    if isinstance(layout, LinearLayout) and node.op == "linear":
-        (made, read) = layout.shape
-        out: Shape = (made,)
-        fits = shape == (read,)
-    elif isinstance(layout, ConvLayout) and node.op == "conv2d":
-        stride, padding, dilation = layout.geometry
-        outs, ins, side, _ = layout.shape
-        sides = tuple((n + 2 * padding - dilation * (side - 1) - 1) // stride + 1 for n in shape[1:])
-        fits = (
-            len(shape) == 3 and shape[0] == ins and (stride, padding) == (node.attrs["stride"], node.attrs["padding"])
-        )
-        fits, out = fits and min(sides) > 0, (outs, *sides)
-    else:
-        raise SpecError(f"node {node.name!r}: its weight {names[0]!r} has no layout for the compiled core")
-    values, bias = params[names[0]], params[names[1]]
-    if isinstance(layout, ConvLayout) and not all(
-        _runs(one) for one in (image(shape, _span(layout)), image(out, _span(layout)))
-    ):
-        raise SpecError(f"node {node.name!r}: an image of {shape} is beyond what the compiled core can run")
-    if not fits or values.shape != (layout.kept,) or bias.shape != out[:1]:
-        raise SpecError(
-            f"node {node.name!r}: {values.shape} values and {bias.shape} bias of {layout.shape} read {shape}"
-        )
-    for array in (values, bias):
-        if array.dtype != np.float32 or not array.flags.c_contiguous:
-            raise SpecError(f"node {node.name!r}: weights that are not contiguous float32")
-    return _Stage(layout, names, shape, out, out)
+    def _write_conv(self, writer: Writer, place: int, pair: tuple[Floats, Floats], asked: bool, fused: bool) -> None:
+        stage, layer = self._stages[place], self._layers[place]
+        into = image(stage.made, stage.back_halo if asked else 0)
+        self._write_unpool(writer, place, pair, into)
+        if not fused:
+            writer.goal("e", layer.node.params["bias"])
+        images = [image(stage.shape, stage.padding), into]
+        if asked:
+            arrays = [layer.values, pair[1], pair[0]]
+            writer.add(do.CONV_BACKWARD_INPUT, layer.weight, images, arrays, layer=layer.call)
+        self._write_weights(writer, place, images, [layer.values, self._before(place), pair[1], None], fused)
+        if not fused:
+            writer.goal("d", layer.weight)
 
+    def _write_at_once(self, writer: Writer, place: int, given: Floats, fused: bool) -> None:
+        """Take a pooled convolution's gradients, where none of its input is wanted."""
+        stage, layer = self._stages[place], self._layers[place]
+        images = [image(stage.shape, stage.padding), image(stage.made), image(stage.out, stage.halo)]
+        held = self._memory["out", place], self._memory["places", place], given
+        arrays = [layer.values, self._before(place), *held, layer.dbias, None]
+        how: dict[str, Any] = {"layer": layer.call, "size": stage.kernel, "relu": int(stage.relu)}
+        how |= {"update": self._steps.of[layer.weight]} if fused else {}
+        writer.add(do.CONV_POOL_BACKWARD, layer.weight, images, arrays, mark=f"stage {place}", **how)
+        if not fused:
+            writer.goal("f", layer.node.params["bias"])
+            writer.goal("g", layer.weight)
 
-def _span(layout: ConvLayout) -> int:
-    """Give the widest halo of an image that the layer reads."""
-    return max(layout.geometry[1], _back_halo(layout))
+    def _write_weights(
+        self, writer: Writer, place: int, images: list[Image], arrays: list[Floats | None], fused: bool
+    ) -> None:
+        layer = self._layers[place]
+        what = do.CONV_BACKWARD_WEIGHT if layer.conv else do.LINEAR_BACKWARD
+        update = {"update": self._steps.of[layer.weight]} if fused else {}
+        writer.add(what, layer.weight, images, arrays, mark=f"stage {place}", layer=layer.call, **update)
 
+    def _write_unpool(self, writer: Writer, place: int, pair: tuple[Floats, Floats], into: Image) -> None:
+        """Bring the gradient behind a stage to what its layer made, from the first of a pair into the other."""
+        layer = self._layers.get(place)
+        arrays = [self._memory.get(("places", place)), self._memory["out", place], *pair]
+        dbias = layer.dbias if layer is not None else None
+        self._write_pool(writer, do.POOL_BACKWARD, place, [into], [*arrays, dbias])
 
-def _runs(of: Image) -> bool:
-    """Tell whether offsets within a panel of an image are numbers of 32 bits; the core refuses it otherwise."""
-    return max(of.height, of.width) <= _SIDE_MAX and floats(of, 16) < 1 << 31
+    def _write_pool(
+        self, writer: Writer, what: int, place: int, into: list[Image], arrays: list[NDArray[Any] | None]
+    ) -> None:
+        stage = self._stages[place]
+        images = [image(stage.made), image(stage.out, stage.halo if stage.pools else 0), *into]
+        writer.add(what, "a pool", images, arrays, size=stage.kernel, relu=int(stage.relu))
 
-
-def _padding(stage: _Stage) -> int:
-    """Give the halo of the image that a stage reads."""
-    return stage.layout.geometry[1] if isinstance(stage.layout, ConvLayout) else 0
-
-
-def _back_halo(layout: ConvLayout) -> int:
-    """Give the halo that the gradient of a convolution's output needs for that of its input."""
-    _, padding, dilation = layout.geometry
-    return max(0, dilation * (layout.shape[2] - 1) - padding)
-
-
-def _gradient_images(stage: _Stage) -> tuple[Image, Image, Image]:
-    halo = _back_halo(stage.layout) if isinstance(stage.layout, ConvLayout) else 0
-    return image(stage.shape), image(stage.made, halo), image(stage.out)
-
-
-def _step(name: str, update: Update) -> Step:
-    velocity = update.velocity[name] if update.momentum and update.velocity is not None else None
-    anchor = update.anchor[name] if update.pull and update.anchor is not None else None
-    return Step(update.rate, update.momentum, update.decay, update.pull, address(velocity), address(anchor))
+    def _before(self, place: int) -> Floats:
+        """Give what a stage read."""
+        found: Floats = self._memory["out", place - 1] if place else self._memory["x", 0]
+        return found

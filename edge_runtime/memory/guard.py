@@ -25,6 +25,9 @@ WALL_SLACK = 80 * MEBIBYTE
 small models want 22 MiB (a heap with gaps, room for an index that is larger than the index), and MobileNetV3 at batches from
 16 on wants 67 (oneDNN makes dozens of kernels); stacks are there before an order."""
 
+WALL_SLACK_NATIVE = 32 * MEBIBYTE
+"""The same for the native engine, which has no oneDNN: it lays its memory out beforehand."""
+
 _SAID_OF_MEMORY = ("allocate memory", "could not create a", "could not execute a", "bad_alloc", "resource temporarily")
 """torch's allocator; oneDNN, which says no more of a failed allocation than what it was for; C++; a thread without a stack."""
 
@@ -47,18 +50,19 @@ def offer_to_oom_killer(score: int = 800) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
-def wall(bytes_budget: int, bytes_from: int = 0) -> None:
-    """Let this process map `bytes_budget` more than `bytes_from`, plus `WALL_SLACK`.
+def wall(bytes_budget: int, bytes_from: int = 0, slack: int = WALL_SLACK) -> None:
+    """Let this process map `bytes_budget` more than `bytes_from`, plus `slack`.
 
     Args:
         bytes_budget: 0 takes the wall away.
         bytes_from: Address space as far as walls count it (VmData); 0 for what is mapped now.
+        slack: As `WALL_SLACK`.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = hard
     data = bytes_from or _field("VmData")
     if bytes_budget and data:
-        soft = data + bytes_budget + WALL_SLACK
+        soft = data + bytes_budget + slack
         if hard != resource.RLIM_INFINITY:
             soft = min(soft, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -93,6 +97,7 @@ class Gauge:
         self._mapped = 0
         self._mapped_left = 0
         self._taken: set[str] = set()
+        self._slack = WALL_SLACK
         self.begin("")
 
     def begin(self, engine: str) -> None:
@@ -101,6 +106,7 @@ class Gauge:
         Unused memory is given back and the kernel's high-water mark cleared first. Cost: about a millisecond.
         """
         rest()
+        self._slack = WALL_SLACK_NATIVE if engine == "native" else WALL_SLACK
         with contextlib.suppress(OSError):
             _CLEAR.write_text("5")
         if engine not in self._taken:
@@ -119,7 +125,7 @@ class Gauge:
     def enclose(self, bytes_budget: int) -> None:
         """Put up the wall around an order; what earlier ones have left is taken from its budget. 0 takes it away."""
         room = max(1, bytes_budget - self.bytes_left) if bytes_budget else 0
-        wall(room, self._mapped + self._mapped_left if self._mapped else 0)
+        wall(room, self._mapped + self._mapped_left if self._mapped else 0, self._slack)
 
     def peak(self) -> int:
         """Give the highest resident size since the beginning, above base. Cost: about 20 us.

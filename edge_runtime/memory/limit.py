@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from edge_runtime.config import amount
+from edge_runtime.amounts import amount
 from edge_runtime.memory import probe
 from edge_runtime.memory.guard import Gauge
 from wire.errors import ConfigError
@@ -71,21 +71,24 @@ class Grant:
         self._root = root
         self._told = told(file)
         self._due = 0.0
-        self._found = 0
+        self._found: dict[str, int] = {}
 
-    def now(self, bytes_coming: int) -> int:
+    def now(self, bytes_coming: int, engine: str = "") -> int:
         """Give the bytes above a worker's base, as of this second; 0 when nothing bounds them.
 
         Args:
             bytes_coming: What the worker itself will take before an order's own begins; below 0 for what it will give back.
+            engine: The engine that this is asked for: each has a base of its own.
         """
         now = time.monotonic()
         if now >= self._due:
+            self._found.clear()
+            self._due = now + _SECONDS_GRANT
+        if engine not in self._found:
             limits = [limit for limit in (self._configured, told(self._file)) if limit]
             found = probe.budget(min(limits, default=0), self._reserve + bytes_coming, self._root)
-            self._found = found or int(probe.available(self._root) > 0)
-            self._due = now + _SECONDS_GRANT
-        return self._found
+            self._found[engine] = found or int(probe.available(self._root) > 0)
+        return self._found[engine]
 
     def changed(self) -> bool:
         """Tell whether the operator has said something else since this was last asked; what was found before is forgotten."""

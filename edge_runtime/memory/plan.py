@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wire import memory
+from wire import memory, prices
 from wire.messages import Order
 from wire.passes import passes
 from wire.segments import Cuts
@@ -41,7 +41,9 @@ class Refused:
     detail: str
 
 
-def plan(order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0) -> Fits | Refused:
+def plan(
+    order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0, engine: str = prices.TORCH
+) -> Fits | Refused:
     """Choose how an order's own structure is trained: the fastest way that fits, but with batch norms one that is exact first.
 
     Args:
@@ -49,6 +51,7 @@ def plan(order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0) -
         spec: Its model.
         bytes_budget: What may be taken above base; 0 for no limit.
         scale: Measured over predicted peak of earlier orders on this device, at least 1.
+        engine: What it would run on.
 
     Raises:
         SpecError: The structure does not belong to the model.
@@ -56,12 +59,12 @@ def plan(order: Order, spec: ModelSpec, bytes_budget: int, scale: float = 1.0) -
     Cost: one prediction where the whole batch fits, else some tens, of one to some milliseconds each.
     """
     widest = max(order.structures, key=lambda s: s.capacity)
-    whole = price(order, spec, widest, (order.recipe.batch, ()), scale).bound
+    whole = price(order, spec, widest, (order.recipe.batch, ()), (scale, engine)).bound
     if not bytes_budget or whole <= bytes_budget:  # nothing is faster, and the other ways cost time to find
         return Fits(order.recipe.batch, whole)
     least = whole
     for micro_batch, cuts in manners(order, spec, widest):
-        bytes_bound = price(order, spec, widest, (micro_batch, cuts), scale).bound
+        bytes_bound = price(order, spec, widest, (micro_batch, cuts), (scale, engine)).bound
         if bytes_bound <= bytes_budget:
             return Fits(micro_batch, bytes_bound, cuts)
         least = min(least, bytes_bound)
@@ -78,13 +81,25 @@ def manners(order: Order, spec: ModelSpec, structure: Structure) -> list[tuple[i
 
 
 def price(
-    order: Order, spec: ModelSpec, structure: Structure, manner: tuple[int, Cuts], scale: float = 1.0
+    order: Order,
+    spec: ModelSpec,
+    structure: Structure,
+    manner: tuple[int, Cuts],
+    on: tuple[float, str] = (1.0, prices.TORCH),
 ) -> memory.Prediction:
-    """Predict what an order takes for one of its structures, or a narrower one, with a micro-batch and cuts."""
-    micro_batch, cuts = manner
+    """Predict what an order takes for one of its structures, or a narrower one.
+
+    Args:
+        order: What is asked.
+        spec: Its model.
+        structure: The width.
+        manner: Micro-batch and cuts.
+        on: Scale, as in `plan`, and engine.
+    """
+    (micro_batch, cuts), (scale, engine) = manner, on
     if order.verb == "train":
-        return memory.predict(spec, structure, order.recipe, micro_batch, scale=scale, cuts=cuts)
-    return memory.predict_evaluation(spec, structure, micro_batch, scale)
+        return prices.training(engine)(spec, structure, order.recipe, micro_batch, scale=scale, cuts=cuts)
+    return prices.evaluation(engine)(spec, structure, micro_batch, scale)
 
 
 def _mebi(size: int) -> str:

@@ -36,8 +36,11 @@ _PRESENT = 63
 class Forked:
     """The origin, that copies itself for every case; use it as a context manager."""
 
+    def __init__(self, engine: str = "torch") -> None:
+        self.engine = engine
+
     def __enter__(self) -> Self:
-        words = [sys.executable, "-m", "tests.bench._forked"]
+        words = [sys.executable, "-m", "tests.bench._forked", self.engine]
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **surroundings()}
         )
@@ -67,7 +70,7 @@ def _perform(asked: dict[str, Any]) -> dict[str, Any]:
     gauge, peaks, keep = Gauge(), [], ""
     for plain in asked["jobs"]:
         job = dataclasses.replace(from_plain(Job, plain), keep=keep)
-        answer = worker.perform(job, data, lambda _: None, engine="torch", process=worker.Process(gauge))
+        answer = worker.perform(job, data, lambda _: None, engine=sys.argv[1], process=worker.Process(gauge))
         if not isinstance(answer, Done):
             return {"failed": str(answer)}
         peaks.append(answer.usage.bytes_peak)
@@ -126,7 +129,7 @@ def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def main() -> None:
     """Be the origin: a line of JSON in, a line out; an empty line asks whether it is ready."""
     settle_allocator()
-    warm("torch", 1, None)
+    warm(sys.argv[1], 1, None)
     runs = _resident()
     for line in sys.stdin:
         print(_copy(json.loads(line), runs) if line.strip() else "{}", flush=True)

@@ -270,10 +270,10 @@ class Sparse:
         layout, plain, halo = self.layout.call, self._in, self._in_halo
         out, grown = self._out, self._out_halo
         forward = [
-            self._bound("nk_pool_forward", plain, BATCH, 1, 0, "x", halo, "x_halo"),
+            self._bound("nk_pool_forward", plain, BATCH, 1, 0, "x", halo, "x_halo", None),
             self._bound("nk_conv_forward", layout, "values", "bias", halo, "x_halo", BATCH, 0, "y"),
         ]
-        to_halo = (out, BATCH, 1, 0, "y", out, "y", "dy", grown, "dy_halo", "dbias")
+        to_halo = (out, BATCH, 1, 0, None, out, "y", "dy", grown, "dy_halo", "dbias")
         weight = ("values", halo, "x_halo", grown, "dy_halo", BATCH, "dvalues", None)
         backward = [
             self._bound("nk_pool_backward", *to_halo),

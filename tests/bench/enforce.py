@@ -33,10 +33,11 @@ from tests.support.devices import Agent, Script
 from tests.support.models import random_arrays
 from tests.support.mosquitto import Mosquitto
 from tests.support.orders import job, masked_job, some_masks
-from wire import memory, zoo
+from wire import zoo
 from wire.job import Job
 from wire.masked import maskable
 from wire.messages import Presence, Recipe, Refusal, Reply
+from wire.native import memory
 from wire.spec import Structure
 from wire.structure import masked
 
@@ -162,7 +163,7 @@ def _served(
     port, device = where
     with ExitStack() as stack:
         agent = stack.enter_context(_agent(root / device, port, device))
-        alone = stack.enter_context(Measuring(root / device / "data.npz"))
+        alone = stack.enter_context(Measuring(root / device / "data.npz", "native"))
         born = script.wait(Presence, _SECONDS, lambda p: p.state == "online" and p.device == device)
         told = [_done(script, agent, alone, root / "order", pair) for pair in enumerate(drawn, 1)]
         gone = agent.process is None or agent.process.poll() is not None

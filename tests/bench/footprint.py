@@ -1,4 +1,4 @@
-"""What a device pays for taking part: the idle agent's memory and processor time, and a worker's with torch loaded.
+"""What a device pays for taking part: the idle agent's memory and processor time, and a worker's with either engine loaded.
 
 `python -m tests bench footprint --json`. A real agent, connected over TLS with a certificate of its own, as the kernel
 accounts for it: VmRSS, and of smaps_rollup what only this process has. What is shared depends on who shares it: a second
@@ -38,6 +38,9 @@ _SECONDS_IDLE = 30.0
 _KEEPALIVE = 20.0
 _SECONDS_WARM = 1.0
 _BYTES_MODEL = 64 * MB
+_WORKERS = {"torch": 235.0, "native": 60.0}
+"""Engine to the mebibytes that its worker may have resident after a step."""
+
 _HEAVY = ("numpy", "torch", "psutil", "cryptography", "zstandard")
 _PEERS = {
     "flwr, SuperNode": ("flwr", "import flwr.supernode.cli.flower_supernode"),
@@ -175,20 +178,24 @@ def _grown(agent: Agent, script: Script, at_rest: int) -> Row:
 
 
 def _worker_rows(root: Path) -> list[Row]:
-    """A worker with torch that has trained one batch of LeNet-5."""
+    """Of each engine, a worker that has trained one batch of LeNet-5."""
+    return [row for engine, target in _WORKERS.items() for row in _worker_row(root, engine, target)]
+
+
+def _worker_row(root: Path, engine: str, target: float) -> list[Row]:
     spec = zoo.by_name("lenet-5")
-    folder = root / "step"
+    folder = root / engine
     folder.mkdir()
     arrays = random_arrays(spec, Structure(), scale=0.05)
-    with _worker(_data(folder / "data.npz", spec, 64), preload=True) as (child, heard, ready):
+    with _worker(_data(folder / "data.npz", spec, 64), preload=True, engine=engine) as (child, heard, ready):
         child.send(job(folder / "1", spec, arrays, [Structure()], Recipe(batch=32, steps=1, clip=1.0), number=1))
         while not isinstance(frame := _frame(heard), Done):
             assert not isinstance(frame, Failed), frame
         resident, highest = proc_memory(child.pid, "VmRSS"), proc_memory(child.pid, "VmHWM")
-    case = "worker, torch loaded"
+    case = f"worker, engine {engine} loaded"
     return [
         Row(case, "resident before its first order", ready.bytes_base / MIB, "MiB", "lower"),
-        Row(case, "resident after one step of LeNet-5", resident / MIB, "MiB", "lower", 235.0),
+        Row(case, "resident after one step of LeNet-5", resident / MIB, "MiB", "lower", target),
         Row(case, "highest during that step", highest / MIB, "MiB", "lower"),
     ]
 

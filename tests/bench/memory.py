@@ -271,9 +271,11 @@ def _source(data: Path) -> dict[str, object]:
 
 
 @contextmanager
-def _worker(data: Path, preload: bool) -> Iterator[tuple[Child, queue.Queue[object], Ready]]:
+def _worker(data: Path, preload: bool, engine: str = "torch") -> Iterator[tuple[Child, queue.Queue[object], Ready]]:
     heard: queue.Queue[object] = queue.Queue()
-    child = Child("worker", command(json.dumps(_source(data)), preload=preload), heard.put, env=surroundings())
+    child = Child(
+        "worker", command(json.dumps(_source(data)), engine=engine, preload=preload), heard.put, env=surroundings()
+    )
     try:
         ready = _frame(heard)
         assert isinstance(ready, Ready), ready
@@ -286,8 +288,8 @@ def _worker(data: Path, preload: bool) -> Iterator[tuple[Child, queue.Queue[obje
 class Measuring:
     """One worker that nothing limits, for what orders take then."""
 
-    def __init__(self, data: Path) -> None:
-        self._worker = _worker(data, preload=True)
+    def __init__(self, data: Path, engine: str = "torch") -> None:
+        self._worker = _worker(data, preload=True, engine=engine)
 
     def __enter__(self) -> Self:
         self._child, self._heard, _ = self._worker.__enter__()

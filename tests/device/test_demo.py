@@ -23,7 +23,7 @@ from wire.errors import StoreError
 
 KEYS = {
     "algo", "model", "data", "partition", "partition_digest", "seed", "rounds", "seconds", "seconds_virtual", "accuracy",
-    "personal", "bytes_up", "bytes_down", "flops", "density_by_layer", "devices", "curve",
+    "personal", "bytes_up", "bytes_down", "flops", "density_by_layer", "devices", "curve", "bytes_processes", "bytes_devices",
 }  # fmt: skip
 DEVICE_KEYS = {"name", "width", "density", "engine", "bytes_budget", "bytes_peak", "seconds"}
 POINT_KEYS = {"round", "seconds_virtual", "accuracy", "bytes_up", "bytes_down", "flops"}
@@ -126,8 +126,19 @@ def test_devices_of_different_memory_stay_within_it(finished: tuple[Path, str, d
     assert (small["name"], small["width"], large["name"], large["width"]) == ("device-1", 0, "device-2", 4)
     for device in (small, large):
         assert 0 < device["bytes_peak"] <= device["bytes_budget"]
-        assert device["engine"].startswith("torch")
-    assert large["bytes_peak"] - small["bytes_peak"] >= 20 << 20
+        assert device["engine"] == "native"
+    assert large["bytes_peak"] - small["bytes_peak"] >= 12 << 20
+
+
+def test_what_all_devices_hold_is_told_and_little(finished: tuple[Path, str, dict[str, Any]]) -> None:
+    _, text, facts = finished
+    held = facts["bytes_processes"]
+    assert set(held) == {"device-1", "device-2"}
+    for one in held.values():
+        assert 4 << 20 < one["agent"] < 40 << 20
+        assert 12 << 20 < one["worker"] < 80 << 20
+    assert facts["bytes_devices"] == sum(sum(one.values()) for one in held.values()) <= 180 << 20
+    assert f"memory of all 2 devices at their peaks: {facts['bytes_devices'] / (1 << 20):.0f} MiB" in text
 
 
 def test_it_leaves_a_model_and_a_plot(finished: tuple[Path, str, dict[str, Any]]) -> None:

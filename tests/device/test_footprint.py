@@ -29,11 +29,12 @@ def test_an_idle_agent_is_as_small_as_it_says(tmp_path: Path, monkeypatch: pytes
     assert sum(row.target is not None for row in rows) == 6
 
 
-def test_a_worker_with_torch_is_as_small_as_it_says(tmp_path: Path) -> None:
+def test_a_worker_of_each_engine_is_as_small_as_it_says(tmp_path: Path) -> None:
     rows = footprint._worker_rows(tmp_path)
-    assert [row.target for row in rows] == [None, 235.0, None]
+    assert [row.target for row in rows] == [None, 235.0, None, None, 60.0, None]
     assert [row for row in rows if not row.holds] == []
     assert rows[0].value <= rows[1].value <= rows[2].value, "the second is after the step, the third at its highest"
+    assert rows[4].value <= rows[5].value
 
 
 def test_peers_are_rows_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

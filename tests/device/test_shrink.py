@@ -17,10 +17,11 @@ from tests.support.devices import Agent, Script
 from tests.support.models import random_arrays
 from tests.support.mosquitto import Mosquitto
 from tests.support.orders import job
-from wire import memory, zoo
+from wire import zoo
 from wire.child import Child, Ended
 from wire.job import Done, Failed, Progress, Ready
 from wire.messages import Beat, Presence, Recipe
+from wire.native import memory
 from wire.spec import Structure
 from wire.structure import cut, shell
 from wire.tensor import open_blob, write_blob

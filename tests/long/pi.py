@@ -3,6 +3,9 @@
   python -m tests pi                     four to eight minutes the first time, then two to five; needs root
   python -m tests pi --torch 2.10.0      a wheel that such a processor cannot run: it fails, and says why
   python -m tests pi --cpu cortex-a76    as a Raspberry Pi 5
+  python -m tests pi --engine native     without torch, in 64 bits as a Cortex-A53 and in 32 as a Cortex-A7: a worker does
+                                         orders, dense and masked, as one here does, then an agent does; SECONDS
+  python -m tests pi --engine native --arch armhf --suite trixie    one of them; another Debian
 
 The root filesystem and the wheels stay in --keep (default .pi). Broker and coordinator run on this machine, the agent and its
 worker under the emulator, which changes nothing here: mounts and the kernel's word about foreign programs are in namespaces
@@ -13,6 +16,7 @@ not enforced under it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -22,7 +26,7 @@ import time
 from pathlib import Path
 
 from tests.bench import Row, outcome, table
-from tests.support.emulated import CPUS, SUITE, Guest, debian
+from tests.support.emulated import CPUS, KINDS, SUITE, Guest, debian
 from tests.support.federation import Federation
 from tests.support.mosquitto import proc_memory
 from tests.support.wheels import fetch, own_wheel
@@ -33,6 +37,7 @@ NEEDED = ("mmdebstrap", "qemu-aarch64-static", "unshare")
 TORCH = "2.9.1"
 OWN = ("wire", "edge_runtime", "coordinator")
 CROSS = "aarch64-linux-gnu-g++"
+ARM64 = sorted(name for name, (arch, *_) in CPUS.items() if arch == "arm64")
 MIB = 1 << 20
 ROUNDS = 2
 SECONDS_ORDER = 400.0
@@ -67,21 +72,37 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--keep", type=Path, default=ROOT / ".pi", metavar="FOLDER", help="default: .pi")
     parser.add_argument("--torch", default=TORCH, metavar="VERSION", help="default: %(default)s")
-    parser.add_argument("--cpu", choices=sorted(CPUS), default="cortex-a53", help="default: %(default)s")
+    parser.add_argument("--cpu", choices=ARM64, default="cortex-a53", help="of --engine torch; default: %(default)s")
+    parser.add_argument("--engine", choices=("torch", "native"), default="torch", help="default: %(default)s")
+    parser.add_argument(
+        "--arch", type=_names, default=list(KINDS), metavar="A,B", help="of --engine native; default: all"
+    )
+    parser.add_argument("--suite", default=SUITE, help="of --engine native, a Debian; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object")
     options = parser.parse_args(words)
-    missing = [tool for tool in NEEDED if shutil.which(tool) is None]
+    native = importlib.import_module("tests.long._native_devices") if options.engine == "native" else None
+    missing = native.missing(options.arch) if native else [tool for tool in NEEDED if shutil.which(tool) is None]
     if missing or os.geteuid() != 0:
-        print(f"not here: {', '.join(missing)}\n{APT}" if missing else "needs root: sudo", file=sys.stderr)
+        apt = native.APT if native else APT
+        print(f"not here: {', '.join(missing)}\n{apt}" if missing else "needs root: sudo", file=sys.stderr)
         return 2
+    keep = options.keep.resolve()
     try:
-        rows = run(options.keep.resolve(), options.torch, options.cpu)
+        rows = native.run(keep, options.arch, options.suite) if native else run(keep, options.torch, options.cpu)
     except (Unfit, AssertionError, subprocess.SubprocessError) as error:
         print(f"pi: {error}", file=sys.stderr)
         return 1
-    result = outcome(f"pi ({options.cpu}, torch {options.torch})", rows)
+    what = f"{', '.join(options.arch)}, {options.suite}" if native else f"{options.cpu}, torch {options.torch}"
+    result = outcome(f"pi ({what})", rows)
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0 if result["holds"] else 1
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - KINDS.keys():
+        raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    return names
 
 
 def run(keep: Path, torch: str, cpu: str) -> list[Row]:
@@ -194,15 +215,15 @@ def trained(guest: Guest, home: str, config: Path, fed: Federation) -> list[Row]
     idle = proc_memory(agent.pid, "VmRSS")
     view = fed.wait_finished(SECONDS_ORDER)
     usages = [reply.usage for turn in view.rounds.values() for reply in turn.replies.values()]
-    if len(usages) < ROUNDS:
-        raise Unfit(f"only {len(usages)} of {ROUNDS} orders were done:\n{fed.logs()}")
+    if len(usages) < fed.rounds:
+        raise Unfit(f"only {len(usages)} of {fed.rounds} orders were done:\n{fed.logs()}")
     spent, last = usages[0], usages[-1]
     bare = empty(guest)
     return [
         Row("idle agent, emulated", "start to asked for", born, "s", "lower"),
         Row("idle agent, emulated", "RSS, emulator included", idle / MIB, "MiB", "lower"),
         Row("idle agent, emulated", "of that, an empty Python's", bare / MIB, "MiB", "lower"),
-        Row("order", "done", len(usages), "", "higher", ROUNDS),
+        Row("order", "done", len(usages), "", "higher", fed.rounds),
         Row("order", f"by engine {last.engine}, first", spent.seconds, "s", "lower"),
         Row("order", f"by engine {last.engine}, last", last.seconds, "s", "lower"),
         Row("order", "worker's base, emulator included", last.bytes_base / MIB, "MiB", "lower"),

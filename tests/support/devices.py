@@ -44,6 +44,7 @@ class Agent:
     tables: str = ""
     broker: str = ""
     priority: str = "normal"
+    engine: str = "native"
     env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
@@ -58,7 +59,7 @@ class Agent:
         self.config.write_text(
             f'federation = "{self.federation}"\ndevice = "{self.name}"\n[broker]\n{broker}\n'
             f'[data]\nsource = "npz"\npath = "{data}"\n[memory]\nbudget = "{self.budget}"\n'
-            f'[worker]\nmode = "{self.mode}"\npriority = "{self.priority}"\n{self.more}\n'
+            f'[worker]\nmode = "{self.mode}"\npriority = "{self.priority}"\nengine = "{self.engine}"\n{self.more}\n'
             f'[state]\ndir = "{self.root / "state"}"\n{self.tables}\n'
         )
         argv = [sys.executable, "-m", "edge_runtime.cli", "run", "--config", str(self.config)]

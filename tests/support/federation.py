@@ -59,6 +59,7 @@ class Federation:
     params: dict[str, object] = field(default_factory=dict)
     evaluate: bool = False
     mode: str = "warm"
+    engine: str = "native"
     samples: int = 40
     broker_kind: str = "mosquitto"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -121,7 +122,8 @@ class Federation:
         path.write_text(
             f'federation = "test"\ndevice = "{name}"\n[broker]\nurl = "mqtt://127.0.0.1:{port}"\n'
             f'[data]\nsource = "npz"\npath = "{data}"\nvalidation = 0.1\ntest = 0.1\n[memory]\nbudget = {budget}\n'
-            f'[worker]\nmode = "{self.mode}"\nthreads = 1\npriority = "normal"\n[state]\ndir = "{self.root / name}"\n'
+            f'[worker]\nmode = "{self.mode}"\nengine = "{self.engine}"\nthreads = 1\npriority = "normal"\n'
+            f'[state]\ndir = "{self.root / name}"\n'
             f"{self.tables.get(name, '')}\n"
         )
         self._spawn(name, ["edge_runtime.cli", "run", "--config", str(path)])

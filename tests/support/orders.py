@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_runtime import engines
 from edge_runtime.data import Dataset
 from wire import spec as specs
 from wire import structure as cutting
@@ -48,9 +49,10 @@ def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
         structures=tuple(structures),
         recipe=recipe or Recipe(batch=8, clip=1.0),
     )
-    return Job(
-        order, str(folder / "spec"), tuple(paths), str(out), "", limits.get("budget", 0), limits.get("micro", 0), 1
-    )
+    ours = engines.available()
+    only = ours[0] if len(ours) == 1 else ""
+    limit, micro = limits.get("budget", 0), limits.get("micro", 0)
+    return Job(order, str(folder / "spec"), tuple(paths), str(out), "", limit, micro, 1, engine=only)
 
 
 def masked_job(folder, spec, arrays, masks, recipe=None, verb="train", **limits):

@@ -243,7 +243,7 @@ recipe = record(
     knobs=(a_map(name, a_float()), {}),
     form=(one_of("", "bfloat16", "float16", "int8"), ""),
     steps=(natural, 0),
-    loss=(one_of("cross_entropy", "binary_cross_entropy", "sum"), "cross_entropy"),
+    loss=(one_of("cross_entropy", "binary_cross_entropy", "sum", "mean_squared_error"), "cross_entropy"),
 )
 usage = record(
     bytes_base=(natural, 0),

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from edge_runtime.engines import losses
 from edge_runtime.engines.again import forward
-from edge_runtime.engines.ops import Phase
+from edge_runtime.engines.masks import Held, Wires
+from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.steps import Loaded, build
-from edge_runtime.engines.stretches import Held, Wires
 from wire.segments import Cuts
 from wire.spec import ModelSpec, Structure, statistics, tensor_shapes
 

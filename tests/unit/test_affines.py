@@ -17,12 +17,12 @@ from coordinator.blocks import norms
 from coordinator.blocks.nesting import whole_of
 from edge_runtime import personal
 from edge_runtime.apart import Apart
-from edge_runtime.engines import open_engine
 from edge_runtime.holding import price
 from edge_runtime.received import Received
 from edge_runtime.rules import Held
 from edge_runtime.shrink import Squeezed
 from edge_runtime.worker import perform
+from tests.support.engines import make
 from tests.support.models import batch, random_arrays
 from tests.support.norms import AMPLE, SPEC, floats, saw
 from tests.support.orders import dataset, job
@@ -36,6 +36,8 @@ from wire.spool import Spool
 from wire.structure import cut, to_wire
 from wire.tensor import open_blob, write_blob
 from wire.zoo import by_name as model
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 NESTED = ("fjord", "heterofl", "nestfl", "fledge")
 THREE = Structure(2, {"a": (1, 2, 4)}, "ab" * 32)
@@ -112,7 +114,7 @@ def test_rules_say_what_they_move_apart(tmp_path, recipe, said):
 
 
 def test_an_order_that_is_cut_goes_on_with_what_the_width_has_learnt():
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, THREE, random_arrays(SPEC, Structure(), 1))
     apart = Apart(lambda k: {name: array.copy() for name, array in OWN.get(k, {}).items()})
     narrow = {k: apart.narrow(engine, k) for k in range(2)}
@@ -159,14 +161,14 @@ def test_a_width_with_norms_of_its_own_is_the_model_cut_out(name):
     spec, widths = (SPEC, {"a": (1, 2, 4)}) if name == "normed" else MODELS[name]
     structure, arrays = Structure(2, widths, "ab" * 32), random_arrays(spec, Structure(), 1)
     arrays |= {name: np.abs(array) + 0.5 for name, array in arrays.items() if name.endswith("variance")}
-    wide = open_engine("torch")()
+    wide = make()
     wide.load(spec, structure, arrays)
     x, y = batch(spec, 6)
     for capacity in range(2):
         small = structure.narrowed(capacity)
         parts = cut(spec, arrays, small)
         own = {n: a + 1 for n, a in random_arrays(affine(spec), small, 9).items()}
-        narrow, alone = wide.narrow(small, own), open_engine("torch")()
+        narrow, alone = wide.narrow(small, own), make()
         alone.load(spec, small, {**parts, **own})
         np.testing.assert_allclose(narrow.forward(x), alone.forward(x), atol=1e-5)
         before = {n: wide.grads[n].copy() for n in own}
@@ -181,7 +183,7 @@ def test_a_width_with_norms_of_its_own_is_the_model_cut_out(name):
 def test_a_width_with_norms_of_its_own_is_the_masked_model_too(capacity):
     arrays = random_arrays(SPEC, Structure(), 1) | {"n.variance": floats(1, 2, 3, 4)}
     small = THREE.narrowed(capacity)
-    wide, masked = open_engine("torch")(), open_engine("torch")()
+    wide, masked = make(), make()
     wide.load(SPEC, THREE, arrays)
     zeros = {name: np.zeros_like(array) for name, array in arrays.items()} | {"n.variance": arrays["n.variance"]}
     count = (1, 2)[capacity]

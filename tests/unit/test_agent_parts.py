@@ -374,11 +374,11 @@ def test_what_the_order_in_hand_takes_is_there_for_the_next_one(monkeypatch: pyt
     """A device that comes back online, or hears from its operator, in mid-order does not announce what is left beside it."""
     desk, held = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None), [0]
     monkeypatch.setattr(probe, "resident", lambda _: held[0])
-    assert desk.bytes_coming == 240 << 20, "a guess, as long as no worker has told"
+    assert desk.bytes_coming("torch") == 240 << 20, "a guess, as long as no worker has told"
     desk._child = SimpleNamespace(pid=1)  # type: ignore[assignment]  # as much of a child as is looked at
     held[0] = 300 << 20
-    assert desk.bytes_coming == 0, "what it holds may be its base"
-    desk._bytes_base = 200 << 20
-    assert desk.bytes_coming == -(100 << 20)
+    assert desk.bytes_coming("torch") == 0, "what it holds may be its base"
+    desk._bases["torch"] = 200 << 20
+    assert desk.bytes_coming("torch") == -(100 << 20)
     held[0] = 150 << 20
-    assert desk.bytes_coming == 50 << 20
+    assert desk.bytes_coming("torch") == 50 << 20

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.engines import Update, open_engine
+from edge_runtime.engines import Update
 from edge_runtime.engines.update import Adam, apply, apply_adam
 from edge_runtime.rules import Task, find
 from edge_runtime.worker import perform
+from tests.support.engines import make as MAKE
 from tests.support.models import RANKING, batch, random_arrays
 from tests.support.orders import dataset, job
 from tests.support.sequences import normed
@@ -20,7 +21,7 @@ from wire.messages import Recipe
 from wire.spec import NORM_EPSILON, Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check, statistics
 from wire.tensor import open_blob
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 WHOLE = Structure()
 STATISTICS = {"n.mean", "n.variance"}
 NARROW = Structure(0, {"a": (2, 4)}, RANKING)

@@ -9,8 +9,8 @@ import pytest
 
 from coordinator.answers import check_update
 from edge_runtime import calibrate
-from edge_runtime.engines import open_engine
 from edge_runtime.worker import perform
+from tests.support.engines import make
 from tests.support.models import RANKING, random_arrays, small_cnn
 from tests.support.orders import dataset, job
 from tests.support.sequences import normed
@@ -18,6 +18,8 @@ from wire.job import Done, Failed
 from wire.messages import Recipe
 from wire.spec import Structure
 from wire.tensor import open_blob
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 SPEC = normed(permille=500)
 WIDE = Structure(1, {"a": (2, 4)}, RANKING)
@@ -103,7 +105,7 @@ def nothing(_):
 
 
 def test_one_sample_says_nothing():
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, WIDE, arrays_of())
     x = np.ones((1, 3), np.float32)
     own = {0: {"n.mean": np.full(2, 7.0, np.float32)}}
@@ -122,12 +124,12 @@ def test_one_sample_says_nothing():
 
 def test_a_last_batch_of_one_does_not_count():
     x = np.random.default_rng(1).random((13, 3), np.float32)
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, WIDE, arrays_of())
     told = []
     seen = calibrate.observed(engine, nothing, x, 6, seeds=(5,), tell=lambda done, _: told.append(done))
     rows = np.random.default_rng((5,)).permutation(13)[:12]
-    again = open_engine("torch")()
+    again = make()
     again.load(SPEC, WIDE, arrays_of())
     order = np.argsort(np.random.default_rng((5,)).permutation(12))
     wanted = calibrate.observed(again, nothing, x[rows][order], 6, seeds=(5,), tell=lambda *_: None)

@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from edge_runtime.engines import open_engine
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays
 from tests.support.sequences import normed
 from wire.errors import SpecError
 from wire.spec import VALUES_MAX, Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 
 def two_layers(*between: Node, prunable: bool = True) -> ModelSpec:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.engines import Choice
+from edge_runtime.engines.stretches import TORCH
 from edge_runtime.engines.ways import Masked, Tools, decide
 from edge_runtime.kernels import choose
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, pick
@@ -347,7 +348,7 @@ class Refusing:
 
 
 def tools(kit):
-    found = Tools()
+    found = Tools(TORCH)
     found.__dict__["kit"] = kit
     return found
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from edge_runtime import desk as desk_module
-from edge_runtime.config import BrokerConfig, Config
+from edge_runtime.config import BrokerConfig, Config, WorkerConfig
 from edge_runtime.desk import Desk
 from tests.support.messages import an_order
-from wire.child import Ended
+from wire.child import Ended, Said
 from wire.errors import StoreError
-from wire.job import Job
+from wire.job import Failed, Job, Progress
 
 
 def test_a_worker_that_never_stays_is_tried_for_ever() -> None:
@@ -29,7 +29,7 @@ class _Still:
 
     pid, name, frozen = 0, "worker", True
 
-    def __init__(self) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.calls: list[str] = []
 
     def thaw(self) -> None:
@@ -74,7 +74,29 @@ def test_a_worker_in_which_too_much_was_left_is_replaced(
     monkeypatch.setattr(desk_module.priority, "lower", lambda *_: None)
     monkeypatch.setattr(desk_module.priority, "release", lambda _: None)
     desk = Desk(Config("d", BrokerConfig("mqtt://localhost")), lambda _: None)
-    monkeypatch.setattr(desk, "start", lambda _: setattr(desk, "_child", desk._child or _Still()))
-    desk._bytes_base, desk._child = 200 * mebibyte, held  # type: ignore[assignment]  # a stand-in
+    monkeypatch.setattr(desk, "start", lambda *_: setattr(desk, "_child", desk._child or _Still()))
+    desk._bases, desk._child = {"": 200 * mebibyte}, held  # type: ignore[assignment]  # a stand-in
     desk.give(Job(an_order("d0", 1), "spec", (), "out", "", 42 * mebibyte, 0, 1), 1.0, int(bound * mebibyte))
     assert (desk._child is held) is stays
+
+
+@pytest.mark.parametrize("mode", ["warm", "auto", "spawn"])
+def test_what_loading_took_is_told_of_a_worker_that_an_order_was_the_first_of(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A worker that is kept warm is told at its start what to load, and yet it is the order that waits for it."""
+    monkeypatch.setattr(desk_module, "Child", _Still)
+    monkeypatch.setattr(_Still, "send", lambda *_: None)
+    monkeypatch.setattr(desk_module.probe, "resident", lambda _: 0)
+    monkeypatch.setattr(desk_module.priority, "lower", lambda *_: None)
+    monkeypatch.setattr(desk_module.priority, "release", lambda _: None)
+    worker = WorkerConfig(mode=mode)  # type: ignore[arg-type]  # one of its words
+    config = Config("d", BrokerConfig("mqtt://localhost"), worker=worker)
+    desk = Desk(config, lambda _: None)
+    for number, (engine, loading) in enumerate((("native", 2.0), ("native", 0.0), ("torch", 2.0)), 1):
+        job = Job(an_order("d0", number), "spec", (), "out", "", 0, 0, 1, engine=engine)
+        desk.give(job, 10.0 * number)
+        desk.take(Said("worker", 0, Progress(0.0, None, 0)), 10.0 * number + 2.0)
+        found = desk.take(Said("worker", 0, Failed("data", "why", 0, 0)), 10.0 * number + 5.0)
+        assert isinstance(found, desk_module.Finished)
+        assert found.took == (3.0, 2.0 if mode == "spawn" else loading)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import Choice, open_engine
+from edge_runtime.engines import Choice
 from edge_runtime.kernels.importance import Passed, gradient_blocks
 from edge_runtime.rules import dpf, loop, sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays
 from tests.unit.test_masked_engine import deep, masks_of, times_mask
 from wire import memory
@@ -17,7 +18,7 @@ from wire.messages import Recipe
 from wire.spec import Structure
 from wire.structure import masked
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = deep()
 MASKS = masks_of(SPEC)
 WHOLE = Structure()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import ConditionsConfig, amount, load
+from edge_runtime.amounts import amount
+from edge_runtime.config import ConditionsConfig, load
 from wire.errors import ConfigError
 
 WHOLE = """

@@ -11,12 +11,14 @@ from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedmp
 from coordinator.blocks.fade import faded
 from coordinator.blocks.nesting import rank, widths_of
-from edge_runtime.engines import open_engine
+from tests.support.engines import make
 from tests.support.models import batch, random_arrays, small_cnn
 from tests.support.sequences import recurrent
 from wire.messages import Usage
 from wire.spec import Node, Structure
 from wire.structure import cut, ranking_digest, to_wire
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 SPEC = small_cnn()
 
@@ -52,7 +54,7 @@ def test_all_gone_the_whole_model_says_what_its_sub_model_says():
         (narrow, cut(SPEC, to_wire(SPEC, weights, levels), narrow)),
         (Structure(), faded(SPEC, weights, levels, 0, 1.0)),
     ):
-        engine = open_engine("torch")()
+        engine = make()
         engine.load(SPEC, structure, arrays)
         said.append(engine.forward(x))
     np.testing.assert_allclose(*said, atol=1e-5)
@@ -61,7 +63,7 @@ def test_all_gone_the_whole_model_says_what_its_sub_model_says():
 def test_a_channel_from_which_nothing_is_read_can_still_learn():
     weights = random_arrays(SPEC, Structure(), 3)
     _, levels = ranked(SPEC, weights)
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, Structure(), faded(SPEC, weights, levels, 0, 1.0))
     engine.forward_backward(*batch(SPEC, 16))
     assert (np.abs(engine.grads["o.weight"][:, levels["b"] > 0]).max(axis=0) > 1e-6).all()

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from edge_runtime import rules
-from edge_runtime.engines import Choice, open_engine
+from edge_runtime.engines import Choice
 from edge_runtime.rules import fiarse, sgd
 from tests.support.by_torch import small_cnn_forward
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Structure
 from wire.structure import masked
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 WEIGHTS = random_arrays(SPEC, Structure())
 MASKED = ("c.weight", "f.weight", "o.weight")

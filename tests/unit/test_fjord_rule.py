@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from edge_runtime import rules, shrink
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import fjord
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn, widths
 from wire import memory
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 NESTED = widths(a=(2, 3, 4, 6), b=(3, 5, 8, 12))
 

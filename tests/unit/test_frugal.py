@@ -160,3 +160,20 @@ def test_this_process_has_code_to_give_back() -> None:
     known = {(int(a, 16), int(b, 16)) for a, b in re.findall(r"^(\w+)-(\w+) r-xp", maps, re.MULTILINE)}
     assert {place[:2] for place in found} & known
     assert os.getpid() > 0
+
+
+def test_libraries_that_data_may_need_load_beside_a_workers_stand_ins() -> None:
+    """What numpy is not told at its start it may ask for later: signatures in numpy.ma, types as an attribute."""
+    said = run(
+        "from edge_runtime import frugal, worker_process\n"
+        "frugal.put_aside(worker_process.ASIDE, worker_process.ANSWERS)\n"
+        "import inspect, pathlib, sys\n"
+        "import numpy as np\n"
+        "print(inspect.signature(run := lambda a: a))\n"
+        "worker_process.bind()\n"
+        "import numpy.typing as npt\n"
+        "print(npt.ArrayLike is np.typing.ArrayLike, np.ma.array([1, 2], mask=[0, 1]).sum())\n"
+        "found = [pathlib.Path('/a b').as_uri() for _ in range(2)] and sys.modules['urllib.parse']\n"
+        "print(pathlib.Path('/a b').as_uri(), sys.modules['urllib.parse'] is found)\n"
+    )
+    assert said.splitlines() == ["(a)", "True 1", "file:///a%20b True"]

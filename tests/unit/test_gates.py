@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.engines import open_engine
+from tests.support.engines import make as MAKE
 from tests.support.models import RANKING, batch, random_arrays
 from tests.support.sequences import MODELS, STEPS, WIDTH, attended, recurrent
 from wire import structure as cutting
 from wire.errors import SpecError
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check, group_sizes, tensor_shapes
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 ALL = list(MODELS)
 
 

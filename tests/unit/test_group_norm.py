@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from coordinator.blocks.initial import initial_weights
-from edge_runtime.engines import open_engine
+from tests.support.engines import make
 from wire import zoo
 from wire.errors import SpecError
 from wire.spec import NORM_EPSILON, Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check, decode, encode
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 
 def normed(groups, *, prunable=False, classes=24):
@@ -28,7 +30,7 @@ def test_it_is_the_formula(groups):
     spec = check(normed(groups))
     assert decode(encode(spec)) == spec
     weights = {name: rng.standard_normal(6).astype(np.float32) for name in ("n.weight", "n.bias")}
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(spec, Structure(), weights)
     x = rng.standard_normal((3, 6, 2, 2)).astype(np.float32) + 2
     runs = x.reshape(3, groups, -1).astype(np.float64)
@@ -64,7 +66,7 @@ def test_where_channels_stand_does_not_matter_and_narrow_widths_run():
     spec = zoo.resnet("tiny", (3, 8, 8), 4, ((4, 1), (6, 2)))
     weights = initial_weights(spec, 1)
     assert np.array_equal(weights["norm.weight"], np.ones(4))
-    engine, other = open_engine("torch")(), open_engine("torch")()
+    engine, other = make(), make()
     engine.load(spec, Structure(), weights)
     moved = dict(weights)
     for tensor in spec.tensors:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import grouplasso, sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, linear, random_arrays, small_cnn
 from wire import memory
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Structure
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 WEIGHTS = random_arrays(SPEC, Structure())
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from edge_runtime import rules, shrink
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import heterofl, loop
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, linear, random_arrays, small_cnn, widths
 from wire import memory, zoo
 from wire.errors import SpecError
@@ -19,7 +19,7 @@ from wire.head import head_of
 from wire.messages import Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 NESTED = widths(a=(2, 3, 6), b=(3, 6, 12))
 HEAD = ("o.weight", "o.bias")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import Choice, open_engine
+from edge_runtime.engines import Choice
 from edge_runtime.kernels.choose import Layer, Timing
 from edge_runtime.rules import importance, sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from wire import memory
 from wire.errors import NonFinite, SpecError
@@ -20,7 +21,7 @@ from wire.messages import Recipe
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 NAMES = maskable(SPEC)
 SHAPES = tensor_shapes(SPEC, Structure())

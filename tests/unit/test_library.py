@@ -20,7 +20,16 @@ from edge_runtime.kernels import library
 from wire.errors import DeviceError
 
 HEADER = re.sub(r"/\*.*?\*/", "", (source.NATIVE / "kernels.h").read_text("utf-8"), flags=re.DOTALL)
-STRUCTURES = {"image": library.Image, "update": library.Step, "linear": library.Linear, "conv": library.Conv}
+STRUCTURES = {
+    "image": library.Image,
+    "update": library.Step,
+    "linear": library.Linear,
+    "conv": library.Conv,
+    "call": library.Call,
+    "window": library.Window,
+    "norm": library.Norm,
+}
+PLAIN = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}
 
 # A compiler that does nothing: says what it compiles for, writes its definitions into its object files, and joins those.
 FAKE = """#!/bin/sh
@@ -156,7 +165,7 @@ def test_the_structures_are_those_of_the_header() -> None:
             if found := re.match(r"\s*(?:const )?(\w+) (.*)", line, re.DOTALL):
                 for field in found[2].split(","):
                     pointer = "*" in field
-                    plain = {"int32_t": ctypes.c_int32, "float": ctypes.c_float}.get(found[1])
+                    plain = PLAIN.get(found[1])
                     wanted.append((field.strip(" *\n"), ctypes.c_void_p if pointer else plain))
         assert list(kind._fields_) == wanted
 
@@ -175,7 +184,7 @@ def _type(argument: str) -> object:
     structure = re.search(r"nk_(\w+) \*", argument)
     if structure and structure[1] in STRUCTURES:
         return ctypes.POINTER(STRUCTURES[structure[1]])
-    return ctypes.c_void_p if "*" in argument else {"int32_t": ctypes.c_int32}[argument.split(maxsplit=1)[0]]
+    return ctypes.c_void_p if "*" in argument else PLAIN[argument.split(maxsplit=1)[0]]
 
 
 class Opened:

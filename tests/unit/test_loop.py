@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import loop
 from tests.support.by_torch import small_cnn_forward
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from tests.support.orders import some_masks
 from wire.errors import NonFinite
@@ -22,7 +22,7 @@ from wire.messages import Recipe
 from wire.spec import Structure
 
 SPEC = small_cnn()
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 
 def task(recipe, count=21, *, micro=None, number=1, masks=None, told=None):

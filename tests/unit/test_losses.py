@@ -10,15 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.engines import Choice, Update, losses, open_engine
+from edge_runtime.engines import Choice, Update, losses
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, linear, random_arrays, small_cnn
 from wire.errors import Unsupported
 from wire.spec import Structure, tensor_shapes
 from wire.zoo import mlp
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 WHOLE = Structure()
-LOSSES = ("cross_entropy", "binary_cross_entropy", "sum")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "mean_squared_error", "sum")
 CHOICES = {
     "dense": None,
     "held dense": Choice(ways={"": "dense"}),
@@ -36,6 +37,8 @@ def naive(logits, targets, loss):
         elif loss == "cross_entropy":
             whole = math.log(sum(math.exp(z) for z in row))
             total += sum(t * (whole - z) for z, t in zip(row, target, strict=True)) / len(logits)
+        elif loss == "mean_squared_error":
+            total += sum((z - t) ** 2 for z, t in zip(row, target, strict=True)) / len(row) / len(logits)
         else:
             odds = [1 / (1 + math.exp(-z)) for z in row]
             each = [-t * math.log(p) - (1 - t) * math.log(1 - p) for p, t in zip(odds, target, strict=True)]
@@ -66,6 +69,9 @@ def test_two_classes_by_hand():
     engine.params["o.bias"][:] = [3, 4]
     assert engine.forward_backward(x, y, loss="sum", scale=2.0) == 7.0
     np.testing.assert_allclose(engine.grads["o.bias"], [2.25, 1.75])  # gradients add up
+    # From (0, 1) that is (3, 3) away: the mean of the squares is 9, its gradient twice the way over two classes.
+    assert engine.forward_backward(x, y, loss="mean_squared_error") == 9.0
+    np.testing.assert_allclose(engine.grads["o.bias"], [5.25, 4.75])
 
 
 @settings(max_examples=60, deadline=None)

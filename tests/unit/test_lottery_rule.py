@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import lottery, sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Structure
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 WEIGHTS = random_arrays(SPEC, Structure())
 MASKED = ("c.weight", "f.weight", "o.weight")

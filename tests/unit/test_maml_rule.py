@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import loop
 from edge_runtime.rules.maml import Look, Spare, meta_gradient
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn, widths
 from tests.support.orders import some_masks
 from wire import memory
@@ -22,7 +22,7 @@ from wire.messages import Recipe
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, check
 
 SPEC = small_cnn()
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 WHOLE = Structure()
 
 

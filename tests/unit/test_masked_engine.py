@@ -10,6 +10,9 @@ import pytest
 
 from edge_runtime import rules
 from edge_runtime.engines import Choice, Update
+from edge_runtime.engines.native.dense import NATIVE
+from edge_runtime.engines.native.engine import NativeEngine
+from edge_runtime.engines.stretches import TORCH
 from edge_runtime.engines.torch import TorchEngine
 from edge_runtime.engines.update import apply
 from edge_runtime.engines.ways import Tools
@@ -31,14 +34,18 @@ MIXED = Choice(ways={"": "sparse", "f.weight": "dense", "fc3.weight": "dense"})
 
 def kits():
     library = open_library()
-    return [TwinKit()] if library is None else [TwinKit(), NativeKit(library)]
+    found = [(TorchEngine, TORCH, TwinKit())]
+    if library is not None:
+        found += [(TorchEngine, TORCH, NativeKit(library)), (NativeEngine, NATIVE, NativeKit(library))]
+    return found
 
 
-@pytest.fixture(params=kits(), ids=lambda kit: type(kit).__name__)
+@pytest.fixture(params=kits(), ids=lambda one: f"{one[0].__name__}-{type(one[2]).__name__}")
 def make(request):
-    tools = Tools()
-    tools.kit = request.param
-    return lambda: TorchEngine(tools=tools)
+    engine, backend, kit = request.param
+    tools = Tools(backend)
+    tools.kit = kit
+    return lambda: engine(tools=tools)
 
 
 def deep():
@@ -300,7 +307,7 @@ class Picky:
 
 def test_a_chain_that_a_kit_cannot_do_is_cut():
     spec = deep()
-    masks, tools = masks_of(spec), Tools()
+    masks, tools = masks_of(spec), Tools(TORCH)
     tools.kit = Picky()
     engine, twin = loaded(lambda: TorchEngine(tools=tools), spec, masks, SPARSE), dense_twin(spec, masks)
     assert len(engine._steps) == len(spec.nodes)
@@ -355,12 +362,13 @@ def test_memory_is_freed_with_the_engine(make):
     spec = deep()
     engine = loaded(make, spec, masks_of(spec, skip=("out.weight",)), MIXED)
     engine.forward_backward(*batch(spec, 2), update=Update(0.1))
-    params, leaf, held = engine.params, weakref.ref(engine._leaves["out.weight"]), weakref.ref(engine)
+    params, held = engine.params, weakref.ref(engine)
+    inside = [weakref.ref(leaf) for leaf in getattr(engine, "_leaves", {}).values()]
     gc.disable()
     try:
         del engine
-        assert leaf() is None
         assert held() is None
+        assert all(leaf() is None for leaf in inside)
     finally:
         gc.enable()
     assert params["fc4.weight"].any()

@@ -18,10 +18,11 @@ from coordinator.answers import check_update
 from coordinator.journal import RunStarted
 from coordinator.standing import Standing
 from edge_runtime import personal, rules
-from edge_runtime.engines import Choice, open_engine
+from edge_runtime.engines import Choice
 from edge_runtime.kernels.importance import LARGEST_BYTES, largest_of
 from edge_runtime.worker import perform
 from tests.golden.attacks import container
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from tests.support.orders import dataset, job, some_masks
 from wire.errors import Malformed
@@ -34,7 +35,7 @@ from wire.spool import Spool
 from wire.structure import masked
 
 SPEC, WHOLE = small_cnn(), Structure()
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 
 @pytest.mark.parametrize("kept", [1, 5])

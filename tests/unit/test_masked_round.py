@@ -30,6 +30,8 @@ from wire.spool import Spool
 from wire.structure import masked
 from wire.tensor import open_blob
 
+pytestmark = pytest.mark.usefixtures("every_engine")
+
 SPEC = small_cnn()
 MASKED = ("c.weight", "f.weight")
 RUN = "ab" * 8

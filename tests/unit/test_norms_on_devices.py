@@ -21,11 +21,11 @@ from coordinator.simulate.flops import flops, per_sample
 from coordinator.simulate.world import Config, build
 from coordinator.standing import Standing
 from edge_runtime import personal
-from edge_runtime.engines import open_engine
 from edge_runtime.received import Received
 from edge_runtime.rules import Held
 from edge_runtime.shrink import Squeezed
 from edge_runtime.worker import perform
+from tests.support.engines import make
 from tests.support.models import random_arrays
 from tests.support.norms import AMPLE, SPEC, begun, cut_of, floats, saw
 from tests.support.orders import dataset, job
@@ -36,6 +36,8 @@ from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, c
 from wire.spool import Spool
 from wire.structure import cut, to_wire
 from wire.tensor import open_blob, write_blob
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 # --- on the way ------------------------------------------------------------------------------------------------------
 
@@ -129,10 +131,10 @@ WIDE = Structure(1, {"a": (2, 4)}, "ab" * 32)
 
 
 def test_a_narrower_width_may_have_statistics_of_its_own():
-    engine, arrays = open_engine("torch")(), random_arrays(SPEC, Structure(), 1) | {"n.variance": floats(1, 2, 3, 4)}
+    engine, arrays = make(), random_arrays(SPEC, Structure(), 1) | {"n.variance": floats(1, 2, 3, 4)}
     engine.load(SPEC, WIDE, arrays)
     narrow, small = engine.narrow(WIDE.narrowed(0), OWN[0]), WIDE.narrowed(0)
-    alone = open_engine("torch")()
+    alone = make()
     alone.load(SPEC, small, {**cut(SPEC, arrays, small), **OWN[0]})
     x = np.random.default_rng(0).random((5, 3), np.float32)
     np.testing.assert_allclose(narrow.forward(x), alone.forward(x), atol=1e-6)
@@ -152,7 +154,7 @@ def test_every_width_is_measured_with_its_own_set_and_a_personal_model_has_it(tm
     arrays["o.weight"] *= 20
     found = perform(job(tmp_path / "e", SPEC, arrays, [WIDE.narrowed(0), WIDE], verb="evaluate", norms=OWN), data)
     small = WIDE.narrowed(0)
-    alone = open_engine("torch")()
+    alone = make()
     alone.load(SPEC, small, {**cut(SPEC, arrays, small), **OWN[0]})
     loss, _ = alone.evaluate(*data.test)
     assert found.metrics["loss.0"] == pytest.approx(loss / 16, rel=1e-5)
@@ -206,14 +208,14 @@ def test_channels_that_stand_several_times_in_a_norm(tmp_path):
         ),
         data,
     )
-    alone = open_engine("torch")()
+    alone = make()
     small = whole_of(state).narrowed(0)
     alone.load(spec, small, {**cut(spec, wire, small), **own})
     assert found.metrics["loss.0"] == pytest.approx(alone.evaluate(*data.test)[0] / 16, rel=1e-5)
 
 
 def test_an_order_that_is_cut_goes_on_with_the_narrower_widths_set():
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, WIDE, random_arrays(SPEC, Structure(), 1))
     squeeze = Squeezed(
         engine, lambda _: 5, lambda s, _: 4 + 4 * s.capacity, lambda *_: None, (9, 8, 1), own=OWN.__getitem__
@@ -260,7 +262,7 @@ def test_an_exported_width_has_its_own_statistics(learnt, tmp_path, monkeypatch)
         export, "standing_of", lambda _: Standing(RunStarted("ab" * 8, about={"spec": ref.digest}), digest)
     )
     monkeypatch.setattr(export, "Spool", lambda _: world.spool)
-    own, engine = measured(world, state), open_engine("torch")()
+    own, engine = measured(world, state), make()
     x, y = world.test.test
     for width, structure in zip((0.25, 0.5, 1.0), structures_of(state), strict=True):
         written, _ = export.write_model(tmp_path, width)

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edge_runtime.engines import Choice, Update, open_engine
+from edge_runtime.engines import Choice, Update
+from tests.support.engines import make as MAKE
 from tests.support.models import RANKING, batch, random_arrays
 from wire import memory
 from wire.errors import SpecError
@@ -26,7 +27,7 @@ from wire.spec import (
     tensor_shapes,
 )
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 WHOLE = Structure()
 CONV = {"kernel": 3, "stride": 1, "padding": 1}
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.choice import Means
 from edge_runtime.memory import plan as planning
 from edge_runtime.memory import reasons, speed
-from edge_runtime.memory.candidates import candidates, chosen
+from edge_runtime.memory.candidates import Room, candidates, chosen
+from edge_runtime.paces import Paces
 from edge_runtime.retry import Tries, Way
 from edge_runtime.session import Failed as Refusing
 from tests.support.messages import an_order
@@ -75,11 +77,11 @@ def test_what_is_masked_or_not_trained_is_not_cut() -> None:
 
 def test_after_running_out_of_memory_a_norm_still_sees_the_whole_batch() -> None:
     tries = Tries()
-    way = tries.fit(order_of(), NORMS, 0)
+    way = tries.fit(order_of(), NORMS, [Means("torch", 0)])
     assert isinstance(way, Way)
     assert (way.micro_batch, way.cuts) == (64, ())
     assert tries.failed(Job(way.order, "s", (), "o", "", 0, 64, 1), Failed("oom", "", 0, 1), 0.0) is None
-    again = tries.fit(order_of(), NORMS, 0)
+    again = tries.fit(order_of(), NORMS, [Means("torch", 0)])
     assert isinstance(again, Way)
     assert again.micro_batch == 64
     assert again.cuts
@@ -123,16 +125,16 @@ def test_why_says_what_was_given_up_for_what() -> None:
         ),
         (1, "no way fits"),
     ):
-        (one, *_) = candidates(NORMS, RECIPE, budget, (), ())
-        assert said in reasons.why(one, budget)
-    (one, *_) = candidates(NORMS, RECIPE, whole - 1, (), ())
-    assert reasons.why(one, whole - 1).endswith("batch norms see the whole batch") or "would be faster" in reasons.why(
-        one, whole - 1
-    )
-    text = reasons.text([one], [one], whole - 1, 0.0)
+        (one, *_) = candidates(NORMS, RECIPE, Room({"torch": budget}, Paces()), (), ())
+        assert said in reasons.why(one, {"torch": budget})
+    tight = {"torch": whole - 1}
+    (one, *_) = candidates(NORMS, RECIPE, Room(tight, Paces()), (), ())
+    said = reasons.why(one, tight)
+    assert said.endswith("batch norms see the whole batch") or "would be faster" in said
+    text = reasons.text([one], [one], tight, {})
     assert text.count("<- this one") == 1
     assert "1.00 x" in text
-    assert " s  " in reasons.text([one], [one], whole - 1, 2.0)
+    assert " s  " in reasons.text([one], [one], tight, {"torch": 2.0})
     assert chosen([one], masked=False) is one
 
 

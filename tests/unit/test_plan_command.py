@@ -14,6 +14,7 @@ from edge_runtime.config import load
 from edge_runtime.desk import BASE_GUESS
 from edge_runtime.memory import candidates as parts
 from edge_runtime.memory import probe
+from edge_runtime.paces import Paces
 from tests.support.models import small_cnn
 from tests.support.sequences import normed
 from wire import memory, zoo
@@ -28,7 +29,11 @@ RECIPE = parts.recipe_of(32, 0.9, 2.0, adam=False)
 def asked(*words):
     parser = argparse.ArgumentParser()
     planning.arguments(parser)
-    return parser.parse_args(list(words))
+    return parser.parse_args(["--engine", "torch", *words])
+
+
+def room(budget):
+    return parts.Room({"torch": budget}, Paces())
 
 
 @settings(max_examples=25, deadline=None)
@@ -38,7 +43,7 @@ def test_the_chosen_width_is_the_one_that_an_order_would_get(budget):
     spec, kept = zoo.by_name("digits-cnn"), (0.2, 0.4, 0.6, 0.8, 1.0)
     structures = [Structure(k, {g.name: tuple(memory.uniform(spec, f).widths[g.name][0] for f in kept)
                                 for g in spec.groups if g.prunable}) for k in range(5)]  # fmt: skip
-    best = parts.chosen(parts.candidates(spec, RECIPE, budget, kept, ()), masked=False)
+    best = parts.chosen(parts.candidates(spec, RECIPE, room(budget), kept, ()), masked=False)
     plan = memory.fit(spec, structures, RECIPE, budget)
     if plan is not None:  # a coordinator does not count on recomputation, by which a device may do more
         assert best is not None
@@ -49,7 +54,7 @@ def test_the_chosen_width_is_the_one_that_an_order_would_get(budget):
 
 def test_widths_then_densities_and_what_each_lacks():
     spec = zoo.by_name("conv-2")
-    found = parts.candidates(spec, RECIPE, 36 * MIB, (0.2, 0.5), (0.05, 0.2))
+    found = parts.candidates(spec, RECIPE, room(36 * MIB), (0.2, 0.5), (0.05, 0.2))
     assert [(one.width, one.density) for one in found] == [(1, 1), (0.5, 1), (0.2, 1), (1, 0.2), (1, 0.05)]
     assert found[0].weights == parameter_count(spec, Structure()) == 6_603_710
     assert [one.bytes_bound for one in found[:3]] == sorted((one.bytes_bound for one in found[:3]), reverse=True)
@@ -62,14 +67,14 @@ def test_widths_then_densities_and_what_each_lacks():
 
 def test_no_limit_takes_all_at_once_and_batch_norm_is_exact_only_then():
     spec = normed()
-    whole = parts.candidates(spec, RECIPE, 0, (0.5,), ())[0]
+    whole = parts.candidates(spec, RECIPE, room(0), (0.5,), ())[0]
     assert (whole.fits, whole.micro_batch, whole.exact, whole.kept) == (True, 32, True, True)
-    tight = parts.candidates(spec, RECIPE, 1, (0.5,), ())[0]
+    tight = parts.candidates(spec, RECIPE, room(1), (0.5,), ())[0]
     assert not tight.fits
     assert tight.bytes_bound == min(one.bytes_bound for one in tight.manners)
     assert [one.exact for one in tight.manners] == [one.micro_batch == 32 for one in tight.manners]
-    assert parts.candidates(small_cnn(), RECIPE, 1, (0.5,), ())[0].exact
-    fused = parts.candidates(spec, Recipe(batch=32), 0, (), ())[0]
+    assert parts.candidates(small_cnn(), RECIPE, room(1), (0.5,), ())[0].exact
+    fused = parts.candidates(spec, Recipe(batch=32), room(0), (), ())[0]
     assert not fused.kept
 
 
@@ -110,7 +115,10 @@ def test_a_machine_without_room_is_not_one_without_a_limit(capsys, tmp_path, mon
     config.write_text(f'device = "a"\n[broker]\nurl = "mqtt://127.0.0.1"\n[state]\ndir = "{tmp_path}"\n')
     monkeypatch.setattr(probe, "group_room", lambda root: None)
     reserve = load(config).bytes_reserve
-    for free, text, code in ((reserve // 2, "0.0 MiB", exits.UNFIT), (reserve + BASE_GUESS + 48 * MIB, "48.0", 0)):
+    for free, text, code in (
+        (reserve // 2, "0.0 MiB", exits.UNFIT),
+        (reserve + BASE_GUESS["torch"] + 48 * MIB, "48.0", 0),
+    ):
         monkeypatch.setattr(probe, "available", lambda root, free=free: free)
         assert planning.run(asked("--model", "digits-cnn", "--config", str(config))) == code
         assert f"weights; {text}" in capsys.readouterr().out

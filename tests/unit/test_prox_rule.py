@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from edge_runtime import rules
-from edge_runtime.engines import Update, open_engine
+from edge_runtime.engines import Update
 from edge_runtime.engines.update import Adam, apply_adam
 from edge_runtime.rules import loop
 from tests.support.by_torch import small_cnn_forward
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from tests.support.orders import some_masks
 from wire import memory
@@ -19,7 +20,7 @@ from wire.messages import Recipe
 from wire.spec import Structure
 
 SPEC = small_cnn()
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 WHOLE = Structure()
 MU = {"mu": 0.5}
 

@@ -9,9 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from edge_runtime.engines import Update, open_engine
+from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Arrays
+from edge_runtime.engines.native.at import At, Op
+from edge_runtime.engines.native.registry import OPS
 from edge_runtime.worker import perform
+from tests.support.engines import make, predicted
 from tests.support.models import batch, random_arrays, small_cnn, widths
 from tests.support.orders import dataset, job, some_masks
 from tests.support.sequences import attended, normed, recurrent, turned
@@ -24,6 +27,8 @@ from wire.passes import options
 from wire.segments import Cuts, Timeline, check, places
 from wire.spec import ModelSpec, Node, Structure
 from wire.walk import Walk
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 WHOLE = Structure()
 DEEP = cnn("deep", (1, 8, 8), 4, tuple(Conv(6, norm="batch") for _ in range(5)), (8,))
@@ -41,7 +46,7 @@ MODELS = {
 
 def trained(spec: ModelSpec, cuts: Cuts, update: Update | None, structure: Structure | None = None) -> Arrays:
     """Give all that three passes leave behind, after a narrower width has had one too."""
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(spec, WHOLE, random_arrays(spec, WHOLE))
     engine.recompute(cuts)
     engine.seed(3, 4)
@@ -91,7 +96,7 @@ def test_a_model_is_cut_where_one_value_crosses_that_nobody_overwrites() -> None
 @pytest.mark.parametrize("cuts", [(0,), (3,), (6,), (2, 2), (4, 2), (99,)])
 def test_cuts_elsewhere_are_refused(cuts: Cuts) -> None:
     spec = small_cnn()
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(spec, WHOLE, random_arrays(spec, WHOLE))
     for refused in (
         lambda: check(spec.nodes, cuts),
@@ -104,7 +109,7 @@ def test_cuts_elsewhere_are_refused(cuts: Cuts) -> None:
 
 def test_masks_are_not_cut() -> None:
     spec = small_cnn()
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(spec, WHOLE, random_arrays(spec, WHOLE), some_masks(spec))
     with pytest.raises(SpecError, match="masks"):
         engine.recompute((2,))
@@ -112,7 +117,7 @@ def test_masks_are_not_cut() -> None:
 
 def test_cuts_stay_for_a_narrower_width_and_go_with_another_model() -> None:
     """An order that is cut to a narrower width while it runs goes on as it was; the other model has no node 11."""
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(DEEP, WHOLE, random_arrays(DEEP, WHOLE))
     engine.recompute((5, 11))
     narrow = memory.uniform(DEEP, 0.5)
@@ -126,7 +131,7 @@ def test_cuts_stay_for_a_narrower_width_and_go_with_another_model() -> None:
 
 def test_a_pass_that_fails_leaves_the_weights_and_the_engine_as_they_were() -> None:
     spec = attended()
-    engine = open_engine("torch")()
+    engine = make()
     arrays = random_arrays(spec, WHOLE)
     engine.load(spec, WHOLE, arrays)
     engine.recompute(places(spec.nodes)[::2])
@@ -137,21 +142,37 @@ def test_a_pass_that_fails_leaves_the_weights_and_the_engine_as_they_were() -> N
     assert engine.forward_backward(x, y) == engine.forward_backward(x, y)
 
 
-def test_running_statistics_move_once_even_if_a_segment_fails_to_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = open_engine("torch")()
-    engine.load(DEEP, WHOLE, random_arrays(DEEP, WHOLE))
-    engine.recompute(places(DEEP.nodes)[::3])
-    from edge_runtime.engines import again  # the engine's package loads torch, which is heavy for a test's head
+def failing_when_run_again(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Let segments fail as they run again."""
+    calls = []
 
-    whole, calls = again.through, []
-
-    def failing(steps: object, x: object) -> object:
+    def counted(steps: object, x: object) -> object:
         calls.append(steps)
         if len(calls) > len(places(DEEP.nodes)[::3]) + 1:
             raise MemoryError("while it ran again")
         return whole(steps, x)
 
-    monkeypatch.setattr(again, "through", failing)
+    def norm(at: At) -> None:
+        if at.phase.follows == 0.0 and not calls:
+            calls.append(at)
+            raise MemoryError("while it ran again")
+        op.forward(at)
+
+    if name == "torch":
+        from edge_runtime.engines import again  # the engine's package loads torch, which is heavy for a test's head
+
+        whole = again.through
+        patch.setattr(again, "through", counted)
+    else:
+        op = OPS["batch_norm"]
+        patch.setitem(OPS, "batch_norm", Op(norm, op.backward))
+
+
+def test_running_statistics_move_once_even_if_a_segment_fails_to_run_again(every_engine, monkeypatch) -> None:
+    engine = make()
+    engine.load(DEEP, WHOLE, random_arrays(DEEP, WHOLE))
+    engine.recompute(places(DEEP.nodes)[::3])
+    failing_when_run_again(every_engine, monkeypatch)
     with pytest.raises(MemoryError):
         engine.forward_backward(*batch(DEEP, 6))
     monkeypatch.undo()
@@ -209,32 +230,28 @@ def test_a_worker_takes_the_cuts_of_its_job_and_refuses_wrong_ones(tmp_path) -> 
 
 
 def test_a_worker_that_chooses_runs_again_what_does_not_fit(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_runtime.engines import torch as engines
-
     spec = cnn("deep", (1, 16, 16), 4, tuple(Conv(16, norm="batch") for _ in range(8)), (8,))
     recipe = Recipe(batch=64, steps=1)
-    whole = memory.predict(spec, WHOLE, recipe).bound
+    whole, kind = predicted(spec, WHOLE, recipe).bound, type(make())
     seen: list[Cuts] = []
-    plain = engines.TorchEngine.recompute
-    monkeypatch.setattr(
-        engines.TorchEngine, "recompute", lambda engine, cuts: (seen.append(cuts), plain(engine, cuts))[1]
-    )
+    plain = kind.recompute
+    monkeypatch.setattr(kind, "recompute", lambda engine, cuts: (seen.append(cuts), plain(engine, cuts))[1])
     made = job(tmp_path, spec, random_arrays(spec, WHOLE, scale=0.1), [WHOLE], recipe, budget=whole - 1)
     done = perform(made, dataset(spec, train=64))
     assert isinstance(done, Done), done
     assert seen[0], "batch norms: the whole batch with recomputation comes before half of it"
     assert done.usage.micro_batch == 64
-    assert done.usage.bytes_peak < memory.predict(spec, WHOLE, recipe).peak
+    assert done.usage.bytes_peak < predicted(spec, WHOLE, recipe).peak
 
 
-def test_nothing_of_torch_is_loaded_for_it() -> None:
+def test_nothing_more_is_loaded_for_it(every_engine: str) -> None:
     """Gradients that are handed to torch's own `backward` load its symbolic shapes (35 MB), its checkpoint the compiler."""
     code = (
         "import sys, numpy as np\n"
         "from edge_runtime.engines import open_engine\n"
         "from tests.support.models import small_cnn, random_arrays\n"
         "from wire.spec import Structure\n"
-        "spec = small_cnn(); engine = open_engine('torch')()\n"
+        f"spec = small_cnn(); engine = open_engine({every_engine!r})()\n"
         "engine.load(spec, Structure(), random_arrays(spec, Structure()))\n"
         "x, y = np.zeros((4, *spec.input_shape), np.float32), np.zeros(4, np.int64)\n"
         "engine.forward_backward(x, y); before = set(sys.modules)\n"

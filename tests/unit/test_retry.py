@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from edge_runtime.choice import Means
 from edge_runtime.retry import SECONDS_PAUSE, TRIES, Tries, Way
 from edge_runtime.session import Failed as Refusing
 from tests.support.messages import an_order
@@ -34,11 +35,15 @@ def order_of(spec: ModelSpec, batch: int, number: int = 1, structure: Structure 
 
 
 def job_of(way: Way, budget: int) -> Job:
-    return Job(way.order, "spec", ("shell",), "out", "", budget, way.micro_batch, 1)
+    return Job(way.order, "spec", ("shell",), "out", "", budget, way.micro_batch, 1, engine=way.means.engine)
+
+
+def torch(budget: int = 0) -> list[Means]:
+    return [Means("torch", budget)]
 
 
 def fit(tries: Tries, order: Order, spec: ModelSpec, budget: int = 0) -> Way:
-    way = tries.fit(order, spec, budget)
+    way = tries.fit(order, spec, torch(budget))
     assert isinstance(way, Way), way
     return way
 
@@ -89,7 +94,7 @@ def test_what_is_tried_fits_what_may_be_taken_by_then() -> None:
 def test_what_must_keep_its_width_is_only_done_in_parts(changes: dict[str, Verb | BlobRef]) -> None:
     order, tries = replace(order_of(CONV, 64), **changes), Tries()  # type: ignore[arg-type]  # two fields at a time
     tries.failed(job_of(fit(tries, order, CONV), 0), OOM, 0.0)
-    second = tries.fit(order, CONV, 0)
+    second = tries.fit(order, CONV, torch())
     assert isinstance(second, Refusing) or (second.order == order and second.micro_batch < 64)
 
 
@@ -98,7 +103,7 @@ def test_nothing_smaller_is_an_oom_with_what_was_seen() -> None:
     order, tries = order_of(linear, 1, structure=Structure()), Tries()
     first = fit(tries, order, linear, 20 * MIB)
     assert tries.failed(job_of(first, 20 * MIB), replace(OOM, bytes_peak=19 * MIB), 0.0) is None
-    verdict = tries.fit(order, linear, 20 * MIB)
+    verdict = tries.fit(order, linear, torch(20 * MIB))
     assert isinstance(verdict, Refusing)
     assert (verdict.reason, verdict.bytes_needed, verdict.bytes_free) == ("oom", 19 * MIB, 20 * MIB)
     assert "nothing smaller fits; after one try" in verdict.detail
@@ -125,8 +130,8 @@ def test_a_device_that_takes_more_than_was_predicted_plans_for_more() -> None:
     way = fit(tries, order, CONV)
     spent = Usage(bytes_peak=2 * way.bytes_bound)
     tries.done(job_of(way, 0), Done(way.order.structures[0], "", None, "", "", 1, {}, spent))
-    assert tries.scale == 2.0
+    assert tries.scales == {"torch": 2.0}
     following = fit(tries, order_of(CONV, 32, 2), CONV)
     assert following.bytes_bound > 1.8 * way.bytes_bound
     tries.done(job_of(following, 0), Done(way.order.structures[0], "", None, "", "", 1, {}, Usage(bytes_peak=1)))
-    assert tries.scale == pytest.approx(1.9)
+    assert tries.scales == {"torch": pytest.approx(1.9)}

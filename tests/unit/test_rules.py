@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn, widths
 from wire import memory
 from wire.errors import NonFinite, SpecError, Unsupported
 from wire.messages import Recipe
 from wire.spec import Structure
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 NESTED = widths(a=(2, 3, 4, 6), b=(3, 5, 8, 12))
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import selfprune, sgd
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from wire.channels import all_kept, tensor_masks, to_words
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Structure, tensor_shapes
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 WEIGHTS = random_arrays(SPEC, Structure())
 SHAPES = tensor_shapes(SPEC, Structure())

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -229,3 +232,26 @@ def test_a_squeeze_leaves_the_other_fates_as_they_are():
     one = weather.Fate(1.0, None, 0.5, 0.75)
     assert [one.room(100, done) for done in (0.0, 0.4, 0.5, 0.9)] == [0, 0, 75, 75]
     assert weather.Fate(1.0, None).room(100, 1.0) == 0
+
+
+@pytest.mark.parametrize(("command", "module"), [("simulate", "command"), ("ticket", "ticket")])
+def test_numpy_is_told_of_one_thread_before_it_is_loaded(command, module):
+    """On more, products are summed in another order, and the same run would be another one on another machine."""
+    function = {"command": "run_simulation", "ticket": "run_ticket"}[module]
+    code = (
+        "import os, sys, types\n"
+        "said = types.ModuleType('said')\n"
+        f"said.{function} = lambda _: print(os.environ['OPENBLAS_NUM_THREADS'], 'numpy' in sys.modules)\n"
+        f"sys.modules['coordinator.simulate.{module}'] = said\n"
+        "from coordinator import flags\n"
+        f"flags._{command}(None)\n"
+    )
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["1", "False"]
+
+
+def test_a_demo_on_an_engine_that_is_not_here_does_not_begin(tmp_path, capsys):
+    assert main(["demo", "--engine", "ghost", "--out", str(tmp_path / "out")]) == 2
+    assert "'ghost' is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

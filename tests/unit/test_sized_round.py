@@ -180,8 +180,8 @@ def test_every_size_is_measured_as_itself(tmp_path):
 class Local:
     """Stands in for the local worker's process: notes what it is sent."""
 
-    def __init__(self, *_):
-        self.pid, self.sent = 7, []
+    def __init__(self, *_, env):
+        self.pid, self.sent, self.env = 7, [], env
 
     def send(self, job):
         self.sent.append(job)
@@ -205,6 +205,7 @@ def test_the_local_worker_is_asked_for_one_size_after_the_other(tmp_path, monkey
     measure(1)
     child = local._child
     assert [job.order.structures[0].capacity for job in child.sent] == [0]
+    assert child.env["OPENBLAS_NUM_THREADS"] == "1", "the other cores are the rounds'"
     measure(2)
     measure(3)  # round 2's has not begun and is left out
     assert local.take(says(0)) is None

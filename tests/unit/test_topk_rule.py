@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import rules
-from edge_runtime.engines import open_engine
 from edge_runtime.rules import sgd, topk
+from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from wire.errors import SpecError
 from wire.messages import Recipe
 from wire.spec import Structure
 
-MAKE = open_engine("torch")
+pytestmark = pytest.mark.usefixtures("every_engine")
 SPEC = small_cnn()
 WEIGHTS = random_arrays(SPEC, Structure())
 SIZE = sum(array.size for array in WEIGHTS.values())

@@ -11,9 +11,9 @@ import torch
 
 from coordinator.simulate.flops import flops, per_sample
 from edge_runtime import personal
-from edge_runtime.engines import open_engine
 from edge_runtime.tuning import passes, shares
 from edge_runtime.worker import perform
+from tests.support.engines import make, predicted
 from tests.support.models import random_arrays
 from tests.support.norms import SPEC, floats
 from tests.support.orders import dataset, job, masked_job, some_masks
@@ -24,6 +24,8 @@ from wire.messages import Recipe
 from wire.spec import Structure
 from wire.tensor import open_blob
 from wire.zoo import by_name
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 THREE = Structure(2, {"a": (1, 2, 4)}, "ab" * 32)
 PLAIN = Recipe(rate=0.1, batch=40, epochs=2, momentum=0.5, decay=0.01, clip=1.0, seed=3)
@@ -78,7 +80,7 @@ def test_the_update_is_the_same_and_what_is_kept_goes_on_from_it(tmp_path, array
     again = perform(job(tmp_path / "c", SPEC, arrays, [THREE], with_knobs(recipe, personal=2.0)), data)
     assert (again.update_ref.digest, again.keep_digest) == (tuned.update_ref.digest, tuned.keep_digest)
     assert {"accuracy.before", "accuracy.after", "loss.after"} <= tuned.metrics.keys()
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, THREE, after)
     loss, right = engine.evaluate(*data.test)
     assert tuned.metrics["loss.after"] == pytest.approx(loss / 16, rel=1e-5)
@@ -123,7 +125,7 @@ def test_what_a_form_lost_is_carried_on_beside_the_devices_own_model(tmp_path, a
 
 def test_an_order_that_was_cut_keeps_a_model_of_the_narrower_width(tmp_path, arrays):
     made = job(tmp_path, SPEC, arrays, [THREE], with_knobs(PLAIN, widths=1.0, norms=1.0, personal=1.0), micro=40)
-    room = predict(SPEC, THREE.narrowed(0), made.order.recipe, 40).bound
+    room = predicted(SPEC, THREE.narrowed(0), made.order.recipe, 40).bound
     made = dataclasses.replace(made, bytes_budget=1 << 30)
     done = perform(made, uneven(), room=lambda share: room if share >= 0.5 else 0)
     assert done.structure.capacity == 0

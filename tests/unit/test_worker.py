@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from edge_runtime import personal, received, rules, worker
-from edge_runtime.engines import open_engine
+from edge_runtime.engines import available
 from edge_runtime.outgoing import Outgoing
 from edge_runtime.worker import perform
+from tests.support.engines import make, predicted
 from tests.support.models import random_arrays, small_cnn, widths
 from tests.support.orders import dataset, job
 from wire import maskfile, memory, zoo
@@ -22,6 +23,8 @@ from wire.job import Done, Failed
 from wire.messages import Recipe
 from wire.spec import Structure
 from wire.tensor import open_blob, write_blob
+
+pytestmark = pytest.mark.usefixtures("every_engine")
 
 SPEC = small_cnn()
 NESTED = widths(a=(2, 4, 6), b=(3, 5, 12))
@@ -41,7 +44,7 @@ def test_train_gives_trained_minus_received(tmp_path, structure):
     done = perform(job(tmp_path, SPEC, arrays, [structure], RECIPE), data)
     assert isinstance(done, Done)
     before = cutting.cut(SPEC, arrays, structure)
-    engine = open_engine("torch")()
+    engine = make()
     engine.load(SPEC, structure, before)
     x, y = data.train
     rules.find("sgd").train(rules.Task(RECIPE, engine, x, y, 1, 8, lambda *_: None))
@@ -118,8 +121,8 @@ def test_what_a_result_says(tmp_path):
     }  # fmt: skip
     assert done.metrics["loss"] < done.metrics["loss.first"]
     assert done.metrics["accuracy.after"] > 0.5
-    assert (done.usage.engine, done.usage.micro_batch) == ("torch", 8)
-    assert done.usage.bytes_peak == memory.predict(SPEC, NESTED, RECIPE).peak
+    assert (done.usage.engine, done.usage.micro_batch) == (available()[0], 8)
+    assert done.usage.bytes_peak == predicted(SPEC, NESTED, RECIPE).peak
     assert done.update_ref is not None
     assert done.update_ref.size == Path(done.update).stat().st_size
     assert len(done.keep_digest) == 64
@@ -143,7 +146,7 @@ def test_evaluate_measures_every_width(tmp_path):
     assert (done.update, done.update_ref, done.keep, done.samples) == ("", None, "", 16)
     x, y = data.test
     for structure in structures:
-        engine = open_engine("torch")()
+        engine = make()
         engine.load(SPEC, structure, cutting.cut(SPEC, arrays, structure))
         loss, correct = engine.evaluate(x, y)
         assert done.metrics[f"accuracy.{structure.capacity}"] == correct / 16
@@ -177,7 +180,7 @@ def test_worker_chooses_a_micro_batch_that_fits(tmp_path):
     big = small_cnn(channels=8, hidden=512, side=40)
     structure = WHOLE
     recipe = Recipe(batch=512, clip=1.0)
-    budget = memory.predict(big, structure, recipe, 200).bound
+    budget = predicted(big, structure, recipe, 200).bound
     done = perform(job(tmp_path, big, random_arrays(big, WHOLE), [structure], recipe, budget=budget), dataset(big))
     assert isinstance(done, Done)
     assert done.usage.micro_batch == 128

@@ -12,6 +12,26 @@
 
 #include "conv.h"
 
+#include "conv_pool.h"
+
+#include "loss.h"
+
+#include "run.h"
+
+#include "windows.h"
+
+#include "windows_pool.h"
+
+#include "windows_flat.h"
+
+#include "windows_depth.h"
+
+#include "windows_dense.h"
+
+#include "norms.h"
+
+#include "gates.h"
+
 extern "C" int32_t nk_abi(void) { return NK_ABI; }
 
 extern "C" int32_t nk_lanes(void) { return LANES; }

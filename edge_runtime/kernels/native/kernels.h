@@ -23,7 +23,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default) /* all else is compiled with -fvisibility=hidden */
 
-#define NK_ABI 1
+#define NK_ABI 2
 
 enum { NK_OK = 0, NK_SHAPE = 1, NK_STARTS = 2, NK_INDEX = 3, NK_MEMORY = 4 };
 
@@ -67,14 +67,15 @@ int32_t nk_linear_forward(const nk_linear *layer, const float *values, const flo
 int32_t nk_linear_backward(const nk_linear *layer, float *values, const float *x, const float *y, float *dy,
                            int32_t batch, float *dx, float *dvalues, float *dbias, const nk_update *update);
 
-/* Max pool (size = stride = kernel; 1: none) behind an optional relu: from `from` (no halo) to `to` (any halo, made
-   zero). */
+/* Max pool (size = stride = kernel, 16 at most; 1: none) behind an optional relu: from `from` (no halo) to `to` (any
+   halo, made zero). places (null: not kept): of each maximum its place in the window, by row, as a byte; as large as a
+   panelled buffer of `to` without halo, in bytes. */
 int32_t nk_pool_forward(const nk_image *from, int32_t batch, int32_t kernel, int32_t relu, const float *y,
-                        const nk_image *to, float *out);
-/* Its gradient, written into `dy` as image `into` (same channels and sides as `from`, any halo, made zero). y and out
-   are those of the forward pass, out as image `to`; dout has no halo. dy may take the place of y if it has no halo.
-   dbias (null: not wanted) += sums of dy by channel. */
-int32_t nk_pool_backward(const nk_image *from, int32_t batch, int32_t kernel, int32_t relu, const float *y,
+                        const nk_image *to, float *out, uint8_t *places);
+/* Its gradient, written into `dy` as image `into` (same channels and sides as `from`, any halo, made zero). places (not
+   read where the kernel is 1) and out are those of the forward pass, out as image `to`, read only if it had a relu; dout
+   has no halo. dbias (null: not wanted) += sums of dy by channel. */
+int32_t nk_pool_backward(const nk_image *from, int32_t batch, int32_t kernel, int32_t relu, const uint8_t *places,
                          const nk_image *to, const float *out, const float *dout, const nk_image *into, float *dy,
                          float *dbias);
 
@@ -105,6 +106,110 @@ int32_t nk_conv_backward_input(const nk_conv *layer, const float *values, const 
 int32_t nk_conv_backward_weight(const nk_conv *layer, float *values, const nk_image *in, const float *x,
                                 const nk_image *out, const float *dy, int32_t batch, float *dvalues,
                                 const nk_update *update);
+
+/* A convolution with the pool behind it (relu between them), where it reads 4 channels at most and what it makes (`made`,
+   no halo) has 1024 pixels at most; what it makes is not kept. As nk_conv_forward and nk_pool_forward; and backward as
+   nk_pool_backward and nk_conv_backward_weight. */
+int32_t nk_conv_pool_forward(const nk_conv *layer, const float *values, const float *bias, const nk_image *in,
+                             const float *x, int32_t batch, const nk_image *made, int32_t kernel, int32_t relu,
+                             const nk_image *to, float *out, uint8_t *places);
+int32_t nk_conv_pool_backward(const nk_conv *layer, float *values, const nk_image *in, const float *x, int32_t batch,
+                              const nk_image *made, int32_t kernel, int32_t relu, const nk_image *to, const float *out,
+                              const uint8_t *places, const float *dout, float *dbias, float *dvalues,
+                              const nk_update *update);
+
+/* The mean over n samples of log sum exp(logits) - logits[label], and in `gradient` (null: not wanted) `scale` times its
+   gradient to the logits. Both are [n][classes]. NK_INDEX where a label is no class. */
+int32_t nk_cross_entropy(const float *logits, int32_t n, int32_t classes, const int64_t *labels, float scale,
+                         float *gradient, double *loss);
+
+/* Move values along a gradient, which is set to zero. */
+int32_t nk_settle(float *values, int32_t count, float *gradient, const nk_update *update);
+
+/* One call of a list, prepared once and run at every step: which function, and its arguments: images are first to third
+   and arrays a to g in the function's own order; `size` is a kernel, a count or classes. */
+enum {
+  NK_PACK = 1, NK_UNPACK, NK_LINEAR_FORWARD, NK_LINEAR_BACKWARD, NK_POOL_FORWARD, NK_POOL_BACKWARD, NK_CONV_FORWARD,
+  NK_CONV_BACKWARD_INPUT, NK_CONV_BACKWARD_WEIGHT, NK_CROSS_ENTROPY, NK_SETTLE, NK_CONV_POOL_FORWARD,
+  NK_CONV_POOL_BACKWARD
+};
+typedef struct {
+  int32_t what, batch, size, relu;
+  float scale;
+  const void *layer; /* nk_linear or nk_conv */
+  const nk_image *first, *second, *third;
+  const nk_update *update;
+  void *a, *b, *c, *d, *e, *f, *g;
+} nk_call;
+/* Run a list until one fails: gives 0, or its code plus 256 times its place. */
+int32_t nk_run(const nk_call *calls, int32_t count);
+
+/* Windows over planes of activations that lie as [samples][held][height][width], without panels. The output's sides
+   follow from the others. A group of a convolution takes `channels` of the `held` ones, from where its pointer is. */
+typedef struct {
+  int32_t channels, held, height, width, out_height, out_width;
+  int32_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;
+} nk_window;
+
+/* columns[channel][ky][kx][sample][place of the output] = what the window there has at (ky, kx), 0 outside; and their
+   sums by where they came from, written to dx. The latter spoils the columns. */
+int32_t nk_window_take(const nk_window *window, int32_t samples, const float *x, float *columns);
+int32_t nk_window_give(const nk_window *window, int32_t samples, float *columns, float *dx);
+/* Each of `channels` by a kernel of its own. dx (null: not wanted), dweight and dbias are written. scratch: of `length`
+   floats, see windows_depth.h. */
+int32_t nk_depth_forward(const nk_window *window, int32_t samples, const float *x, const float *weight,
+                         const float *bias, float *y, float *scratch, int32_t length);
+int32_t nk_depth_backward(const nk_window *window, int32_t samples, const float *x, const float *weight,
+                          const float *dy, float *dx, float *dweight, float *dbias, float *scratch, int32_t length);
+/* Every one of `outs` (of `held` in memory) channels of the output from every one of `channels`: weight[outs][channels]
+   [kernel_y][kernel_x]. dx (null: not wanted) is written, dweight and dbias are added to. scratch: of `length` floats, see
+   windows_dense.h. */
+int32_t nk_dense_forward(const nk_window *window, int32_t outs, int32_t held, int32_t samples, const float *x,
+                         const float *weight, const float *bias, float *y, float *scratch, int32_t length);
+int32_t nk_dense_backward(const nk_window *window, int32_t outs, int32_t held, int32_t samples, const float *x,
+                          const float *weight, const float *dy, float *dx, float *dweight, float *dbias, float *scratch,
+                          int32_t length);
+/* Pools over `planes` planes, no padding. places (null: not wanted): where in its plane each maximum stands. even: the
+   windows of a mean share the sides as evenly as they can, whatever kernel and stride are. */
+int32_t nk_most_forward(const nk_window *window, int32_t planes, const float *x, float *y, int32_t *places);
+int32_t nk_most_backward(const nk_window *window, int32_t planes, const float *dy, const int32_t *places, float *dx);
+int32_t nk_mean_forward(const nk_window *window, int32_t planes, int32_t even, const float *x, float *y);
+int32_t nk_mean_backward(const nk_window *window, int32_t planes, int32_t even, const float *dy, float *dx);
+
+/* Norms of [samples][channels][inner]. A statistic is taken over each of `groups` runs of channels of each sample, or where
+   `groups` is 0 over each channel of all samples: so many `sets`. Layer norm: one group, inner 1. */
+typedef struct {
+  int32_t samples, channels, inner, groups;
+} nk_norm;
+
+/* y = (x - mean) / sqrt(variance + epsilon) * weight + bias, with what x itself has. Of each set (null: not wanted): mean
+   and rest, whose sum is the mean, inverse of the root, variance over n. x and y may be the same. */
+int32_t nk_norm_forward(const nk_norm *norm, const float *x, const float *weight, const float *bias, float epsilon,
+                        float *y, float *mean, float *rest, float *inverse, double *variance);
+/* The same by given statistics of each channel; groups is 0. */
+int32_t nk_norm_fixed(const nk_norm *norm, const float *x, const float *weight, const float *bias, const float *mean,
+                      const float *inverse, float *y);
+/* dx (null: not wanted; may be dy) is written. sums: [2][channels], of dy and of dy (x - mean) inverse: written where groups
+   is 0, else added to. fixed: the statistics were given, no gradient goes through them. */
+int32_t nk_norm_backward(const nk_norm *norm, const float *x, const float *dy, const float *weight, const float *mean,
+                         const float *rest, const float *inverse, int32_t fixed, float *dx, double *sums);
+
+/* One step over all samples, behind its products: `given` of the input, `asked` of the hidden state (null: there was none),
+   both [samples][gates]. `before` is the state, or of a GRU the output, of the step before (null: 0). A sample's entries in
+   gates, inner, y and dy are so many floats (`_step`) from the next one's. */
+int32_t nk_lstm_forward(int32_t samples, int32_t hidden, const float *given, const float *asked, const float *bias,
+                        const float *before, float *cell, float *gates, int32_t gates_step, float *y, int32_t y_step);
+int32_t nk_gru_forward(int32_t samples, int32_t hidden, const float *given, const float *asked, const float *bias_ih,
+                       const float *bias_hh, const float *before, float *gates, int32_t gates_step, float *inner,
+                       int32_t inner_step, float *y, int32_t y_step);
+/* gates (null in a forward pass: not wanted), and of a GRU inner, turn into their gradients. `asked`: what the next step
+   hands back to the output (null: there is none). dcell and carry take what came from the next step, and give. dz: [samples]
+   [gates], what goes back to the hidden state. */
+int32_t nk_lstm_backward(int32_t samples, int32_t hidden, const float *dy, int32_t dy_step, const float *asked,
+                         const float *cell, const float *before, float *gates, int32_t gates_step, float *dcell);
+int32_t nk_gru_backward(int32_t samples, int32_t hidden, const float *dy, int32_t dy_step, const float *asked,
+                        const float *before, int32_t y_step, float *gates, int32_t gates_step, float *inner,
+                        int32_t inner_step, float *dz, float *carry);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

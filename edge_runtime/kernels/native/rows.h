@@ -37,23 +37,6 @@ template <int W> struct Wide {
   MEMBER void rectify_by(const float *y) {
     for (int i = 0; i < COUNT; i++) v[i] = load<V>(y + i * WIDTH) <= V{} ? V{} : v[i];
   }
-  MEMBER void raise(const float *p) {
-    for (int i = 0; i < COUNT; i++) {
-      V other = load<V>(p + i * WIDTH);
-      V most = other > v[i] ? other : v[i];
-      v[i] = other == other ? most : other;
-    }
-  }
-  /* This where y is `most`, zero elsewhere; what was given is taken from this. */
-  MEMBER Wide where(const Wide &most, const float *y) {
-    Wide part;
-    for (int i = 0; i < COUNT; i++) {
-      auto here = load<V>(y + i * WIDTH) == most.v[i];
-      part.v[i] = here ? v[i] : V{};
-      v[i] = here ? V{} : v[i];
-    }
-    return part;
-  }
   MEMBER float total() const {
     v4 r = fold(v[0]);
     for (int i = 1; i < COUNT; i++) r += fold(v[i]);

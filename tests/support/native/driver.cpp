@@ -2,6 +2,7 @@
    A round is one of each trial at one batch, with one thread or three. Ends with 1 at the first difference. */
 #include "conv_trials.h"
 #include "linear_trials.h"
+#include "windows_trials.h"
 
 Chance chance;
 long checks;
@@ -18,7 +19,9 @@ int main(int count, char **words) {
     const char *name;
     void (*run)(int batch);
   } trials[] = {{"pack", pack_trial},     {"linear", linear_trial},          {"spoilt-linear", spoilt_linear_trial},
-                {"pool", pool_trial},     {"conv", conv_trial},              {"spoilt-conv", spoilt_conv_trial}};
+                {"pool", pool_trial},     {"conv", conv_trial},              {"spoilt-conv", spoilt_conv_trial},
+                {"columns", columns_trial}, {"dense", dense_trial},          {"depth", depth_trial},
+                {"windows-pool", window_pool_trial}};
   if (!nk_runs_here()) {
     printf("not run: this processor has not what it needs\n");
     return 0;

@@ -175,7 +175,7 @@ inline Peak peak(Activation &y, int s, int c, int i, int j, int kernel) {
   return best;
 }
 
-inline void pool_backward(Activation &y, Activation &out, int kernel, int relu) {
+inline void pool_backward(Activation &y, Activation &out, const uint8_t *places, int kernel, int relu) {
   int batch = y.batch;
   nk_image bare = out.image, into = y.image;
   bare.halo = 0;
@@ -185,7 +185,7 @@ inline void pool_backward(Activation &y, Activation &out, int kernel, int relu) 
   dout.fill(true), dbias.fill();
   std::vector<float> before = dbias.copy();
   bool wants_bias = chance.coin();
-  must(nk_pool_backward(&y.image, batch, kernel, relu, y.panels.at, &out.image, out.panels.at, dout.panels.at, &into,
+  must(nk_pool_backward(&y.image, batch, kernel, relu, places, &out.image, out.panels.at, dout.panels.at, &into,
                         dy.panels.at, wants_bias ? dbias.at : nullptr),
        "nk_pool_backward");
   dy.whole(true);
@@ -223,7 +223,8 @@ inline void pool_trial(int batch) {
   y.fill(false);
   if (chance.coin()) /* some that are the same */
     for (size_t i = 0; i < y.panels.size; i++) y.panels.at[i] = roundf(y.panels.at[i] * 2);
-  must(nk_pool_forward(&from, batch, kernel, relu, y.panels.at, &to, out.panels.at), "nk_pool_forward");
+  Table<uint8_t> places(std::vector<uint8_t>((size_t)(to.channels * to.height * to.width * ((batch + 3) / 4 * 4)), 255));
+  must(nk_pool_forward(&from, batch, kernel, relu, y.panels.at, &to, out.panels.at, places.at), "nk_pool_forward");
   out.whole(false);
   for (int s = 0; s < batch; s++)
     for (int c = 0; c < to.channels; c++)
@@ -232,7 +233,7 @@ inline void pool_trial(int batch) {
           double want = peak(y, s, c, i, j, kernel).value;
           near("pooled", out(s, c, i, j), relu && want < 0 ? 0 : want, 0, s, c, i, j);
         }
-  pool_backward(y, out, kernel, relu);
+  pool_backward(y, out, places.at, kernel, relu);
 }
 
 #endif

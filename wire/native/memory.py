@@ -1,0 +1,85 @@
+"""How much memory an order takes on the native engine: what it holds throughout, and the length of its arena.
+
+The engine lays its passes out by `wire.native.plan`, and this asks the same plan. What a worker reads and writes beside the
+engine is counted as for the torch engine (`wire.memory`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from wire import memory
+from wire.masked import FLOAT, Masked
+from wire.memory import Pass, Prediction
+from wire.messages import Recipe
+from wire.native.plan import Asked, plan
+from wire.segments import Cuts
+from wire.spec import ModelSpec, Structure
+
+_GAPS, _SHARE, _LEAST = 1 << 20, 4, 1 << 16
+"""Blocks below the size from which each is mapped singly (`edge_runtime.memory.guard`) lie in one heap with gaps: at most so
+many bytes, or this part of all that there is, and what Python itself makes for an order."""
+
+_NARROWER = ("widths", "lambda")
+"""Knobs by which a rule trains narrower widths of the same weights as well, in the same arena."""
+
+
+def predict(
+    spec: ModelSpec,
+    structure: Structure,
+    recipe: Recipe,
+    micro_batch: int = 0,
+    *,
+    scale: float = 1.0,
+    masked: Masked | None = None,
+    cuts: Cuts = (),
+) -> Prediction:
+    """Predict the peak of a training order; arguments as `wire.memory.predict` has them.
+
+    Raises:
+        Unsupported: The model has an op that the native engine lacks.
+        SpecError: The model cannot be run, or not be cut there.
+
+    Cost: some ten microseconds per node.
+    """
+    if recipe.rule == "still":  # no engine is loaded for it
+        return memory.predict(spec, structure, recipe, micro_batch, scale=scale, masked=masked)
+    batch = micro_batch or recipe.batch
+    masked = masked or memory.masked_of(structure)
+    takes = arena(spec, structure, Asked(batch, cuts=cuts), masked)
+    if any(recipe.knobs.get(name) for name in _NARROWER) and structure.capacity:
+        narrower = structure.narrowed(structure.capacity - 1)
+        takes = max(takes, arena(spec, narrower, Asked(batch, cuts=cuts, views=True)))
+    found = memory.with_pass(spec, structure, recipe, (batch, masked), Pass(0, takes))
+    return memory.bounded(found.peak + (0 if masked is not None else _beside(found.peak)), scale)
+
+
+def predict_evaluation(
+    spec: ModelSpec, structure: Structure, batch: int, scale: float = 1.0, masked: Masked | None = None
+) -> Prediction:
+    """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time.
+
+    Raises:
+        Unsupported: The model has an op that the native engine lacks.
+    """
+    masked = masked or memory.masked_of(structure)
+    takes = arena(spec, structure, Asked(batch, backward=False), masked)
+    if structure.capacity and masked is None:
+        narrower = structure.narrowed(structure.capacity - 1)
+        takes = max(takes, arena(spec, narrower, Asked(batch, backward=False, views=True)))
+    found = memory.evaluated(spec, structure, masked, Pass(takes, 0))
+    return memory.bounded(found.peak + _beside(found.peak), scale)
+
+
+def _beside(peak: int) -> int:
+    return _LEAST + min(peak // _SHARE, _GAPS)
+
+
+def arena(spec: ModelSpec, structure: Structure, asked: Asked, masked: Masked | None = None) -> int:
+    """Give the bytes in which passes run, with those that stretches of masked layers hold of their own.
+
+    With a way back they are the more of a training pass and of one that measures the model, which comes before it.
+    """
+    ways = [asked, replace(asked, backward=False, cuts=())] if asked.backward else [asked]
+    found = [plan(spec, structure, way, masked) for way in ways]
+    return max(FLOAT * one.length for one in found) + max(one.panels for one in found)
