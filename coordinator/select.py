@@ -14,9 +14,18 @@ from collections.abc import Iterable
 
 from wire.errors import ConfigError
 
+_APART = 1_000_003
 
-def choose(selection: str, names: Iterable[str], *, seed: int, round_number: int) -> tuple[str, ...]:
+
+def choose(selection: str, names: Iterable[str], *, seed: int, round_number: int, draw: int = 0) -> tuple[str, ...]:
     """Choose devices; the result is sorted. Cost: one hash per name.
+
+    Args:
+        selection: How many.
+        names: Of those who are there.
+        seed: Of the run.
+        round_number: Counts from 1.
+        draw: How often others were chosen for this round of whom nobody could hold any part of the model.
 
     Raises:
         ConfigError: There is no such selection.
@@ -25,7 +34,7 @@ def choose(selection: str, names: Iterable[str], *, seed: int, round_number: int
     limit = count(selection, len(candidates))
     if limit >= len(candidates):
         return tuple(candidates)
-    return tuple(sorted(sorted(candidates, key=lambda name: _draw(seed, round_number, name))[:limit]))
+    return tuple(sorted(sorted(candidates, key=lambda name: _number(seed + draw * _APART, round_number, name))[:limit]))
 
 
 def count(selection: str, available: int) -> int:
@@ -55,5 +64,5 @@ def _fraction(text: str) -> float:
         return math.nan
 
 
-def _draw(seed: int, round_number: int, name: str) -> bytes:
+def _number(seed: int, round_number: int, name: str) -> bytes:
     return hashlib.sha256(f"select {seed} {round_number} {name}".encode()).digest()

@@ -63,6 +63,7 @@ class Steps:
         self._post = post
         self._child: Child | None = None
         self._task: Task | None = None
+        self._vain = (0, 0)  # a round, and how often nobody who was drawn for it could take part
 
     @property
     def busy(self) -> bool:
@@ -79,7 +80,7 @@ class Steps:
         volume = 4 * parameter_count(self._store.spec, Structure())
         volume += sum(reply.update.size for reply in task.replies if reply.update is not None)
         if volume <= _INLINE_BYTES:
-            return task, _told(advance(task))
+            return self._ended(task, advance(task))
         self._task = task
         self._child = Child("advance", ["coordinator.advance"], self._post, also=(Outcome,))
         self._child.send(task)
@@ -100,7 +101,7 @@ class Steps:
             raise StoreError(f"closing or planning round {task.round} ended without a result: {event}")
         if outcome.error:
             raise StoreError(f"closing or planning round {task.round} failed: {outcome.error}")
-        return task, _told(outcome)
+        return self._ended(task, outcome)
 
     def stop(self) -> None:
         """End the child, if there is one."""
@@ -113,7 +114,8 @@ class Steps:
         number = (current.number if closing and current is not None else standing.done) + 1
         here = fleet.online()
         enough = len(here) >= config.round.devices and number <= config.rounds
-        names = choose(config.round.select, [d.name for d in here], seed=config.seed, round_number=number)
+        draw = self._vain[1] if self._vain[0] == number else 0
+        names = choose(config.round.select, [d.name for d in here], seed=config.seed, round_number=number, draw=draw)
         return Task(
             spool=str(self._store.spool.root),
             spec=self._store.spec_ref.digest,
@@ -129,11 +131,12 @@ class Steps:
             weights=self._store.weights,
         )
 
-
-def _told(outcome: Outcome) -> Outcome:
-    if outcome.note:
-        log.warning("%s", outcome.note)
-    return outcome
+    def _ended(self, task: Task, outcome: Outcome) -> Step:
+        if outcome.note:
+            log.warning("%s", outcome.note)
+        if task.devices and not outcome.drafts:  # others may hold a part of the model
+            self._vain = (task.round, self._vain[1] + 1 if self._vain[0] == task.round else 1)
+        return task, outcome
 
 
 def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:

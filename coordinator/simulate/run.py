@@ -104,7 +104,6 @@ def simulate(
 
 _DRAWS = 30
 """How often devices are drawn for a round before it is said that none can hold any part of the model."""
-_APART = 1_000_003
 
 
 def play(world: World, log: Log) -> Iterator[int]:
@@ -305,7 +304,7 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     config, closing = world.config, ended is not None and ended.phase == "closed"
     planned = outcome
     for draw in range(_DRAWS):  # of few devices that are drawn, perhaps none can hold what there is
-        names = choose(config.terms.select, world.clients, seed=config.seed + draw * _APART, round_number=number)
+        names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number, draw=draw)
         views = tuple(_view(world.clients[name], log.seconds.get(name, (0.0, 0.0))) for name in names)
         planned = advance(
             Task(

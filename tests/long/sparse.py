@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.long._tables import run, told
 
@@ -29,6 +30,8 @@ OWN = {
     "fedavgm": {"start": "1", "first": "erk"},
 }
 """What methods are told beside their rate."""
+CONFIGS = Path(__file__).with_name("sparse-configs.json")
+"""What a tuned table tries for each method: three rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Table:
         recipe: Of all methods.
         rate: Of all methods; empty for `RATES`.
         target: Accuracy to reach.
+        tuned: Whether each method first chooses its rate among `CONFIGS`, on a validation part with a seed of its own.
     """
 
     algos: str
@@ -58,6 +62,7 @@ class Table:
     recipe: Mapping[str, str] = field(default_factory=lambda: STEPS)
     rate: str = ""
     target: str = "0.97*fedavg"
+    tuned: bool = False
 
     def words(self) -> list[str]:
         """Give the arguments."""
@@ -67,13 +72,21 @@ class Table:
         words += ["--partition", partition, "--devices", devices, "--select", "random:10", "--evaluate-every", "10"]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--set", f"*.schedule=linear {self.rounds}", "--target", self.target]
+        words += ["--tune", "--configs", str(CONFIGS)] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
-            own = {"recipe.rate": self.rate or RATES[label], **OWN.get(label, {})}
+            rate = {} if self.tuned else {"recipe.rate": self.rate or RATES[label]}
+            own = {**rate, **OWN.get(label, {})}
             words += told({f"{label}.{name}": value for name, value in own.items()})
         return words
 
 
+_FULL = "fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper"
+
 TABLES = {
+    "rates": Table(_FULL, ".05", "0,1,2", rounds=200, tuned=True),
+    "full": Table(_FULL, ".2,.1,.05,.01", "0,1,2", rounds=200),
+    "rates-lenet-5": Table(_FULL, ".05", "0,1,2", model="lenet-5", rounds=200, tuned=True),
+    "full-lenet-5": Table(_FULL, ".2,.1,.05,.01", "0,1,2", model="lenet-5", rounds=200),
     "key": Table("fedavg,prunefl,feddip,taper", ".05,.01", "0,1,2"),
     "all": Table("fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper", ".2,.1,.05,.01"),
     "conv-2": Table(

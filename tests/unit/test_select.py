@@ -53,3 +53,9 @@ def test_one_device_more_changes_at_most_one_choice() -> None:
 def test_uniform() -> None:
     tally = Counter(n for r in range(3000) for n in choose("random:2", NAMES, seed=3, round_number=r))
     assert all(abs(tally[name] - 600) < 100 for name in NAMES)  # 5 sigma is 110
+
+
+def test_another_draw_of_the_same_round_is_another_choice() -> None:
+    draws = [choose("random:1", NAMES, seed=0, round_number=3, draw=draw) for draw in range(200)]
+    assert {name for drawn in draws for name in drawn} == set(NAMES)
+    assert draws[0] == choose("random:1", NAMES, seed=0, round_number=3)
