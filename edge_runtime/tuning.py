@@ -9,7 +9,8 @@ with a model that knows so. With the knob ``personal`` n > 0 what was trained go
 * then come n passes over the samples with the recipe's rate, momentum, decay and clip, of this width alone and with labels
   alone, whatever narrower widths and soft targets the rule trains with.
 
-Nothing of it is sent. It takes no more memory than a step of training: the trained weights, of which the arrays hold only the
+Nothing of it is sent. Passes that end in what is no number cost the device nothing but their time: it keeps what was trained,
+with its own shares. It takes no more memory than a step of training: the trained weights, of which the arrays hold only the
 moves by then, are put together from what was received and the update's own file. In a form that loses something they are what
 the coordinator reads.
 """
@@ -23,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.engines.arrays import Floats, Labels
+from edge_runtime.engines.update import finite
 from edge_runtime.received import Received
 from edge_runtime.rules import Task, loop
 from edge_runtime.scoring import score
-from wire.errors import SpecError
+from wire.errors import NonFinite, SpecError
 from wire.head import head_of
 from wire.memory import holds_gradients
 from wire.messages import Recipe
@@ -53,23 +55,29 @@ class Tuning:
     metrics: dict[str, float]
 
     def own(self, update: Path) -> None:
-        """Let the engine hold the device's own model.
+        """Let the engine hold the device's own model; `metrics` say so when its passes came to nothing.
 
         Args:
             update: The file of what was trained minus what was received.
-
-        Raises:
-            NonFinite: A loss or a weight is no number.
         """
         task, engine = self.task, self.task.engine
+        self._fill(update)
+        try:
+            self._pass()
+        except NonFinite:
+            self._fill(update)
+            self.metrics["personal.diverged"] = 1.0
+        if self.test is not None:
+            self.metrics["accuracy.after"], self.metrics["loss.after"] = score(engine, self.test, task.micro_batch)
+
+    def _fill(self, update: Path) -> None:
+        """Put what was trained together, and add the device's own shares."""
+        engine = self.task.engine
         self.received.fill(engine.params)
         for name, param in engine.params.items():
             with open_blob(update) as blob:  # one by one: what was read of a mapped file counts as resident
                 np.add(param, blob.tensor(name), out=param)
-        engine.params[head_of(engine.spec).params["bias"]][...] += shares(task.y, engine.spec.classes)
-        self._pass()
-        if self.test is not None:
-            self.metrics["accuracy.after"], self.metrics["loss.after"] = score(engine, self.test, task.micro_batch)
+        engine.params[head_of(engine.spec).params["bias"]][...] += shares(self.task.y, engine.spec.classes)
 
     def _pass(self) -> None:
         """Go over the samples by plain steps. Gradients are held if those of the order were."""
@@ -91,6 +99,8 @@ class Tuning:
             return loss
 
         loop.run(task, step, np.random.default_rng([recipe.seed, task.round, 3]))
+        if not finite(engine.params):
+            raise NonFinite("a weight of the device's own model is no number")
 
     def _told(self, _: float, loss: float) -> None:
         self.task.tell(1.0, loss)

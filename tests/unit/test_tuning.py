@@ -87,6 +87,20 @@ def test_the_update_is_the_same_and_what_is_kept_goes_on_from_it(tmp_path, array
     assert tuned.metrics["accuracy.after"] == right / 16
 
 
+def test_passes_that_diverge_leave_what_was_trained(tmp_path, arrays):
+    """A decay of a hundred times each weight per step: one step is finite, twenty more are not."""
+    data, wild = uneven(), Recipe(rate=1e4, batch=40, steps=1, momentum=0.0, decay=0.01, clip=0.0, seed=3)
+    plain = perform(job(tmp_path / "a", SPEC, arrays, [THREE], wild), data)
+    tuned = perform(job(tmp_path / "b", SPEC, arrays, [THREE], with_knobs(wild, personal=40.0)), data)
+    assert tuned.update_ref.digest == plain.update_ref.digest
+    assert tuned.metrics["personal.diverged"] == 1.0
+    kept, trained = (personal.read(Path(done.keep)).arrays for done in (tuned, plain))
+    trained["o.bias"] = trained["o.bias"] + shares(data.train[1], 2)
+    for name, array in kept.items():
+        np.testing.assert_allclose(array, trained[name], rtol=1e-6, err_msg=name)
+    assert np.isfinite(tuned.metrics["accuracy.after"])
+
+
 def test_the_passes_are_plain_steps_of_the_width_alone(tmp_path, arrays):
     data, recipe = uneven(), with_knobs(PLAIN, widths=1.0, personal=3.0)
     done = perform(job(tmp_path, SPEC, arrays, [THREE], recipe), data)
