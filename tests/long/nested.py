@@ -27,8 +27,9 @@ ALONE = {"alone-20": 226, "alone-40": 75, "alone-60": 45, "alone-80": 38, "alone
 rounds of fledge (medians of three seeds, within a tenth). The table's column of operations shows whether that is still so."""
 PERSONAL = "perfedavg-20=perfedavg,hermes-20=hermes"
 UNBOUND = "perfedavg-all=perfedavg,hermes-all=hermes"
-RATIOS = (10, 20, 30, 40, 50, 60, 70, 80, 90)
-"""Percent that `uniform` cuts of every layer."""
+RATIOS = {10: 25, 20: 25, 30: 25, 40: 25, 50: 25, 60: 25, 70: 25, 80: 50, 90: 75, 95: 75}
+"""Percent that `uniform` cuts of every layer to its rounds: with as few as the others have, those that take a twentieth of the
+whole model's time would be cut off before they are anywhere."""
 OWN: Mapping[str, Mapping[str, str]] = {
     "nestfl": {"recipe.widths": "0"},
     "heterofl": {"fractions": FRACTIONS},
@@ -39,7 +40,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "eucb": {"policy": "eucb"},
     "bounded": {"policy": "bounded"},
     **{label: {"run.rounds": str(rounds)} for label, rounds in ALONE.items()},
-    **{f"uniform-{ratio}": {"policy": "uniform", "ratio": str(ratio / 100)} for ratio in RATIOS},
+    "fedmp": {"run.rounds": "75"},
+    **{f"uniform-{r}": {"policy": "uniform", "ratio": str(r / 100), "run.rounds": str(n)} for r, n in RATIOS.items()},
 }
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
 CONFIGS = Path(__file__).with_name("nested-configs.json")
