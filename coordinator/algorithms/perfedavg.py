@@ -5,6 +5,10 @@ Approach", NeurIPS 2020, algorithm 1. Devices take meta-gradient steps (see the 
 ``recipe.hf`` of 1); the mean of how these moved the weights, each device counting the same, is added to the model. A device's
 personal model is the meta-model after ``recipe.tune`` passes of plain steps of size ``recipe.alpha``. Its own test accuracy
 after training is about that; the global model itself is not meant to be good before such steps.
+
+Hessian-free steps want a smaller ``recipe.alpha``, such as 0.01: they multiply by ``I - alpha H``, which turns around
+what is curved by more than ``2 / alpha``, and the default, chosen for first order, diverges on the digits
+(docs/results/nested.md).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "heterofl-dynamic": {"fractions": FRACTIONS, "assign": "dynamic"},
     "fjord-plain": {"recipe.distil": "0"},
     "fiarse": {"sizes": "0.04 0.16 0.36 0.64 1"},
-    "perfedavg-hf": {"recipe.hf": "1"},
+    "perfedavg-hf-20": {"recipe.hf": "1", "recipe.alpha": "0.01"},
     "eucb": {"policy": "eucb"},
     "bounded": {"policy": "bounded"},
     **{label: {"run.rounds": str(rounds)} for label, rounds in ALONE.items()},
@@ -139,7 +139,7 @@ TABLES = {
     ),
     "faithful": Table(
         f"{NESTED},heterofl-dynamic=heterofl,fjord-plain=fjord,fiarse,fedprox-20=fedprox,fedprox-all=fedprox,"
-        f"perfedavg-hf=perfedavg,{PERSONAL},{UNBOUND},{PLAIN}",
+        f"perfedavg-hf-20=perfedavg,{PERSONAL},{UNBOUND},{PLAIN}",
         15,
         seeds="0",
     ),
