@@ -3,7 +3,7 @@
 ``put_aside``
     Much of what the standard library and paho import is for cases that an agent never has: `dataclasses` imports `inspect`
     for classes without a docstring, `urllib` imports `ipaddress` for addresses in brackets. A stand-in takes the place of
-    each such module, and loads the real one when anything of it is asked for: 2.5 MiB of the agent's own memory, and a sixth
+    each such module, and loads the real one when anything of it is asked for: 3 MiB of the agent's own memory, and a sixth
     of the time that a worker needs to start: numpy writes documentation and signatures that no worker reads.
 ``without_openssl``
     Where the broker is spoken to in the clear, nothing needs OpenSSL: 4.4 MiB of resident memory.
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
 import importlib.util
@@ -27,14 +28,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path  # it loads half of urllib, for which there may be a stand-in
 
+    from _typeshed import ReadableBuffer as Buffer
+
 ASIDE = (
-    *("ast", "base64", "bz2", "dis", "inspect", "ipaddress", "linecache", "lzma", "platform", "random", "shutil"),
-    *("tempfile", "textwrap", "tokenize", "traceback", "uuid", "zipfile"),
+    *("ast", "base64", "bz2", "dis", "encodings.idna", "inspect", "ipaddress", "linecache", "locale", "lzma"),
+    *("platform", "random", "shutil", "tempfile", "textwrap", "tokenize", "traceback", "uuid", "zipfile"),
 )
 """What an agent does not use unless something goes wrong."""
+
+
+def _idna() -> codecs.CodecInfo:
+    """Give a codec of names of hosts that needs the tables of Unicode, 0.2 MiB, for those alone that are not ASCII."""
+
+    def encode(name: str, errors: str = "strict") -> tuple[bytes, int]:
+        if name.isascii() and all(0 < len(label) < 64 for label in name.split(".")):
+            return name.encode("ascii"), len(name)
+        return real().encode(name, errors)
+
+    def decode(data: Buffer, errors: str = "strict") -> tuple[str, int]:
+        return real().decode(data, errors)
+
+    def real() -> codecs.CodecInfo:
+        load("encodings.idna")
+        found: codecs.CodecInfo = importlib.import_module("encodings.idna").getregentry()
+        return found
+
+    return codecs.CodecInfo(encode, decode, name="idna")
+
+
 _ANSWERS: dict[str, dict[str, Any]] = {
+    "encodings.idna": {"getregentry": _idna, "getaliases": tuple},  # every connection's
     "platform": {"system": lambda: os.uname().sysname},  # paho's question
-    "shutil": {"get_terminal_size": lambda: os.terminal_size((80, 24))},  # argparse's, for every single argument
 }
 """What stand-ins know themselves, because everybody asks it."""
 _STANDS_IN = "__stands_in__"
@@ -54,6 +78,8 @@ def put_aside(names: tuple[str, ...] = ASIDE, answers: Mapping[str, Mapping[str,
     for name in names:
         if name not in modules:
             modules[name] = _stand_in(name, known.get(name, {}))
+    with contextlib.suppress(ImportError):  # what the other half is about, this one replaces
+        modules.setdefault("datetime", importlib.import_module("_datetime"))
 
 
 def take_back() -> None:
