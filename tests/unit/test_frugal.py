@@ -116,6 +116,41 @@ def test_times_are_the_same_without_the_half_that_is_for_want_of_the_compiled_on
     assert said == "2026-05-02 12:00:00+00:00\n"
 
 
+def test_what_is_loaded_is_searched_for_garbage_no_more_and_what_comes_later_is() -> None:
+    said = run(
+        "import gc\n"
+        "from edge_runtime import frugal\n"
+        "try:\n"
+        "    with frugal.loading():\n        print(gc.isenabled())\n        kept = [[] for _ in range(9)]\n        raise OSError\n"
+        "except OSError:\n    pass\n"
+        "known = {id(one) for one in gc.get_objects()}\n"
+        "later = []\n"
+        "print(gc.isenabled(), any(id(one) in known for one in kept), any(one is later for one in gc.get_objects()))\n"
+    )
+    assert said.splitlines() == ["False", "True False True"]
+
+
+def test_methods_that_are_put_off_do_what_they_did() -> None:
+    code = (
+        "import dataclasses, pickle\n"
+        "from dataclasses import dataclass, field, replace\n"
+        "@dataclass(frozen=True, slots=True, order=True)\n"
+        "class A:\n    x: int\n    y: tuple = ()\n    z: object = field(default=None, compare=False, repr=False)\n"
+        "@dataclass\n"
+        "class B:\n    a: A\n    more: list = field(default_factory=list)\n"
+        "a, b = A(1, (2,), 'z'), B(A(3))\n"
+        "b.more.append(b)\n"
+        "print(a, b, a == A(1, (2,), 'other'), a == A(2), a != 1, hash(a) == hash(A(1, (2,))), {a: 1}[replace(a, z=0)])\n"
+        "print(pickle.loads(pickle.dumps(a)) == a, a < A(2), A.__eq__.__name__, A.__repr__.__qualname__, B.__hash__)\n"
+        "for change in (lambda: setattr(a, 'x', 2), lambda: delattr(a, 'x'), lambda: hash(b)):\n"
+        "    try:\n        change()\n"
+        "    except (TypeError, AttributeError) as error:\n        print(type(error).__name__, error)\n"
+    )
+    plain = run(code)
+    assert "FrozenInstanceError" in plain
+    assert run(f"from edge_runtime import frugal\nfrugal.put_off()\n{code}") == plain
+
+
 def test_what_is_loaded_already_stays() -> None:
     before = {name: sys.modules[name] for name in ("inspect", "traceback", "tempfile")}
     aside = {name for name in frugal.ASIDE if name not in sys.modules}
