@@ -8,6 +8,7 @@ unsubscribe first.
 
 from __future__ import annotations
 
+from edge_runtime.frugal import give_back
 from wire import codec, topics
 from wire.chunks import WINDOW_DOWN, Assembly, file_digest
 from wire.errors import DigestMismatch, Malformed
@@ -74,9 +75,10 @@ class Fetcher:
         self._silences = 0
         self._due = now + SECONDS_PATIENCE
         self._window.pop((prefix, index), None)
-        if self._window:
+        if self._window or not self._advance(now):
             return False
-        return self._advance(now)
+        give_back()  # before planning and a worker take theirs
+        return True
 
     def late(self, now: float) -> None:
         """Nothing has come for a while: pull the window again, and from the second time on ask the coordinator as well."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_runtime import rules
 from edge_runtime.engines import Make, available, open_engine
-from edge_runtime.frugal import give_back, take_back
+from edge_runtime.frugal import give_back, loading, take_back
 from wire import zoo
 from wire.messages import Recipe
 from wire.prices import NATIVE
@@ -29,7 +29,8 @@ def warm(name: str, threads: int, timings: Path | None = None) -> Make:
     name = name or next(iter(available()), "")
     if name != NATIVE:
         take_back()
-    make = open_engine(name, threads, timings)
+    with loading():
+        make = open_engine(name, threads, timings)
     give_back("" if name == NATIVE else name)
     for model in _MODELS[:1] if name == NATIVE else _MODELS:
         spec, whole = zoo.by_name(model), Structure()

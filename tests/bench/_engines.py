@@ -114,9 +114,12 @@ def _held(folder: Path, spec: ModelSpec, kept: Mapping[str, int]) -> Held:
 def order(kind: str, folder: Path, name: str, ways: Mapping[str, str]) -> tuple[Any, Callable[[], object]]:
     """Load what was written, as a worker does; give the engine and its step."""
     from edge_runtime.engines import Choice, Update, open_engine
+    from edge_runtime.frugal import loading
     from edge_runtime.received import Received
 
-    spec, engine = model(name), open_engine(kind, threads=1)()
+    with loading():
+        make = open_engine(kind, threads=1)
+    spec, engine = model(name), make()
     kept = json.loads((folder / "kept").read_text())
     held = _held(folder, spec, kept)
     structure = Structure(masks=(folder / "digest").read_text(), kept=kept)

@@ -5,8 +5,8 @@ turns in one process, medians of paired ratios; masks are random and uniform ove
 torch.optim.SGD as one would write it. ``norms`` is a narrow residual network with group norms, all dense.
 
 Memory: the kernel's high-water mark of a fresh process that reads masks and weights from an order's files, without torch, and
-trains ten steps. Start: CPU seconds from the beginning of such a process to the end of its first step. A mask change is timed
-from masks in memory to a model that is ready.
+trains ten steps. Start: CPU seconds from the beginning of such a process, begun as a worker is, to the end of its first step.
+A mask change is timed from masks in memory to a model that is ready.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ def run() -> dict[str, object]:
 
 
 def _child(*words: str) -> dict[str, Any]:
-    """Run a part of `tests.bench._engines` in a process of its own, as installed: with its bytecode kept from run to run."""
+    """Run a part of `tests.bench._engines` in a process of its own, as installed: with its bytecode kept from run to run.
+
+    What is about the start itself begins as a worker does.
+    """
     kept = str(Path(tempfile.gettempdir()) / f"nestling-bytecode-{os.getuid()}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": kept}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-m", "tests.bench._engines", *words]
+    command = [sys.executable, "-m", "tests.bench._start" if words[0] == "start" else "tests.bench._engines", *words]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime import cli, exits, health, personal, predict
+from edge_runtime import cli, commands, exits, health, personal, predict
 from edge_runtime.config import load
 from edge_runtime.keep import Keep
 from tests.support.messages import an_order
@@ -198,7 +198,7 @@ def test_every_command_has_an_example(command: str, capsys: pytest.CaptureFixtur
 
 
 def test_the_printed_example_is_a_valid_configuration(tmp_path: Path) -> None:
-    text = cli._EXAMPLES.partition("a configuration file, whole:\n")[2]
+    text = commands._EXAMPLES.partition("a configuration file, whole:\n")[2]
     path = tmp_path / "pi.toml"
     path.write_text(text)
     assert load(path).device == "kitchen-pi"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -150,9 +151,11 @@ AIR = {"supplicant_state": "COMPLETED", "ip": "192.168.1.7", "ssid": "<unknown s
 
 
 def stub(folder: Path, name: str, script: str) -> dict[str, str]:
-    """Write a command; gives an environment of a phone where it is found."""
+    """Write a command; gives an environment of a phone where it is found.
+
+    Another process writes it: a file that a child of this one's other threads holds open for writing cannot be started.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
+    argv = ["/bin/sh", "-c", 'cat >"$0" && chmod 755 "$0"', str(folder / name)]
+    subprocess.run(argv, input=f"#!/bin/sh\n{script}\n", text=True, check=True)
     return {"PATH": f"{folder}:/usr/bin:/bin", "ANDROID_ROOT": "/system"}

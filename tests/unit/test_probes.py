@@ -278,6 +278,11 @@ def test_numbers_of_strangers(value, found):
 # --- a phone -------------------------------------------------------------------------------------------------------
 
 
+def says(file):
+    """A command that prints a file once that is there: a free processor runs a whole script before one look at it is over."""
+    return f"until [ -e {file} ]; do sleep 0.01; done; cat {file}"
+
+
 def told(machine, wanted, seconds=5.0):
     """Look until the commands have answered; every look comes back at once."""
     until = time.monotonic() + seconds
@@ -304,10 +309,10 @@ def told(machine, wanted, seconds=5.0):
     ],
 )
 def test_a_phones_battery(tmp_path, said, charging, percent, heat):
-    environ = stub(tmp_path / "bin", "termux-battery-status", f"cat <<'END'\n{json.dumps(said)}\nEND")
-    machine = Machine(tmp_path, environ)
+    machine = Machine(tmp_path, stub(tmp_path / "bin", "termux-battery-status", says(tmp_path / "said")))
     wanted = ConditionsConfig(charging=True, battery_min=20, battery_celsius_max=40)
     assert {r.verdict for r in probes.look(machine, wanted).values()} == {"asked"}
+    write(tmp_path, {"said": json.dumps(said)})
     found = told(machine, wanted)
     assert [reading.verdict for reading in found.values()] == [charging, percent, heat]
 
@@ -358,16 +363,18 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
 
 
 def test_an_answer_stands_until_a_newer_one_is_here(tmp_path):
-    environ = stub(tmp_path / "bin", "termux-battery-status", f"echo x >> {tmp_path}/asked; cat {tmp_path}/answer")
-    (tmp_path / "answer").write_text(json.dumps(PHONE))
-    machine, wanted = Machine(tmp_path, environ), ConditionsConfig(charging=True)
+    script = f"echo x >> {tmp_path}/asked; {says(tmp_path / 'said')}"
+    machine = Machine(tmp_path, stub(tmp_path / "bin", "termux-battery-status", script))
+    wanted = ConditionsConfig(charging=True)
+    write(tmp_path, {"said": json.dumps(PHONE)})
     assert told(machine, wanted)["charging"].verdict == "holds"
     for _ in range(20):
         probes.look(machine, wanted)
     assert (tmp_path / "asked").read_text() == "x\n"
-    (tmp_path / "answer").write_text(json.dumps({**PHONE, "plugged": "UNPLUGGED"}))
+    (tmp_path / "said").unlink()
     machine.seconds_fresh = 0.0
     assert probes.look(machine, wanted)["charging"].verdict == "holds"
+    write(tmp_path, {"said": json.dumps({**PHONE, "plugged": "UNPLUGGED"})})
     until = time.monotonic() + 5.0
     while probes.look(machine, wanted)["charging"].verdict != "fails":
         assert time.monotonic() < until
