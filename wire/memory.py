@@ -14,7 +14,7 @@ by whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -68,23 +68,6 @@ class Prediction:
 
     peak: int
     bound: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How an order fits into a budget.
-
-    Attributes:
-        capacity: Index of the width.
-        micro_batch: Samples that go through the model at once.
-        bytes_peak: Expected peak above base.
-        bytes_bound: The same with its margin.
-    """
-
-    capacity: int
-    micro_batch: int
-    bytes_peak: int
-    bytes_bound: int
 
 
 def copies(recipe: Recipe) -> int:
@@ -233,29 +216,6 @@ def evaluated(
     sizes = _weights(spec, structure, masked)
     most = max(sizes.held + max(sizes.largest, takes.peak), sizes.loading)
     return bounded(takes.beside + sizes.masks + most, scale)
-
-
-def fit(
-    spec: ModelSpec, structures: Sequence[Structure], recipe: Recipe, bytes_budget: int, scale: float = 1.0
-) -> Plan | None:
-    """Find the widest structure that a budget holds, then the largest micro-batch for it.
-
-    Args:
-        spec: The model.
-        structures: Candidates; the one of highest capacity that fits wins.
-        recipe: How to train; micro-batches tried are its batch, half of it, and so on down to 1.
-        bytes_budget: Memory above base.
-        scale: As in `predict`.
-
-    Returns:
-        None when not even the narrowest fits with one sample at a time.
-    """
-    for structure in sorted(structures, key=lambda s: s.capacity, reverse=True):
-        for micro_batch in micro_batches(recipe):
-            found = predict(spec, structure, recipe, micro_batch, scale=scale)
-            if found.bound <= bytes_budget:
-                return Plan(structure.capacity, micro_batch, found.peak, found.bound)
-    return None
 
 
 def micro_batches(recipe: Recipe) -> list[int]:

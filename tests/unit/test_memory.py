@@ -10,6 +10,7 @@ from math import prod
 
 import pytest
 
+from coordinator.fitting import Means, fit
 from edge_runtime.memory import guard, plan, probe
 from tests.support.models import linear, small_cnn, widths
 from wire import memory
@@ -171,14 +172,14 @@ def test_fit_takes_the_widest_then_the_largest_micro_batch():
     prices = {(k, m): memory.predict(spec, every[k], CLIPPED, m) for k in range(3) for m in (1, 2, 4, 8, 16)}
     for budget in sorted({p.bound + d for p in prices.values() for d in (-1, 0)}):
         fits = [key for key, p in prices.items() if p.bound <= budget]
-        found = memory.fit(spec, every, CLIPPED, budget)
+        found = fit(spec, every, CLIPPED, Means(budget))
         if not fits:
             assert found is None
         else:
             assert found is not None
             assert (found.capacity, found.micro_batch) == max(fits)
             assert found.bytes_bound == prices[max(fits)].bound
-    assert memory.fit(spec, every, CLIPPED, 1 << 40, scale=2.0).bytes_bound > prices[2, 16].bound
+    assert fit(spec, every, CLIPPED, Means(1 << 40, 2.0)).bytes_bound > prices[2, 16].bound
     assert memory.micro_batches(Recipe(batch=20)) == [20, 10, 5, 2, 1]
 
 
