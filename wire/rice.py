@@ -17,9 +17,12 @@ KEPT_MAX = 1 << 16
 """Above so many kept elements packed gaps are as short, and faster; a code of more is refused."""
 
 
-def to_rice(mask: NDArray[np.bool_]) -> tuple[bytes, int]:
-    """Code a flat mask that keeps something; gives the bytes and the number of low bits. Cost: 100 bytes per element."""
-    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+def to_rice(places: NDArray[np.int64]) -> tuple[bytes, int]:
+    """Code a mask by the positions that it keeps, at least one; gives the bytes and the number of low bits.
+
+    Cost: 100 bytes for each position.
+    """
+    gaps = np.diff(places, prepend=-1) - 1
     guess = min(LOW_MAX, int(np.log2(1 + gaps.mean())))
     low = min(range(max(0, guess - 1), min(LOW_MAX, guess + 1) + 1), key=lambda bits: _size(gaps, bits))
     ones = np.cumsum((gaps >> low) + 1) - 1
