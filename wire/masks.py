@@ -22,6 +22,8 @@ _AT_ONCE = 1 << 16
 """Elements, or bytes of eight, that are looked at together."""
 PLACES_AT_ONCE = 1 << 14
 """Positions that are worked out together: as many as bound what is held beside the result, some 40 bytes each."""
+_BIN = ((b"\xc4", 1), (b"\xc5", 2), (b"\xc6", 4))
+"""What msgpack writes before bytes, and of how many bytes their number is that follows it."""
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
@@ -127,8 +129,12 @@ def bits_at(runs: Iterable[NDArray[np.int64]], shape: Sequence[int]) -> Bits:
 
 
 def mask_digest(mask: AnyMask) -> str:
-    """Name a mask: SHA-256 (hex) of the msgpack list ``[shape, bits]``, bits as in `Bits.line`."""
-    return hashlib.sha256(msgpack.packb([list(mask.shape), packed(mask).line.tobytes()])).hexdigest()
+    """Name a mask: SHA-256 (hex) of the msgpack list ``[shape, bits]``, bits as in `Bits.line`, which are not copied."""
+    line = packed(mask).line
+    mark, length = next(pair for pair in _BIN if len(line) < 1 << 8 * pair[1])
+    digest = hashlib.sha256(b"\x92" + msgpack.packb(list(mask.shape)) + mark + len(line).to_bytes(length, "big"))
+    digest.update(line.data)
+    return digest.hexdigest()
 
 
 def sides(shape: Sequence[int]) -> tuple[int, int]:

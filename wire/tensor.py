@@ -20,11 +20,10 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from wire import forms, layout, zstd
+from wire import forms, gaps, layout, rice, zstd
 from wire.coding import Coded, code_dense, code_masked
 from wire.entries import DTYPES, ELEMENTS_MAX, TENSORS_MAX, Entry, Head, check_entries
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, NonFinite, StoreError, TooLarge, Unsupported
-from wire.gaps import from_gaps, runs_of
 from wire.masks import (
     AnyMask,
     Bits,
@@ -40,7 +39,6 @@ from wire.masks import (
 )
 from wire.messages import BlobRef
 from wire.outline import Outline, cut, outline_of, outlined
-from wire.rice import from_rice
 from wire.schema import from_plain, shown
 
 _VERSION = 1
@@ -284,7 +282,10 @@ class Blob:
         if entry.encoding == "bitmap":
             return from_bits(self._first(entry), entry.shape, entry.kept, _path(entry))
         if entry.encoding == "gaps":
-            runs = runs_of(self._first(entry), prod(entry.shape), entry.kept, _path(entry))
+            runs = gaps.runs_of(self._first(entry), prod(entry.shape), entry.kept, _path(entry))
+            return bits_at(runs, entry.shape)
+        if entry.encoding == "rice":
+            runs = rice.runs_of(self._first(entry), prod(entry.shape), entry.kept, entry.low, _path(entry))
             return bits_at(runs, entry.shape)
         where = self._where(entry, mask)
         return packed(where.reshape(entry.shape)) if where.dtype == np.bool_ else bits_at([where], entry.shape)
@@ -342,9 +343,9 @@ class Blob:
         if entry.encoding == "bitmap":
             return np.ravel(unpacked(from_bits(first, entry.shape, entry.kept, path)))
         if entry.encoding == "gaps":
-            return from_gaps(first, size, entry.kept, path)
+            return gaps.from_gaps(first, size, entry.kept, path)
         if entry.encoding == "rice":
-            return from_rice(first, size, entry.kept, entry.low, path)
+            return rice.from_rice(first, size, entry.kept, entry.low, path)
         if entry.encoding == "index":
             return from_indices(first, self._body(entry.parts[1], DTYPES["uint8"]), entry.shape, entry.kept, path)
         if mask is None:
@@ -354,7 +355,7 @@ class Blob:
         found = np.ravel(unpacked(mask))
         if entry.encoding == "delta":
             found = found.copy()
-            found[from_gaps(first, size, -1, path)] ^= True
+            found[gaps.from_gaps(first, size, -1, path)] ^= True
         if int(np.count_nonzero(found)) != entry.kept:
             raise Malformed(f"{entry.kept} values for mask {entry.mask}", path)
         return found
