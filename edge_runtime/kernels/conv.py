@@ -110,14 +110,6 @@ class ConvLayout:
         """Size of everything but the values."""
         return sum(a.nbytes for a in (self.starts, self.codes, self.starts_t, self.codes_t, self.places))
 
-    def check(self, library: Library) -> None:
-        """Have the core look at every index once.
-
-        Raises:
-            DeviceError: This layout is not sound.
-        """
-        must(library.calls.nk_conv_check(ctypes.byref(self.call)), f"the layout of a convolution {self.shape}")
-
     def to_c_order(self, values: Floats) -> Floats:
         """See `edge_runtime.kernels.Layout.to_c_order`."""
         return reordered(self.library, self.starts, values, back=True)
