@@ -20,6 +20,8 @@ from wire.errors import Malformed
 Mask = NDArray[np.bool_]
 _AT_ONCE = 1 << 16
 """Elements, or bytes of eight, that are looked at together."""
+_WINDOW = 1 << 17
+"""Elements that are bools while bits are made of positions."""
 PLACES_AT_ONCE = 1 << 14
 """Positions that are worked out together: as many as bound what is held beside the result, some 40 bytes each."""
 _BIN = ((b"\xc4", 1), (b"\xc5", 2), (b"\xc6", 4))
@@ -113,17 +115,21 @@ def _places(mask: AnyMask) -> Iterator[NDArray[np.int64]]:
 
 
 def bits_at(runs: Iterable[NDArray[np.int64]], shape: Sequence[int]) -> Bits:
-    """Make a mask of positions in C order, ascending over all runs and within the shape."""
+    """Make a mask of positions in C order, ascending over all runs and within the shape, a window of it at a time."""
     line = np.zeros(-(-prod(shape) // 8), np.uint8)
+    window = np.zeros(min(8 * len(line), _WINDOW), np.bool_)
     kept = 0
     for run in runs:
-        kept += len(run)
-        for start in range(0, len(run), PLACES_AT_ONCE):
-            places = run[start : start + PLACES_AT_ONCE]
-            byte = places >> 3
-            first = np.flatnonzero(np.diff(byte, prepend=-1))
-            bit = np.left_shift(1, places & 7).astype(np.uint8)
-            line[byte[first]] |= np.bitwise_or.reduceat(bit, first)
+        kept, start = kept + len(run), 0
+        while start < len(run):
+            first = int(run[start]) & ~7
+            stop = int(run.searchsorted(first + _WINDOW))
+            here = run[start:stop] - first
+            window[here] = True
+            found = np.packbits(window[: here[-1] + 1], bitorder="little")
+            line[first >> 3 : (first >> 3) + len(found)] |= found
+            window[here] = False
+            start = stop
     line.flags.writeable = False
     return Bits(tuple(shape), line, kept)
 
