@@ -31,12 +31,11 @@ MARGIN = 1.10
 SLACK = 8 << 20
 """The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
 
-_SCRATCH = {2: 0, 4: 78}
-"""Bytes per kept weight of a matrix or a convolution while its index is made: of a matrix it is made in small parts."""
+_READ, _READ_AT_ONCE = 24, 1 << 16
+"""Bytes per place while a mask is read, and of how many places at once (`wire.rice`; of gaps it is fewer)."""
 
-_SORTED = 26
-"""Bytes per kept weight while values are brought from C order into the index's, or back: both, places twice, and a part of
-the room of their sort."""
+_SORTED = 8
+"""Bytes per kept weight while values are brought from C order into the index's, or back: both."""
 
 _MODULES = 1800 << 10
 """What loading the modules for masks takes beside them, once, while the first masks are loaded."""
@@ -262,7 +261,7 @@ class _Sizes:
         trained: The values alone; a gradient or a copy takes as many.
         lines: Copies of what is trained in C order, to be sent; only where there are masks.
         largest: The most of them that is read from a file at a time.
-        masks: All masks as they come, a byte per weight.
+        masks: All masks, a bit per weight.
         scratch: What bringing one tensor's values into C order takes beside them, at most.
         loading: The most that there is beside the masks until the weights are in their places. At first it is the masks of
             the order before and what was made of them.
@@ -281,19 +280,17 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     kept = masked.kept if masked is not None else {}
     shapes = tensor_shapes(spec, structure)
     for name, count in kept.items():
-        if name not in shapes or len(shapes[name]) not in _SCRATCH or count > prod(shapes[name]):
+        if name not in shapes or len(shapes[name]) not in (2, 4) or count > prod(shapes[name]):
             raise SpecError(f"model {spec.name!r} has no tensor {name!r} of which {count} weights could be kept")
     sparse = set(kept).difference(masked.dense if masked is not None else ())
     values = {name: aligned((kept[name],) if name in sparse else shape) for name, shape in shapes.items()}
-    masks = {name: prod(shapes[name]) for name in kept}
-    indices = {name: index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept}
-    index, trained, bits = sum(indices.values()), sum(values.values()), sum(masks.values())
+    whole = {name: prod(shapes[name]) for name in kept}
+    indices = (index_bytes(shapes[name], kept[name]) if name in sparse else whole[name] for name in kept)
+    index, trained, bits = sum(indices), sum(values.values()), sum(-(-size // 8) for size in whole.values())
     scratch = max(((_SORTED - FLOAT) * kept[name] for name in sparse), default=0)
     read = _resident(values.values()) if kept else max(map(_resident, _shells(spec, structure)))
-    loading, made, filled = index + bits if masks else trained + read, 0, 0
-    for name, size in indices.items():  # one after the other, then the values
-        loading = max(loading, made + _SCRATCH[len(shapes[name])] * kept[name] * (name in sparse))
-        made += size
+    reading = max((_reading(whole[name], kept[name]) for name in kept), default=0)
+    loading, filled = index + bits + reading if kept else trained + read, 0
     for name, size in values.items():
         loading = max(loading, index + filled + _SORTED * kept[name] if name in sparse else 0)
         filled += size
@@ -310,6 +307,11 @@ def _shells(spec: ModelSpec, structure: Structure) -> list[list[int]]:
         found.append([size - inner[name] for name, size in outer.items()])
         inner = outer
     return found
+
+
+def _reading(size: int, kept: int) -> int:
+    """Bound what reading a mask takes beside its bits: its code as it came, taken apart and looked at, and places."""
+    return 3 * min(kept + size // 255, size // 5) + _READ * min(kept, _READ_AT_ONCE)
 
 
 def _resident(sizes: Iterable[int]) -> int:
