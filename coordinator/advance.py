@@ -32,6 +32,7 @@ from wire.child import die_with_parent
 from wire.errors import Malformed, NestlingError, SpecError
 from wire.job import read_frame, write_frame
 from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
+from wire.masks import unpacked
 from wire.messages import BlobRef, Order, Recipe, Reply
 from wire.norms import OWN
 from wire.schema import Name, Natural
@@ -263,7 +264,7 @@ def encode_shells(
 def _masked_shell(spool: Spool, state: State, held: Held) -> BlobRef:
     """Write the kept weights and nothing else; where they stand is said by the masks' own blob."""
     lines = {
-        name: np.ascontiguousarray(array[held.masks[name]] if name in held.masks else array, np.float32)
+        name: np.ascontiguousarray(array[unpacked(held.masks[name])] if name in held.masks else array, np.float32)
         for name, array in state.weights.items()
     }
     coding = tensor.Coding(outline=held.outline, form=state.form)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.fitting import Means
 from coordinator.fleet import Device
 from wire.messages import Recipe, Usage, Verb
-from wire.schema import Amount, Name, Natural
+from wire.schema import Amount, Limit, Name, Natural
 from wire.spec import ModelSpec, Structure
 
 Floats = NDArray[np.float32]
@@ -79,6 +80,7 @@ class DeviceView:
             repeated to the bit.
         seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise. 0
             when that is not known: it never answered, or the coordinator was started anew in between.
+        engines: Engines that it may train on, the best first; empty for torch.
     """
 
     name: Name
@@ -87,6 +89,12 @@ class DeviceView:
     memory_scale: Amount = 1.0
     seconds: Amount = 0.0
     seconds_turn: Amount = 0.0
+    engines: Annotated[tuple[Name, ...], Limit(0, 8)] = ()
+
+    @property
+    def means(self) -> Means:
+        """What decides which part of a model it holds."""
+        return Means(self.bytes_budget, self.memory_scale, self.engines)
 
     @staticmethod
     def of(device: Device) -> DeviceView:
@@ -98,6 +106,7 @@ class DeviceView:
             memory_scale=device.memory_scale,
             seconds=0.0 if device.usage is None else device.usage.seconds,
             seconds_turn=device.seconds_turn,
+            engines=() if device.caps is None else device.caps.engines,
         )
 
 

@@ -14,6 +14,7 @@ from coordinator.algorithm import Answer
 from wire import tensor
 from wire.errors import Malformed
 from wire.maskfile import TOLD, WHOLE, Held
+from wire.masks import AnyMask, unpacked
 from wire.messages import BlobRef, Reply
 from wire.norms import OWN, observed_shapes
 from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
@@ -99,7 +100,7 @@ def _whole(held: Held, blob: tensor.Blob, name: str) -> np.ndarray[Any, Any]:
     if mask is None or not known_to(held, blob, name):
         return blob.tensor(name, mask)
     whole = np.zeros(mask.shape, np.float32)
-    whole[mask] = blob.values(name)
+    whole[unpacked(mask)] = blob.values(name)
     whole.flags.writeable = False
     return whole
 
@@ -114,9 +115,9 @@ def known_to(held: Held, blob: tensor.Blob, name: str) -> bool:
     return entry.encoding == "values" and any((e.name, e.mask, e.kept) == said for e in held.entries)
 
 
-def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Give what was sent of a tensor; where both sides hold the mask it is the very same array for every answer."""
-    return masks[name] if blob.entry(name).encoding == "values" else blob.mask(name, masks.get(name))
+def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, AnyMask]) -> np.ndarray[Any, Any]:
+    """Give what was sent of a tensor; where both sides hold the mask as bools it is the very same array for every answer."""
+    return unpacked(masks[name]) if blob.entry(name).encoding == "values" else blob.mask(name, masks.get(name))
 
 
 def size_limit(spec: ModelSpec, structure: Structure) -> int:

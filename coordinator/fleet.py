@@ -134,7 +134,7 @@ class Fleet:
 
     def absorb(self, name: str, usage: Usage, bytes_predicted: int, seconds_turn: float = 0.0) -> Fleet:
         """Learn from what an order of `bytes_predicted` cost (see `memory_scale`); 0 predicted teaches nothing."""
-        scale = memory_scale(self.scales.get(name, 1.0), usage.bytes_peak, bytes_predicted)
+        scale = memory_scale(self.scales.get(name, 1.0), usage, bytes_predicted)
         known = self.devices.get(name)
         taught = self
         if known is not None:
@@ -159,14 +159,19 @@ class Fleet:
         return replace(self, devices=self.devices.set(device.name, device))
 
 
-def memory_scale(known: float, bytes_measured: int, bytes_predicted: int) -> float:
+def memory_scale(known: float, usage: Usage, bytes_predicted: int) -> float:
     """Correct a device's factor between predicted and measured memory.
 
     Up at once, down by a tenth of the excess per order, never below 1: a prediction that was too low costs an order,
     one that was too high only a little width. As long as predictions are upper bounds the factor is exactly 1 and a
-    run does not depend on measurements.
+    run does not depend on measurements. What was granted and not exceeded teaches nothing: with room a device may hold masked
+    weights dense, or take an engine that is faster and larger than the one that the order was priced for.
     """
-    measured = bytes_measured / bytes_predicted if bytes_predicted > 0 else 1.0
+    exceeded = usage.bytes_peak > usage.bytes_budget and bytes_predicted > 0
+    return _scaled(known, usage.bytes_peak / bytes_predicted if exceeded else 1.0)
+
+
+def _scaled(known: float, measured: float) -> float:
     return max(1.0, measured, 1.0 + (known - 1.0) * _FORGETTING if known > 1.001 else 1.0)
 
 
@@ -177,7 +182,8 @@ def oom_scale(known: float, bytes_needed: int, bytes_predicted: int) -> float:
     So the factor rises by a quarter at least; it stays below `_SCALE_MAX` (or what it was), as a device that never gets an
     order again could never show that it has recovered.
     """
-    risen = max(known * _RISE, memory_scale(known, bytes_needed, bytes_predicted))
+    measured = bytes_needed / bytes_predicted if bytes_predicted > 0 else 1.0
+    risen = max(known * _RISE, _scaled(known, measured))
     return max(known, min(risen, _SCALE_MAX))
 
 

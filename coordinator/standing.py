@@ -113,7 +113,7 @@ def _happened(standing: Standing, record: Arrived | Refused | Lost | Born | Dead
     if isinstance(record, Arrived | Refused) and order is not None and order.id == record.order:
         known = scales.get(record.device, 1.0)
         if isinstance(record, Arrived):
-            scales = scales.set(record.device, memory_scale(known, record.reply.usage.bytes_peak, order.bytes_peak))
+            scales = scales.set(record.device, memory_scale(known, record.reply.usage, order.bytes_peak))
         elif record.refusal.reason == "oom":
             scales = scales.set(record.device, oom_scale(known, record.refusal.bytes_needed, order.bytes_peak))
     return replace(standing, round=after, scales=scales)

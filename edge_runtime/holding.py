@@ -15,7 +15,7 @@ from wire.masked import Masked
 from wire.spec import ModelSpec, Structure, tensor_shapes
 
 if TYPE_CHECKING:
-    from edge_runtime.engines import Mask
+    from wire.masks import AnyMask
 
 _DENSE_FROM = 0.5
 
@@ -33,7 +33,7 @@ def price(
 def load(
     engine: Engine,
     model: tuple[ModelSpec, Structure],
-    masks: Mapping[str, Mask],
+    masks: Mapping[str, AnyMask],
     job: Job,
     micro_batch: int,
     *,

@@ -17,7 +17,7 @@ from edge_runtime.rules import Extra, Trained
 from wire import forms
 from wire.errors import SpecError
 from wire.maskfile import TOLD, Held
-from wire.masks import Mask
+from wire.masks import AnyMask, Bits, bits_at
 from wire.messages import BlobRef
 from wire.spec import ModelSpec, Structure, tensor_shapes
 from wire.tensor import Coding, write_blob
@@ -106,14 +106,15 @@ class Outgoing:
         coding = Coding(form=self.form, exact=frozenset(extras))
         return write_blob(path, "update", {**moves, **extras}, masks={**kept, **places}, coding=coding)
 
-    def _spread(self, said: Mapping[str, Extra], prefix: str) -> tuple[dict[str, Floats], dict[str, Mask]]:
+    def _spread(self, said: Mapping[str, Extra], prefix: str) -> tuple[dict[str, Floats], dict[str, Bits]]:
         """Give values by name, and of those that are not about a whole tensor where they stand.
 
         Raises:
             SpecError: The rule tells of what is not there.
         """
         shapes = tensor_shapes(self.spec, self.structure)
-        values, masks = {}, {}
+        values: dict[str, Floats] = {}
+        masks: dict[str, Bits] = {}
         for name, extra in said.items():
             shape, places = shapes.get(name), extra.places
             if shape is None:
@@ -125,13 +126,11 @@ class Outgoing:
                 continue
             if len(places) and (places[0] < 0 or places[-1] >= prod(shape) or np.diff(places).min(initial=1) < 1):
                 raise SpecError(f"places in tensor {name!r} of {shape} that do not ascend, or are beyond it")
-            mask = np.zeros(shape, np.bool_)
-            mask.reshape(-1)[places] = True
-            masks[prefix + name] = mask
+            masks[prefix + name] = bits_at([places], shape)
         return values, masks
 
 
-def values_of(engine: Engine, masks: Mapping[str, Mask]) -> Arrays:
+def values_of(engine: Engine, masks: Mapping[str, AnyMask]) -> Arrays:
     """Give an engine's weights as they travel: its own arrays, or with masks copies, of masked tensors the kept values."""
     if not masks:
         return engine.params

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_runtime.engines.arrays import Arrays, Floats
 from wire.errors import Malformed, NestlingError
-from wire.masks import Mask
+from wire.masks import AnyMask
 from wire.messages import BlobRef
 from wire.schema import from_plain, to_plain
 from wire.spec import ModelSpec, Structure, decode, encode, tensor_shapes
@@ -39,7 +39,7 @@ class Personal:
     spec: ModelSpec
     structure: Structure
     arrays: Arrays
-    masks: Mapping[str, Mask] = field(default_factory=dict)
+    masks: Mapping[str, AnyMask] = field(default_factory=dict)
 
 
 def write(

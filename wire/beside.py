@@ -76,4 +76,4 @@ def told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, in
         weights, values = through.get(name, (0, 0))
         apart = steps if steps * recipe.batch * values <= weights else 0
         found = max(found, _LARGEST * count + _BLOCKS * apart * min(_BLOCK, FLOAT * weights))
-    return found, sum(sizes.values()), _PLACED * sum(counts.values())
+    return found, sum(-(-size // 8) for size in sizes.values()), _PLACED * sum(counts.values())

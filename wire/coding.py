@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from wire import forms, zstd
 from wire.gaps import gather, to_gaps
-from wire.masks import Mask, index_bytes, mask_digest, to_bits, to_indices
+from wire.masks import AnyMask, count, index_bytes, mask_digest, packed, positions, to_indices, unpacked
 from wire.rice import KEPT_MAX, to_rice
 
 PARTS: dict[str, int] = {"dense": 1, "bitmap": 2, "index": 3, "gaps": 2, "rice": 2, "values": 1, "delta": 2}
@@ -73,7 +73,7 @@ def code_dense(array: Array, form: str) -> Coded:
     return Coded("dense", [forms.written(flat, form)], array.size, form=form)
 
 
-def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask | None, pack: bool) -> Coded:
+def code_masked(array: Array, mask: AnyMask, *, form: str, known: str, base: AnyMask | None, pack: bool) -> Coded:
     """Write what a mask keeps, in the cheapest encoding that the reader can read.
 
     Args:
@@ -86,24 +86,24 @@ def code_masked(array: Array, mask: Mask, *, form: str, known: str, base: Mask |
 
     Cost: one pass over the mask and its values (two where bits and gaps are both tried); the kept values and the coded mask.
     """
-    where = np.ravel(mask)
-    kept = int(np.count_nonzero(where))
+    kept = count(mask)
     flat = np.ravel(array) if array.shape == mask.shape else None
     if known:
-        values = gather(where, flat) if flat is not None else array
+        values = gather(mask, flat) if flat is not None else array
         return Coded("values", [forms.written(values, form)], kept, mask=known, form=form)
     sized = forms.size(form, kept, array.itemsize)
     dense = forms.size(form, mask.size, array.itemsize)
-    best, gathered = _mask_code(flat, where, kept, mask.shape, pack=pack)
+    best, gathered = _mask_code(flat, mask, kept, pack=pack)
     if base is not None and pack:
-        changes = _packed("delta", to_gaps(where ^ np.ravel(base))[0], kept)
+        changes = _packed("delta", to_gaps(unpacked(mask) ^ unpacked(base))[0], kept)
         if cost(changes) < cost(best):
             best = changes
     if dense <= cost(best) + sized and form != "ones":
         whole = np.zeros(mask.size, array.dtype)  # what is not kept is lost here too
+        where = np.ravel(unpacked(mask))
         whole[where] = array if flat is None else flat[where]
         return code_dense(whole, form)
-    values = array if flat is None else gathered if gathered is not None else gather(where, flat)
+    values = array if flat is None else gathered if gathered is not None else gather(mask, flat)
     digest = mask_digest(base) if best.encoding == "delta" and base is not None else ""
     return replace(best, parts=[*best.parts, forms.written(values, form)], mask=digest, form=form)
 
@@ -113,33 +113,31 @@ def cost(coded: Coded) -> int:
     return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in coded.parts)
 
 
-def _mask_code(
-    flat: Array | None, where: Mask, kept: int, shape: Sequence[int], *, pack: bool
-) -> tuple[Coded, Array | None]:
+def _mask_code(flat: Array | None, mask: AnyMask, kept: int, *, pack: bool) -> tuple[Coded, Array | None]:
     """Code a mask alone, and gather its values, if they are given, where that costs no pass of its own."""
-    bitmap, index = -(-len(where) // 8), index_bytes(shape, kept)
+    bitmap, index = -(-mask.size // 8), index_bytes(mask.shape, kept)
     if not pack and bitmap <= index:
-        return Coded("bitmap", [to_bits(where)], kept), None
+        return Coded("bitmap", [packed(mask).line], kept), None
     if not pack:
-        return Coded("index", list(to_indices(where.reshape(shape))), kept), None
+        return Coded("index", list(to_indices(mask)), kept), None
     tried: list[Coded] = []
     gathered = None
-    density = kept / max(len(where), 1)
-    limit = entropy(density) * len(where) / 8
+    density = kept / max(mask.size, 1)
+    limit = entropy(density) * mask.size / 8
     for code in ("gaps", "bits") if density < _GAPS_BELOW else ("bits", "gaps"):
         if tried and cost(tried[0]) > _REGULAR * limit:
             break
         if code == "gaps":
-            data, gathered = to_gaps(where, flat)
+            data, gathered = to_gaps(mask, flat)
             tried.append(_packed("gaps", data, kept))
         else:
-            tried.append(_packed("bitmap", to_bits(where).tobytes(), kept))
+            tried.append(_packed("bitmap", packed(mask).line.tobytes(), kept))
     if 0 < kept <= KEPT_MAX:
-        data, low = to_rice(where)
+        data, low = to_rice(positions(mask))
         tried.append(Coded("rice", [data], kept, low=low))
     chosen = min(tried, key=cost)
     if index < cost(chosen):
-        chosen = Coded("index", list(to_indices(where.reshape(shape))), kept)
+        chosen = Coded("index", list(to_indices(mask)), kept)
     return chosen, gathered
 
 

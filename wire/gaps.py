@@ -15,23 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import Malformed
+from wire.masks import PLACES_AT_ONCE, AnyMask, count, windows
 
 _SKIP = 255
 _AT_ONCE = 1 << 19
 """Elements that are looked at together: as many as bound what is held beside the result."""
 
 
-def to_gaps(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> tuple[bytes, NDArray[Any] | None]:
-    """Code a flat mask, and gather what it keeps in the same pass.
+def to_gaps(mask: AnyMask, values: NDArray[Any] | None = None) -> tuple[bytes, NDArray[Any] | None]:
+    """Code a mask, and gather what it keeps in the same pass.
 
     Args:
-        mask: Of n elements.
+        mask: Of n elements, in C order.
         values: As many values, of any type.
 
     Returns:
         The bytes, and the kept values (None without `values`). Cost: one pass; beside the result less than 16 MiB.
     """
-    kept = None if values is None else np.empty(np.count_nonzero(mask), values.dtype)
+    kept = None if values is None else np.empty(count(mask), values.dtype)
     parts = []
     place = done = 0  # the first element that no byte speaks of yet; values gathered
     for start, where in _runs(mask):
@@ -43,9 +44,9 @@ def to_gaps(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> tupl
     return b"".join(parts), kept
 
 
-def gather(mask: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[Any]:
-    """Give the kept values, as ``values[mask]`` does, in a third to a half of its time."""
-    kept = np.empty(np.count_nonzero(mask), values.dtype)
+def gather(mask: AnyMask, values: NDArray[Any]) -> NDArray[Any]:
+    """Give the kept values of a line, as ``values[mask]`` does, in a third to a half of its time."""
+    kept = np.empty(count(mask), values.dtype)
     done = 0
     for start, where in _runs(mask):
         _take(values[start:], where, kept[done : done + len(where)])
@@ -57,17 +58,16 @@ def _take(values: NDArray[Any], where: NDArray[np.int64], out: NDArray[Any]) -> 
     np.take(values, where, out=out, mode="clip")  # nothing is out of range; any other mode makes a copy first
 
 
-def _runs(mask: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _runs(mask: AnyMask) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Give the positions of the kept elements, some hundred thousand elements at a time, behind each other run's start.
 
     numpy has two ways to find them. Up to a density of 0.1 it searches for the next one, which a processor cannot foresee;
     above, it writes every index and goes on past those of ones, in the same time at every density. The second is faster
     from 0.04 on; a few ones more at the end make numpy take it.
     """
-    more = 1 + min(len(mask), _AT_ONCE) // 8
-    longer = np.ones(min(len(mask), _AT_ONCE) + more, np.bool_)
-    for start in range(0, len(mask), _AT_ONCE):
-        part = mask[start : start + _AT_ONCE]
+    more = 1 + min(mask.size, _AT_ONCE) // 8
+    longer = np.ones(min(mask.size, _AT_ONCE) + more, np.bool_)
+    for start, part in windows(mask, _AT_ONCE):
         kept = int(np.count_nonzero(part))
         if 0.04 * len(part) < kept <= 0.1 * len(part):
             longer[-len(part) - more : -more] = part
@@ -90,12 +90,20 @@ def _bytes_of(where: NDArray[np.int64], before: int) -> bytes:
     return data.tobytes()
 
 
-def from_gaps(data: bytes | memoryview | NDArray[np.uint8], count: int, kept: int, path: str) -> NDArray[np.int64]:
-    """Read such bytes; gives the positions of the kept elements ``(kept,)``, ascending. Cost: one pass.
+def from_gaps(data: bytes | memoryview | NDArray[np.uint8], size: int, kept: int, path: str) -> NDArray[np.int64]:
+    """Read such bytes; gives the positions of the kept elements ``(kept,)``, ascending. See `runs_of`."""
+    runs = list(runs_of(data, size, kept, path))
+    return np.concatenate(runs) if runs else np.empty(0, np.int64)
+
+
+def runs_of(
+    data: bytes | memoryview | NDArray[np.uint8], size: int, kept: int, path: str
+) -> Iterator[NDArray[np.int64]]:
+    """Read such bytes, some at a time; gives the positions of the kept elements, ascending. Cost: one pass.
 
     Args:
         data: The bytes.
-        count: Elements of the mask.
+        size: Elements of the mask.
         kept: How many of them are kept; -1 when nobody has said.
         path: Where this stands, for error texts.
 
@@ -108,21 +116,17 @@ def from_gaps(data: bytes | memoryview | NDArray[np.uint8], count: int, kept: in
         raise Malformed(f"gaps keep {ones} elements for {kept} values", path)
     if len(found) and found[-1] == _SKIP:
         raise Malformed("gaps end in a skip", path)
-    result = np.empty(ones, np.int64)
-    done, place = 0, -1
-    for start in range(0, len(found), _AT_ONCE):
-        part = found[start : start + _AT_ONCE]
+    place = -1
+    for start in range(0, len(found), PLACES_AT_ONCE):
+        part = found[start : start + PLACES_AT_ONCE]
         stops = part != _SKIP
         steps = np.add(part, stops, dtype=np.int64)
         np.cumsum(steps, out=steps)
         steps += place
         place = int(steps[-1])
-        hits = steps if stops.all() else steps[stops]
-        result[done : done + len(hits)] = hits
-        done += len(hits)
-    if place >= count:
-        raise Malformed(f"gaps reach element {place} of {count}", path)
-    return result
+        if place >= size:
+            raise Malformed(f"gaps reach element {place} of {size}", path)
+        yield steps if stops.all() else steps[stops]
 
 
 def longest(count: int, kept: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from wire.entries import Entry
 from wire.errors import DigestMismatch, Malformed
-from wire.masks import Mask, mask_digest
+from wire.masks import AnyMask, count, mask_digest
 from wire.messages import BlobRef
 from wire.outline import Outline
 from wire.spec import ModelSpec, Structure, tensor_shapes
@@ -33,11 +33,11 @@ class Held:
     """The masks of a structure, as both sides hold them.
 
     Attributes:
-        masks: By tensor name; empty when every weight is kept.
+        masks: By tensor name; empty when every weight is kept. Those that were read are bits.
         outline: Of the model's weights; None without masks.
     """
 
-    masks: Mapping[str, Mask]
+    masks: Mapping[str, AnyMask]
     outline: Outline | None
 
     @property
@@ -49,9 +49,9 @@ class Held:
 WHOLE = Held({}, None)
 
 
-def write_masks(path: Path, masks: Mapping[str, Mask]) -> BlobRef:
+def write_masks(path: Path, masks: Mapping[str, AnyMask]) -> BlobRef:
     """Write masks, each in its cheapest code and without values. The same masks give the same bytes. Not yet durable."""
-    ones = {name: np.ones(np.count_nonzero(mask), np.float32) for name, mask in masks.items()}
+    ones = {name: np.ones(count(mask), np.float32) for name, mask in masks.items()}
     return write_blob(path, KIND, ones, masks=masks, coding=Coding(form="ones"))
 
 
@@ -98,7 +98,7 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
 
 @functools.cache
 def _latest() -> dict[tuple[object, ...], Held]:
-    """Give where the masks that were read last are kept, and no others: they take a byte per weight."""
+    """Give where the masks that were read last are kept, and no others: they take a bit per weight."""
     return {}
 
 
@@ -109,22 +109,20 @@ def _read(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Held, str]:
         for name in blob.names:
             if shapes.get(name) != blob.entry(name).shape:
                 raise Malformed(f"a mask of {blob.entry(name).shape} for tensor {name!r}", "$[0].tensors")
-        masks = {name: blob.mask(name) for name in blob.names}
-    for mask in masks.values():
-        mask.flags.writeable = False
+        masks = {name: blob.bits(name) for name in blob.names}
     return Held(masks, _outline(shapes, masks)), masks_digest(masks)
 
 
-def outline_of_model(spec: ModelSpec, masks: Mapping[str, Mask]) -> Outline:
+def outline_of_model(spec: ModelSpec, masks: Mapping[str, AnyMask]) -> Outline:
     """Describe a model's weights, of which masks keep some. Cost: one pass over the masks, to name them."""
     return _outline(tensor_shapes(spec, Structure()), masks)
 
 
-def _outline(shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, Mask]) -> Outline:
+def _outline(shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, AnyMask]) -> Outline:
     entries = []
     for index, (name, shape) in enumerate(shapes.items()):
         mask = masks.get(name)
-        kept = prod(shape) if mask is None else int(np.count_nonzero(mask))
+        kept = prod(shape) if mask is None else count(mask)
         digest = "" if mask is None else mask_digest(mask)
         entries.append(Entry(name, "float32", shape, "dense" if mask is None else "values", (index,), kept, digest))
     return Outline(tuple(entries))

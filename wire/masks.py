@@ -6,7 +6,8 @@ All numbers are little-endian, elements stand in C order. `gaps` has the third w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,11 +18,129 @@ from numpy.typing import NDArray
 from wire.errors import Malformed
 
 Mask = NDArray[np.bool_]
+_AT_ONCE = 1 << 16
+"""Elements, or bytes of eight, that are looked at together."""
+_WINDOW = 1 << 17
+"""Elements that are bools while bits are made of positions."""
+PLACES_AT_ONCE = 1 << 14
+"""Positions that are worked out together: as many as bound what is held beside the result, some 40 bytes each."""
+_BIN = ((b"\xc4", 1), (b"\xc5", 2), (b"\xc6", 4))
+"""What msgpack writes before bytes, and of how many bytes their number is that follows it."""
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
-def mask_digest(mask: Mask) -> str:
-    """Name a mask: SHA-256 (hex) of the msgpack list ``[shape, bits]``, bits as in `to_bits`."""
-    return hashlib.sha256(msgpack.packb([list(mask.shape), to_bits(mask).tobytes()])).hexdigest()
+@dataclass(frozen=True, slots=True, eq=False)
+class Bits:
+    """A mask in an eighth of the memory: as it travels, and as a device holds it.
+
+    Attributes:
+        shape: Of the tensor.
+        line: Read-only: element i in C order is bit ``i % 8`` (lowest first) of byte ``i // 8``; the last bits are 0.
+        kept: How many are 1.
+    """
+
+    shape: tuple[int, ...]
+    line: NDArray[np.uint8]
+    kept: int
+
+    @property
+    def size(self) -> int:
+        """Count the elements."""
+        return prod(self.shape)
+
+
+AnyMask = Mask | Bits
+
+
+def packed(mask: AnyMask) -> Bits:
+    """Give a mask as bits; what is bits already as it is."""
+    if isinstance(mask, Bits):
+        return mask
+    line = np.packbits(np.ravel(mask), bitorder="little")
+    line.flags.writeable = False
+    return Bits(mask.shape, line, int(np.count_nonzero(mask)))
+
+
+def all_ones(shape: Sequence[int]) -> Bits:
+    """Give the mask that keeps everything."""
+    size = prod(shape)
+    line = np.full(-(-size // 8), 255, np.uint8)
+    if size % 8:
+        line[-1] >>= 8 - size % 8
+    line.flags.writeable = False
+    return Bits(tuple(shape), line, size)
+
+
+def unpacked(mask: AnyMask) -> Mask:
+    """Give a mask as bools, a byte each; what is bools already as it is."""
+    if not isinstance(mask, Bits):
+        return mask
+    return np.unpackbits(mask.line, count=mask.size, bitorder="little").view(np.bool_).reshape(mask.shape)
+
+
+def count(mask: AnyMask) -> int:
+    """Count what a mask keeps."""
+    return mask.kept if isinstance(mask, Bits) else int(np.count_nonzero(mask))
+
+
+def windows(mask: AnyMask, length: int) -> Iterator[tuple[int, Mask]]:
+    """Give a mask in one line, so many elements (a multiple of 8) at a time, behind each other part's start."""
+    flat = None if isinstance(mask, Bits) else np.ravel(mask)
+    for start in range(0, mask.size, length):
+        if flat is not None:
+            yield start, flat[start : start + length]
+        elif isinstance(mask, Bits):
+            found = np.unpackbits(
+                mask.line[start // 8 : (start + length) // 8],
+                count=min(length, mask.size - start),
+                bitorder="little",
+            )
+            yield start, found.view(np.bool_)
+
+
+def positions(mask: AnyMask) -> NDArray[np.int64]:
+    """Give the positions in C order of what is kept, ``(kept,)``, ascending."""
+    found = np.empty(count(mask), np.int64)
+    done = 0
+    for here in _places(mask):
+        found[done : done + len(here)] = here
+        done += len(here)
+    return found
+
+
+def _places(mask: AnyMask) -> Iterator[NDArray[np.int64]]:
+    """Give the same, some at a time."""
+    for start, part in windows(mask, _AT_ONCE):
+        yield np.flatnonzero(part) + start
+
+
+def bits_at(runs: Iterable[NDArray[np.int64]], shape: Sequence[int]) -> Bits:
+    """Make a mask of positions in C order, ascending over all runs and within the shape, a window of it at a time."""
+    line = np.zeros(-(-prod(shape) // 8), np.uint8)
+    window = np.zeros(min(8 * len(line), _WINDOW), np.bool_)
+    kept = 0
+    for run in runs:
+        kept, start = kept + len(run), 0
+        while start < len(run):
+            first = int(run[start]) & ~7
+            stop = int(run.searchsorted(first + _WINDOW))
+            here = run[start:stop] - first
+            window[here] = True
+            found = np.packbits(window[: here[-1] + 1], bitorder="little")
+            line[first >> 3 : (first >> 3) + len(found)] |= found
+            window[here] = False
+            start = stop
+    line.flags.writeable = False
+    return Bits(tuple(shape), line, kept)
+
+
+def mask_digest(mask: AnyMask) -> str:
+    """Name a mask: SHA-256 (hex) of the msgpack list ``[shape, bits]``, bits as in `Bits.line`, which are not copied."""
+    line = packed(mask).line
+    mark, length = next(pair for pair in _BIN if len(line) < 1 << 8 * pair[1])
+    digest = hashlib.sha256(b"\x92" + msgpack.packb(list(mask.shape)) + mark + len(line).to_bytes(length, "big"))
+    digest.update(line.data)
+    return digest.hexdigest()
 
 
 def sides(shape: Sequence[int]) -> tuple[int, int]:
@@ -44,37 +163,33 @@ def _width(side: int) -> int:
     return 0 if kind is None else kind.itemsize
 
 
-def to_bits(mask: Mask) -> NDArray[np.uint8]:
-    """Pack a mask: element i in C order is bit ``i % 8`` (lowest first) of byte ``i // 8``; the last bits are 0."""
-    return np.packbits(np.ravel(mask), bitorder="little")
-
-
-def from_bits(data: NDArray[np.uint8], count: int, kept: int, path: str) -> Mask:
-    """Unpack a mask of `count` elements into one line.
+def from_bits(line: NDArray[np.uint8], shape: Sequence[int], kept: int, path: str) -> Bits:
+    """Take a mask of so many bits; they are copied.
 
     Raises:
         Malformed: Wrong length, padding bits that are not 0, or not as many ones as there are values.
     """
-    if len(data) != -(-count // 8):
-        raise Malformed(f"a bitmap of {len(data)} bytes for {count} elements", path)
-    if count % 8 and data[-1] >> (count % 8):
+    size = prod(shape)
+    if len(line) != -(-size // 8):
+        raise Malformed(f"a bitmap of {len(line)} bytes for {size} elements", path)
+    if size % 8 and line[-1] >> (size % 8):
         raise Malformed("padding bits of a bitmap are not 0", path)
-    bits = np.unpackbits(data, count=count, bitorder="little")
-    ones = int(np.count_nonzero(bits))
+    ones = sum(int(_ONES[line[start : start + _AT_ONCE]].sum()) for start in range(0, len(line), _AT_ONCE))
     if ones != kept:
         raise Malformed(f"a bitmap has {ones} ones for {kept} values", path)
-    return bits.view(np.bool_)
+    line = line.copy()
+    line.flags.writeable = False
+    return Bits(tuple(shape), line, kept)
 
 
-def to_indices(mask: Mask) -> tuple[bytes, bytes]:
-    """Give rows and columns of the kept elements in C order."""
+def to_indices(mask: AnyMask) -> tuple[bytes, bytes]:
+    """Give rows and columns of the kept elements in C order. Memory: those, and some at a time as numbers."""
     rows, columns = sides(mask.shape)
-    flat = np.flatnonzero(np.ravel(mask))
-    parts = []
-    for side, index in ((rows, flat // max(columns, 1)), (columns, flat % max(columns, 1))):
-        kind = index_type(side)
-        parts.append(b"" if kind is None else index.astype(kind).tobytes())
-    return parts[0], parts[1]
+    kinds, parts = (index_type(rows), index_type(columns)), (bytearray(), bytearray())
+    for flat in _places(mask):
+        for kind, part, index in zip(kinds, parts, np.divmod(flat, max(columns, 1)), strict=True):
+            part.extend(b"" if kind is None else index.astype(kind).tobytes())
+    return bytes(parts[0]), bytes(parts[1])
 
 
 def from_indices(

@@ -14,7 +14,7 @@ by whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -31,12 +31,11 @@ MARGIN = 1.10
 SLACK = 8 << 20
 """The bound is ``MARGIN * peak + SLACK``: no measured peak exceeded it (tests/bench/memory.py prints the figures)."""
 
-_SCRATCH = {2: 0, 4: 78}
-"""Bytes per kept weight of a matrix or a convolution while its index is made: of a matrix it is made in small parts."""
+_READ, _READ_AT_ONCE = 24, 1 << 16
+"""Bytes per place while a mask is read, and of how many places at once (`wire.rice`; of gaps it is fewer)."""
 
-_SORTED = 26
-"""Bytes per kept weight while values are brought from C order into the index's, or back: both, places twice, and a part of
-the room of their sort."""
+_SORTED = 8
+"""Bytes per kept weight while values are brought from C order into the index's, or back: both."""
 
 _MODULES = 1800 << 10
 """What loading the modules for masks takes beside them, once, while the first masks are loaded."""
@@ -68,23 +67,6 @@ class Prediction:
 
     peak: int
     bound: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How an order fits into a budget.
-
-    Attributes:
-        capacity: Index of the width.
-        micro_batch: Samples that go through the model at once.
-        bytes_peak: Expected peak above base.
-        bytes_bound: The same with its margin.
-    """
-
-    capacity: int
-    micro_batch: int
-    bytes_peak: int
-    bytes_bound: int
 
 
 def copies(recipe: Recipe) -> int:
@@ -156,7 +138,8 @@ def predict(
     walk = Walk(spec, structure, batch, backward=True, masked=masked, cuts=cuts)
     around = holes(walk)
     # the small arrays of indices fall among what the order before has left
-    takes = Pass(peak(walk), around, lasting(walk), around if masked is not None and masked.kept else 0)
+    sparse = masked is not None and bool(masked.kept)
+    takes = Pass(peak(walk), around, lasting(walk), around * sparse, _MODULES * sparse)
     return with_pass(spec, structure, recipe, (batch, masked), takes, scale=scale)
 
 
@@ -169,12 +152,14 @@ class Pass:
         beside: What else there is until training is over.
         lasting: What stays until the order is done.
         loading: What lies in the way while masked weights are loaded.
+        modules: What loading the modules for masks takes before, once.
     """
 
     peak: int
     beside: int
     lasting: int = 0
     loading: int = 0
+    modules: int = 0
 
 
 def with_pass(
@@ -206,13 +191,20 @@ def with_pass(
     bytes_held += beside.passed(spec, structure, recipe, batch) + beside.aside(spec, structure, recipe)
     bytes_held += beside.apart(spec, structure, recipe, copies(recipe))
     step = weights + gradients + copies(recipe) * sizes.trained + takes.peak
-    # trained weights and update; beside them what an earlier one lost, in its mapped file, or the new one's bytes
+    # trained weights, with masks copies of them in C order, and update; beside them what was received, in its mapped file
     found, placed, told = beside.told(spec, structure, recipe)
     coded = 2 * sizes.trained + _CODED * min(sizes.largest // FLOAT, _AT_ONCE)
-    writing = weights + (coded if recipe.form else sizes.largest) + max(sizes.scratch, placed) + told
+    writing = (
+        weights
+        + told
+        + max((coded if recipe.form else sizes.lines + sizes.largest) + placed, sizes.lines + sizes.scratch)
+    )
     writing += gradients if recipe.knobs.get("personal") else 0  # what was trained goes on afterwards
     most = max(
-        step + takes.beside, writing, weights + gradients + found + told + takes.beside, sizes.loading + takes.loading
+        step + takes.beside,
+        writing,
+        weights + gradients + found + told + takes.beside,
+        max(sizes.loading, takes.modules) + takes.loading,
     )
     return bounded(bytes_held + sizes.masks + takes.lasting + most, scale)
 
@@ -223,7 +215,9 @@ def predict_evaluation(
     """Predict the peak of evaluating a structure and its narrower widths, `batch` samples at a time."""
     masked = masked or masked_of(structure)
     walk = Walk(spec, structure, batch, backward=False, masked=masked)
-    return evaluated(spec, structure, masked, Pass(peak(walk), heap(walk)), scale)
+    return evaluated(
+        spec, structure, masked, Pass(peak(walk), heap(walk), modules=_MODULES * (masked is not None)), scale
+    )
 
 
 def evaluated(
@@ -231,31 +225,8 @@ def evaluated(
 ) -> Prediction:
     """Predict the peak of an evaluation on an engine whose passes take so much."""
     sizes = _weights(spec, structure, masked)
-    most = max(sizes.held + max(sizes.largest, takes.peak), sizes.loading)
+    most = max(sizes.held + max(sizes.largest, takes.peak), sizes.loading, takes.modules)
     return bounded(takes.beside + sizes.masks + most, scale)
-
-
-def fit(
-    spec: ModelSpec, structures: Sequence[Structure], recipe: Recipe, bytes_budget: int, scale: float = 1.0
-) -> Plan | None:
-    """Find the widest structure that a budget holds, then the largest micro-batch for it.
-
-    Args:
-        spec: The model.
-        structures: Candidates; the one of highest capacity that fits wins.
-        recipe: How to train; micro-batches tried are its batch, half of it, and so on down to 1.
-        bytes_budget: Memory above base.
-        scale: As in `predict`.
-
-    Returns:
-        None when not even the narrowest fits with one sample at a time.
-    """
-    for structure in sorted(structures, key=lambda s: s.capacity, reverse=True):
-        for micro_batch in micro_batches(recipe):
-            found = predict(spec, structure, recipe, micro_batch, scale=scale)
-            if found.bound <= bytes_budget:
-                return Plan(structure.capacity, micro_batch, found.peak, found.bound)
-    return None
 
 
 def micro_batches(recipe: Recipe) -> list[int]:
@@ -288,15 +259,17 @@ class _Sizes:
     Attributes:
         held: With what says where they stand.
         trained: The values alone; a gradient or a copy takes as many.
+        lines: Copies of what is trained in C order, to be sent; only where there are masks.
         largest: The most of them that is read from a file at a time.
-        masks: All masks as they come, a byte per weight.
-        scratch: What bringing one tensor's values into C order takes, at most.
+        masks: All masks, a bit per weight.
+        scratch: What bringing one tensor's values into C order takes beside them, at most.
         loading: The most that there is beside the masks until the weights are in their places. At first it is the masks of
             the order before and what was made of them.
     """
 
     held: int
     trained: int
+    lines: int
     largest: int
     masks: int
     scratch: int
@@ -307,22 +280,38 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     kept = masked.kept if masked is not None else {}
     shapes = tensor_shapes(spec, structure)
     for name, count in kept.items():
-        if name not in shapes or len(shapes[name]) not in _SCRATCH or count > prod(shapes[name]):
+        if name not in shapes or len(shapes[name]) not in (2, 4) or count > prod(shapes[name]):
             raise SpecError(f"model {spec.name!r} has no tensor {name!r} of which {count} weights could be kept")
     sparse = set(kept).difference(masked.dense if masked is not None else ())
     values = {name: aligned((kept[name],) if name in sparse else shape) for name, shape in shapes.items()}
-    masks = {name: prod(shapes[name]) for name in kept}
-    indices = {name: index_bytes(shapes[name], kept[name]) if name in sparse else masks[name] for name in kept}
-    index, trained, bits = sum(indices.values()), sum(values.values()), sum(masks.values())
-    scratch = max((_SORTED * kept[name] for name in sparse), default=0)
-    loading, made, filled = max(index + bits, _MODULES) if masks else trained + _resident(values.values()), 0, 0
-    for name, size in indices.items():  # one after the other, then the values
-        loading = max(loading, made + _SCRATCH[len(shapes[name])] * kept[name] * (name in sparse))
-        made += size
+    whole = {name: prod(shapes[name]) for name in kept}
+    indices = (index_bytes(shapes[name], kept[name]) if name in sparse else whole[name] for name in kept)
+    index, trained, bits = sum(indices), sum(values.values()), sum(-(-size // 8) for size in whole.values())
+    scratch = max(((_SORTED - FLOAT) * kept[name] for name in sparse), default=0)
+    read = _resident(values.values()) if kept else max(map(_resident, _shells(spec, structure)))
+    reading = max((_reading(whole[name], kept[name]) for name in kept), default=0)
+    loading, filled = index + bits + reading if kept else trained + read, 0
     for name, size in values.items():
         loading = max(loading, index + filled + _SORTED * kept[name] if name in sparse else 0)
         filled += size
-    return _Sizes(trained + index, trained, _resident(values.values()), bits, scratch, loading)
+    lines = sum(aligned((kept[name],) if name in kept else shape) for name, shape in shapes.items()) if kept else 0
+    return _Sizes(trained + index, trained, lines, read, bits, scratch, loading)
+
+
+def _shells(spec: ModelSpec, structure: Structure) -> list[list[int]]:
+    """Give the bytes of each tensor in each file of dense weights: the narrowest width, and what every wider one adds."""
+    found, inner = [], dict.fromkeys((tensor.name for tensor in spec.tensors), 0)
+    for capacity in range(structure.capacity + 1):
+        shapes = tensor_shapes(spec, structure.narrowed(capacity))
+        outer = {name: FLOAT * prod(shape) for name, shape in shapes.items()}
+        found.append([size - inner[name] for name, size in outer.items()])
+        inner = outer
+    return found
+
+
+def _reading(size: int, kept: int) -> int:
+    """Bound what reading a mask takes beside its bits: its code as it came, taken apart and looked at, and places."""
+    return 3 * min(kept + size // 255, size // 5) + _READ * min(kept, _READ_AT_ONCE)
 
 
 def _resident(sizes: Iterable[int]) -> int:

@@ -61,8 +61,8 @@ class Caps:
 
     Attributes:
         runtime: Version of the software.
-        engines: Names of the engines that load there.
-        bytes_budget: Memory that one order may take above the worker's base.
+        engines: Names of the engines that load there, the best first.
+        bytes_budget: Memory that one order may take above the base of a worker with the first of them.
         threads: Cores that training may use.
         samples: Training samples that it holds.
         classes: Classes of its data; 0 when unknown.
@@ -167,7 +167,7 @@ class Order:
         shells: The weights, smallest shell first; shell k turns width k - 1 into width k. An empty shell is left out.
         structures: What to train (exactly one), or every width to evaluate.
         recipe: How to train.
-        bytes_peak: Predicted peak above base at the recipe's full batch.
+        bytes_peak: Predicted peak above base, on the first of the device's engines that holds the order.
         seconds: Time until the coordinator stops waiting.
         masks: What is kept of which weights, a blob of kind ``masks``; None where the structure has no masks.
     """

@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
-import numpy as np
 from numpy.typing import NDArray
 
-from wire.entries import Entry
-from wire.masks import Mask, mask_digest
+from wire import forms
+from wire.entries import DTYPES, Entry, Head
+from wire.errors import Malformed, MaskUnknown
+from wire.masks import AnyMask, count, mask_digest
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Outline:
         return hashlib.sha256(msgpack.packb(lines)).digest()
 
 
-def outline_of(tensors: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]) -> Outline:
+def outline_of(tensors: Mapping[str, NDArray[Any]], masks: Mapping[str, AnyMask]) -> Outline:
     """Describe tensors, or their kept values, and what is kept of them. Cost: one pass over the masks, to name them."""
     entries = []
     for index, (name, array) in enumerate(tensors.items()):
@@ -51,8 +52,44 @@ def outline_of(tensors: Mapping[str, NDArray[Any]], masks: Mapping[str, Mask]) -
                 shape=shape,
                 encoding="dense" if mask is None else "values",
                 parts=(index,),
-                kept=array.size if mask is None else int(np.count_nonzero(mask)),
+                kept=array.size if mask is None else count(mask),
                 mask="" if mask is None else mask_digest(mask),
             )
         )
     return Outline(tuple(entries))
+
+
+def outlined(head: Head, outline: Outline | None) -> tuple[Entry, ...]:
+    """Give the entries that a header names by digest only.
+
+    Raises:
+        Malformed: It has tensors of its own as well, or neither.
+        MaskUnknown: It needs another outline.
+    """
+    if len(head.like) != 32 or head.tensors:
+        raise Malformed("a header has either tensors or the digest of an outline", "$[0].like")
+    if outline is None or outline.digest != head.like:
+        raise MaskUnknown(f"this blob needs outline {head.like.hex()}")
+    if not head.form:
+        return outline.entries
+    return tuple(replace(entry, form=head.form if entry.dtype == "float32" else "") for entry in outline.entries)
+
+
+def cut(bodies: list[tuple[int, int]], entries: tuple[Entry, ...]) -> list[tuple[int, int]]:
+    """Cut the one body into the values of the tensors: start and length of each.
+
+    Raises:
+        Malformed: There is not one body, of that length.
+    """
+    if len(bodies) != 1:
+        raise Malformed(f"{len(bodies)} bodies for an outline, expected 1", "$")
+    start, length = bodies[0]
+    places = []
+    for entry in entries:
+        forms.check(entry.form, entry.dtype, "$[0].form")
+        size = forms.size(entry.form, entry.kept, DTYPES[entry.dtype].itemsize)
+        places.append((start, size))
+        start += size
+    if start != bodies[0][0] + length:
+        raise Malformed(f"{length} bytes for the values of an outline", "$[2]")
+    return places

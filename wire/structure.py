@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import Malformed, SpecError
-from wire.masks import Mask, mask_digest
+from wire.masks import AnyMask, count, mask_digest
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
 
 Floats = NDArray[np.float32]
@@ -58,7 +58,7 @@ def ranking_digest(levels: Levels) -> str:
     return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
 
 
-def masks_digest(masks: Mapping[str, Mask]) -> str:
+def masks_digest(masks: Mapping[str, AnyMask]) -> str:
     """Name masks: SHA-256 (hex) of the msgpack list of ``[tensor, digest of its mask]``, sorted by tensor; empty for none."""
     if not masks:
         return ""
@@ -66,9 +66,9 @@ def masks_digest(masks: Mapping[str, Mask]) -> str:
     return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
 
 
-def masked(masks: Mapping[str, Mask]) -> Structure:
+def masked(masks: Mapping[str, AnyMask]) -> Structure:
     """Give the structure that keeps, of the whole model, what masks keep. Cost: one pass over the masks."""
-    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    kept = {name: count(mask) for name, mask in masks.items()}
     return Structure(masks=masks_digest(masks), kept=kept)
 
 

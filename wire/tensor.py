@@ -20,15 +20,25 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from wire import forms, layout, zstd
+from wire import forms, gaps, layout, rice, zstd
 from wire.coding import Coded, code_dense, code_masked
 from wire.entries import DTYPES, ELEMENTS_MAX, TENSORS_MAX, Entry, Head, check_entries
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, NonFinite, StoreError, TooLarge, Unsupported
-from wire.gaps import from_gaps
-from wire.masks import Mask, from_bits, from_indices, mask_digest
+from wire.masks import (
+    AnyMask,
+    Bits,
+    Mask,
+    all_ones,
+    bits_at,
+    count,
+    from_bits,
+    from_indices,
+    mask_digest,
+    packed,
+    unpacked,
+)
 from wire.messages import BlobRef
-from wire.outline import Outline, outline_of
-from wire.rice import from_rice
+from wire.outline import Outline, cut, outline_of, outlined
 from wire.schema import from_plain, shown
 
 _VERSION = 1
@@ -51,7 +61,7 @@ class Coding:
     """
 
     known: Mapping[str, str] = field(default_factory=dict)
-    bases: Mapping[str, Mask] = field(default_factory=dict)
+    bases: Mapping[str, AnyMask] = field(default_factory=dict)
     form: str = ""
     outline: Outline | None = None
     exact: frozenset[str] = frozenset()
@@ -67,7 +77,7 @@ def write_blob(
     tensors: Mapping[str, Array],
     *,
     meta: Mapping[str, Any] | None = None,
-    masks: Mapping[str, Mask] | None = None,
+    masks: Mapping[str, AnyMask] | None = None,
     coding: Coding = PLAIN,
 ) -> BlobRef:
     """Write a blob file, hashing on the way. The same input gives the same bytes. Not yet durable.
@@ -118,7 +128,7 @@ def write_blob(
 
 
 def _values_alone(
-    tensors: Mapping[str, Array], masks: Mapping[str, Mask], coding: Coding, outline: Outline
+    tensors: Mapping[str, Array], masks: Mapping[str, AnyMask], coding: Coding, outline: Outline
 ) -> list[Array | bytes]:
     """Give the values of all tensors, one after another, once they are seen to be those of the outline.
 
@@ -134,7 +144,7 @@ def _values_alone(
     return [_coded(name, array, masks.get(name), coding).parts[-1] for name, array in tensors.items()]
 
 
-def _coded(name: str, array: Array, mask: Mask | None, coding: Coding) -> Coded:
+def _coded(name: str, array: Array, mask: AnyMask | None, coding: Coding) -> Coded:
     dtype = array.dtype.name
     if dtype not in DTYPES:
         raise Unsupported(f"tensor {name!r} is {dtype}; a blob holds {', '.join(DTYPES)}")
@@ -145,11 +155,12 @@ def _coded(name: str, array: Array, mask: Mask | None, coding: Coding) -> Coded:
         if known:
             raise Malformed(f"tensor {name!r} has the digest of a mask, but not the mask")
         return code_dense(array, form)
-    alone = array.ndim == 1 and array.size == np.count_nonzero(mask)
+    alone = array.ndim == 1 and array.size == count(mask)
     for found, what in ((mask, "mask"), (base, "old mask")):
         shape = mask.shape if alone else array.shape
-        if found is not None and (found.shape != shape or found.dtype != np.bool_):
-            raise Malformed(f"the {what} of tensor {name!r} is {found.dtype}{found.shape}, expected bool{shape}")
+        kind = "bool" if found is None or isinstance(found, Bits) else found.dtype.name
+        if found is not None and (found.shape, kind) != (shape, "bool"):
+            raise Malformed(f"the {what} of tensor {name!r} is {kind}{found.shape}, expected bool{shape}")
     if known and mask_digest(mask) != known:
         raise DigestMismatch(f"the mask of tensor {name!r} is {mask_digest(mask)}, not {known}")
     return code_masked(array, mask, form=form, known=known, base=base, pack=coding.pack)
@@ -192,8 +203,8 @@ class Blob:
         self._bodies = layout.find_bodies(view, start)
         entries = head.tensors
         if head.like or "tensors" not in header:
-            entries = _outlined(head, outline)
-            self._bodies = _cut(self._bodies, entries)
+            entries = outlined(head, outline)
+            self._bodies = cut(self._bodies, entries)
         self._entries = {entry.name: entry for entry in entries}
         if len(self._entries) != len(entries):
             raise Malformed("two tensors share a name", "$[0].tensors")
@@ -214,7 +225,7 @@ class Blob:
             raise Malformed(f"the blob has no tensor {name!r}", "$[0].tensors")
         return self._entries[name]
 
-    def tensor(self, name: str, mask: Mask | None = None) -> Array:
+    def tensor(self, name: str, mask: AnyMask | None = None) -> Array:
         """Give a whole tensor, read-only: a view of the file when it is dense, else an array with zeros where nothing is kept.
 
         Args:
@@ -235,7 +246,7 @@ class Blob:
         whole.flags.writeable = False
         return whole.reshape(entry.shape)
 
-    def sparse(self, name: str, mask: Mask | None = None) -> tuple[NDArray[np.int64], Array]:
+    def sparse(self, name: str, mask: AnyMask | None = None) -> tuple[NDArray[np.int64], Array]:
         """Give positions in C order ``(kept,)``, ascending, and the values ``(kept,)`` there, without a dense array.
 
         Raises:
@@ -255,19 +266,29 @@ class Blob:
         """
         return self._values(self.entry(name))
 
-    def mask(self, name: str, mask: Mask | None = None) -> Mask:
+    def mask(self, name: str, mask: AnyMask | None = None) -> Mask:
         """Give what is kept of a tensor, in its shape; for a receiver that will be sent values only, or changes, later.
 
         Raises:
             Malformed, MaskUnknown, DigestMismatch: As `tensor` does.
         """
+        return unpacked(self.bits(name, mask))
+
+    def bits(self, name: str, mask: AnyMask | None = None) -> Bits:
+        """Give the same without an array of a byte per element, where the blob says it by itself; same errors."""
         entry = self.entry(name)
-        whole = np.ones(prod(entry.shape), np.bool_)
-        if entry.encoding != "dense":
-            where = self._where(entry, mask)
-            whole[:] = False
-            whole[where] = True
-        return whole.reshape(entry.shape)
+        if entry.encoding == "dense":
+            return all_ones(entry.shape)
+        if entry.encoding == "bitmap":
+            return from_bits(self._first(entry), entry.shape, entry.kept, _path(entry))
+        if entry.encoding == "gaps":
+            runs = gaps.runs_of(self._first(entry), prod(entry.shape), entry.kept, _path(entry))
+            return bits_at(runs, entry.shape)
+        if entry.encoding == "rice":
+            runs = rice.runs_of(self._first(entry), prod(entry.shape), entry.kept, entry.low, _path(entry))
+            return bits_at(runs, entry.shape)
+        where = self._where(entry, mask)
+        return packed(where.reshape(entry.shape)) if where.dtype == np.bool_ else bits_at([where], entry.shape)
 
     def require_finite(self) -> None:
         """Look at every value. Cost: one pass in small parts.
@@ -309,59 +330,39 @@ class Blob:
         values.flags.writeable = False
         return values
 
-    def _where(self, entry: Entry, mask: Mask | None) -> Array:
+    def _first(self, entry: Entry) -> NDArray[np.uint8]:
+        """Give the bytes of a tensor's first part."""
+        first = self._body(entry.parts[0], DTYPES["uint8"])
+        if not entry.packed:
+            return first
+        return np.frombuffer(zstd.unpack(first.data, entry.packed, _path(entry)), np.uint8)
+
+    def _where(self, entry: Entry, mask: AnyMask | None) -> Array:
         """Give what is kept: a mask in one line, or positions."""
-        path = f"$[0].tensors.{entry.name}"
-        count = prod(entry.shape)
-        first: Any = self._body(entry.parts[0], DTYPES["uint8"])
-        if entry.packed:
-            first = np.frombuffer(zstd.unpack(first.data, entry.packed, path), np.uint8)
+        path, size, first = _path(entry), prod(entry.shape), self._first(entry)
         if entry.encoding == "bitmap":
-            return from_bits(first, count, entry.kept, path)
+            return np.ravel(unpacked(from_bits(first, entry.shape, entry.kept, path)))
         if entry.encoding == "gaps":
-            return from_gaps(first, count, entry.kept, path)
+            return gaps.from_gaps(first, size, entry.kept, path)
         if entry.encoding == "rice":
-            return from_rice(first, count, entry.kept, entry.low, path)
+            return rice.from_rice(first, size, entry.kept, entry.low, path)
         if entry.encoding == "index":
             return from_indices(first, self._body(entry.parts[1], DTYPES["uint8"]), entry.shape, entry.kept, path)
         if mask is None:
             raise MaskUnknown(f"tensor {entry.name!r} needs mask {entry.mask}")
         if mask.shape != entry.shape or mask_digest(mask) != entry.mask:
             raise DigestMismatch(f"tensor {entry.name!r} needs mask {entry.mask}, not {mask_digest(mask)}")
-        found = np.ravel(mask)
+        found = np.ravel(unpacked(mask))
         if entry.encoding == "delta":
             found = found.copy()
-            found[from_gaps(first, count, -1, path)] ^= True
+            found[gaps.from_gaps(first, size, -1, path)] ^= True
         if int(np.count_nonzero(found)) != entry.kept:
             raise Malformed(f"{entry.kept} values for mask {entry.mask}", path)
         return found
 
 
-def _outlined(head: Head, outline: Outline | None) -> tuple[Entry, ...]:
-    """Give the entries that a header names by digest only."""
-    if len(head.like) != 32 or head.tensors:
-        raise Malformed("a header has either tensors or the digest of an outline", "$[0].like")
-    if outline is None or outline.digest != head.like:
-        raise MaskUnknown(f"this blob needs outline {head.like.hex()}")
-    if not head.form:
-        return outline.entries
-    return tuple(replace(entry, form=head.form if entry.dtype == "float32" else "") for entry in outline.entries)
-
-
-def _cut(bodies: list[tuple[int, int]], entries: tuple[Entry, ...]) -> list[tuple[int, int]]:
-    """Cut the one body into the values of the tensors."""
-    if len(bodies) != 1:
-        raise Malformed(f"{len(bodies)} bodies for an outline, expected 1", "$")
-    start, length = bodies[0]
-    places = []
-    for entry in entries:
-        forms.check(entry.form, entry.dtype, "$[0].form")
-        size = forms.size(entry.form, entry.kept, DTYPES[entry.dtype].itemsize)
-        places.append((start, size))
-        start += size
-    if start != bodies[0][0] + length:
-        raise Malformed(f"{length} bytes for the values of an outline", "$[2]")
-    return places
+def _path(entry: Entry) -> str:
+    return f"$[0].tensors.{entry.name}"
 
 
 def open_blob(path: Path, *, elements_max: int = ELEMENTS_MAX, outline: Outline | None = None) -> Blob:

@@ -32,9 +32,9 @@ from coordinator.blocks.aggregate import counted, joined
 from coordinator.blocks.fade import faded
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import rank, whole_of, widths_of
+from coordinator.fitting import Means, Plan, fit
 from coordinator.recipes import merged
 from wire.errors import ConfigError
-from wire.memory import Plan, fit
 from wire.messages import Recipe
 from wire.spec import ModelSpec
 
@@ -195,12 +195,12 @@ def _stretched(state: State, clients: ratios.Clients, devices: Sequence[DeviceVi
 
 def _least(spec: ModelSpec, recipe: Recipe, devices: Sequence[DeviceView]) -> dict[str, float]:
     """Give each device the least ratio that its memory holds; those that hold none are left out."""
-    known: dict[tuple[int, float], float | None] = {}  # many devices are alike, and a prediction is not free
+    known: dict[Means, float | None] = {}  # many devices are alike, and a prediction is not free
     found = {}
     for device in devices:
-        means = device.bytes_budget, device.memory_scale
+        means = device.means
         if means not in known:
-            known[means] = deadline.least_ratio(spec, recipe, *means)
+            known[means] = deadline.least_ratio(spec, recipe, means)
         ratio = known[means]
         if ratio is not None:
             found[device.name] = ratio
@@ -223,15 +223,15 @@ def _drafts(
     state: State, recipe: Recipe, devices: Sequence[DeviceView], wanted: Mapping[str, float], rng: np.random.Generator
 ) -> tuple[Draft, ...]:
     whole, steps = whole_of(state), state.scalars["ratios"]
-    known: dict[tuple[int, float, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    known: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
     drafts = []
     for device in devices:
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
         # Of the widths that are not wider than wanted; a narrower one where a count was rounded past the budget.
         most = next(k for k in reversed(range(len(steps))) if steps[k] >= wanted[device.name] - 1e-12)
-        means = device.bytes_budget, device.memory_scale, most
+        means = device.means, most
         if means not in known:
-            known[means] = fit(state.spec, [whole.narrowed(k) for k in range(most + 1)], recipe, *means[:2])
+            known[means] = fit(state.spec, [whole.narrowed(k) for k in range(most + 1)], recipe, device.means)
         fits = known[means]
         if fits is not None:
             drafts.append(Draft(device.name, "train", whole.narrowed(fits.capacity), seeded, fits.bytes_bound))

@@ -37,10 +37,10 @@ from coordinator.blocks.masks import (
     top_per_tensor,
 )
 from coordinator.blocks.nesting import kept_counts
+from coordinator.fitting import Means, Plan, fit
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
-from wire.memory import Plan, fit
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("Wu et al., NeurIPS 2024", "baseline", "tests/unit/test_fiarse.py")
@@ -85,12 +85,12 @@ def plan(
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
     structures = [structure_at(levels, k) for k in range(capacities_of(levels))]
     least = thresholds(state.weights, levels)
-    drafts, known = [], dict[tuple[int, float], Plan | None]()
+    drafts, known = [], dict[Means, Plan | None]()
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        means = device.bytes_budget, device.memory_scale
+        means = device.means
         if means not in known:
-            known[means] = fit(state.spec, structures, seeded, *means)
+            known[means] = fit(state.spec, structures, seeded, means)
         fits = known[means]
         if fits is not None:
             own = dataclasses.replace(seeded, knobs={**seeded.knobs, "threshold": least[fits.capacity]})

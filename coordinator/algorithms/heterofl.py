@@ -35,10 +35,10 @@ from coordinator.blocks import affines, aggregate, momentum, norms
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import fractions_of, structures_of, widest
+from coordinator.fitting import Plan, fit
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, SpecError
 from wire.head import head_of
-from wire.memory import Plan, fit
 from wire.spec import ModelSpec
 
 ABOUT = About("Diao et al., ICLR 2021", "baseline", "tests/unit/test_heterofl.py")
@@ -120,7 +120,7 @@ def plan(
         own = dataclasses.replace(recipe, seed=seed, knobs=knobs)
         fits: Plan | None = held[device.name]
         if capacity < most:
-            fits = fit(state.spec, structures[capacity : capacity + 1], own, device.bytes_budget, device.memory_scale)
+            fits = fit(state.spec, structures[capacity : capacity + 1], own, device.means)
         if fits is not None:
             drafts.append(Draft(device.name, "train", structures[capacity], own, fits.bytes_bound))
     scalars = {**state.scalars, "devices": places}

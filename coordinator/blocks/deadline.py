@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from coordinator.blocks import timecost
 from coordinator.blocks.timecost import Line
-from wire.memory import fit as fitted
+from coordinator.fitting import Means
+from coordinator.fitting import fit as fitted
 from wire.memory import uniform
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Node, group_sizes, node_shapes, parameter_count, tensor_shape
@@ -98,15 +99,15 @@ def seconds_of(load: Load, turns: Sequence[Sequence[float]], trust: float) -> Nu
     return line.constant + work * np.array(load.work, np.float64) + size * np.array(load.size, np.float64)
 
 
-def least_ratio(spec: ModelSpec, recipe: Recipe, bytes_budget: int, scale: float) -> float | None:
-    """Give the least ratio of the grid whose sub-model a budget holds; None when it holds none.
+def least_ratio(spec: ModelSpec, recipe: Recipe, means: Means) -> float | None:
+    """Give the least ratio of the grid whose sub-model a device holds; None when it holds none.
 
     Cost: seven predictions.
     """
     low, high = 0, GRID
     while low < high:
         place = (low + high) // 2
-        if fitted(spec, (uniform(spec, 1.0 - place / GRID),), recipe, bytes_budget, scale) is None:
+        if fitted(spec, (uniform(spec, 1.0 - place / GRID),), recipe, means) is None:
             low = place + 1
         else:
             high = place

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coordinator.algorithm import DeviceView, Draft
-from wire.memory import Plan, fit
+from coordinator.fitting import Means, Plan, fit
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
 
@@ -29,12 +29,12 @@ def drafted(
         In the order of the devices' names.
     """
     drafts = []
-    known: dict[tuple[int, float], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    known: dict[Means, Plan | None] = {}  # many devices are alike, and a prediction is not free
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        means = device.bytes_budget, device.memory_scale
+        means = device.means
         if means not in known:
-            known[means] = fit(spec, (structure,), seeded, *means)
+            known[means] = fit(spec, (structure,), seeded, means)
         fits = known[means]
         if fits is not None:
             drafts.append(Draft(device.name, "train", structure, seeded, fits.bytes_bound))

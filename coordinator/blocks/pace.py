@@ -20,7 +20,7 @@ import numpy as np
 from coordinator.algorithm import Answer, DeviceView, Draft, State
 from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import structures_of
-from wire.memory import Plan, fit
+from coordinator.fitting import Means, Plan, fit
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure, node_shapes, tensor_shapes
 
@@ -97,15 +97,15 @@ def asked(
         scalars = settled(scalars, devices)
         load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
     drafts = []
-    known: dict[tuple[int, float, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    known: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
         most = (
             widest_in_time(scalars["turns"].get(device.name, ()), load, deadline) if deadline else len(structures) - 1
         )
-        means = device.bytes_budget, device.memory_scale, most
+        means = device.means, most
         if means not in known:
-            known[means] = fit(state.spec, structures[: most + 1], recipe, *means[:2])
+            known[means] = fit(state.spec, structures[: most + 1], recipe, device.means)
         fits = known[means]
         if fits is not None:
             drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))

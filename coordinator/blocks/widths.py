@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from coordinator.algorithm import DeviceView, State
 from coordinator.blocks.nesting import whole_of
+from coordinator.fitting import Means, Plan, fit
 from wire.errors import ConfigError
-from wire.memory import Plan, fit
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
 
@@ -45,12 +45,12 @@ def widest(
     Returns:
         By device name; a device that holds none is left out. Cost: one prediction for each kind of device.
     """
-    known: dict[tuple[int, float], Plan | None] = {}
+    known: dict[Means, Plan | None] = {}
     found = {}
     for device in devices:
-        means = device.bytes_budget, device.memory_scale
+        means = device.means
         if means not in known:
-            known[means] = fit(spec, structures, recipe, *means)
+            known[means] = fit(spec, structures, recipe, means)
         plan = known[means]
         if plan is not None:
             found[device.name] = plan

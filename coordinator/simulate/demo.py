@@ -128,20 +128,21 @@ def split(demo: Demo, run: Path) -> Shares:
     for device, part in zip(devices, parts.parts, strict=True):
         _save(run / f"{device}.npz", whole, x[part], y[part])
     _save(run / "test.npz", whole, *whole.test)
-    return Shares(devices, dict(zip(devices, budgets(demo.algo, demo.devices), strict=True)), parts.digest)
+    return Shares(devices, dict(zip(devices, budgets(demo), strict=True)), parts.digest)
 
 
-def budgets(algo: str, devices: int) -> list[int]:
+def budgets(demo: Demo) -> list[int]:
     """Spread memory budgets over the fleet: from what the narrowest of five widths of the model takes to what all of it takes.
 
-    An algorithm that never cuts the model asks only devices that can hold all of it; for such a one all budgets are the last.
+    It is what they take on the devices' engine. An algorithm that never cuts the model asks only devices that can hold all of
+    it; for such a one all budgets are the last.
 
     Returns:
         Bytes above the worker's base, rounded up to whole MiB, one per device.
     """
-    params = algorithms.by_name(algo).PARAMS
-    limits = fleet.budgets(zoo.load(_MODEL), recipe_of(params), devices, MIB)
-    return limits if "fractions" in params else [limits[-1]] * devices
+    params = algorithms.by_name(demo.algo).PARAMS
+    limits = fleet.budgets(zoo.load(_MODEL), recipe_of(params), demo.devices, MIB, (demo.engine,))
+    return limits if "fractions" in params else [limits[-1]] * demo.devices
 
 
 def _save(path: Path, whole: Dataset, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:

@@ -12,7 +12,7 @@ for the model:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Annotated
 
 import numpy as np
 
+from coordinator.fitting import least
 from coordinator.simulate import flops
 from wire.errors import ConfigError, Malformed
-from wire.memory import predict, uniform
+from wire.memory import uniform
 from wire.messages import Order, Recipe
 from wire.schema import Amount, Limit, Name, Natural, Positive, Text, from_plain
 from wire.spec import ModelSpec, Structure
@@ -178,7 +179,7 @@ def bytes_down(order: Order, held: Collection[str]) -> int:
     return sum(ref.size for ref in order.blobs if ref.digest not in held)
 
 
-def make(profile: str, count: int, spec: ModelSpec, recipe: Recipe) -> tuple[Machine, ...]:
+def make(profile: str, count: int, spec: ModelSpec, recipe: Recipe, engines: Sequence[str] = ()) -> tuple[Machine, ...]:
     """Build a fleet.
 
     Args:
@@ -186,6 +187,7 @@ def make(profile: str, count: int, spec: ModelSpec, recipe: Recipe) -> tuple[Mac
         count: Devices.
         spec: The model that the budgets are measured by.
         recipe: How it will be trained; it decides what a width costs.
+        engines: What trains there, as in `coordinator.fitting.Means`.
 
     Raises:
         ConfigError: There is no such profile, it does not fit the model, or there is no device.
@@ -193,9 +195,9 @@ def make(profile: str, count: int, spec: ModelSpec, recipe: Recipe) -> tuple[Mac
     if count < 1:
         raise ConfigError(f"devices = {count}: write at least 1")
     if profile in PROFILES:
-        return PROFILES[profile](budgets(spec, recipe, count))
+        return PROFILES[profile](budgets(spec, recipe, count, engines=engines))
     found = kinds(profile)
-    whole = predict(spec, Structure(), recipe).bound
+    whole = least(spec, Structure(), recipe, engines)
     return tuple(_machine(f"device-{i + 1}", found[i % len(found)], spec, whole) for i in range(count))
 
 
@@ -261,7 +263,7 @@ def _machine(name: str, kind: Kind, spec: ModelSpec, whole: int) -> Machine:
     return Machine(name, budget, kind.flops, kind.bandwidth_down, kind.bandwidth_up, step, kind.seconds_order)
 
 
-def budgets(spec: ModelSpec, recipe: Recipe, count: int, grain: int = 1) -> list[int]:
+def budgets(spec: ModelSpec, recipe: Recipe, count: int, grain: int = 1, engines: Sequence[str] = ()) -> list[int]:
     """Spread memory budgets over a fleet: from what the narrowest of five widths takes to what the whole model takes.
 
     Args:
@@ -269,11 +271,12 @@ def budgets(spec: ModelSpec, recipe: Recipe, count: int, grain: int = 1) -> list
         recipe: How it will be trained.
         count: Devices.
         grain: Budgets are rounded up to multiples of so many bytes.
+        engines: What trains there, as in `coordinator.fitting.Means`.
 
     Returns:
         Bytes above a worker's base, ascending.
     """
-    needs = [-(-predict(spec, uniform(spec, kept), recipe).bound // grain) * grain for kept in KEPT]
+    needs = [-(-least(spec, uniform(spec, kept), recipe, engines) // grain) * grain for kept in KEPT]
     last = max(count - 1, 1)
     return [needs[-1] if count == 1 else needs[round(i * (len(needs) - 1) / last)] for i in range(count)]
 

@@ -26,7 +26,7 @@ from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Rou
 from coordinator.select import choose
 from coordinator.show import RunView
 from coordinator.simulate import fleet, report, weather
-from coordinator.simulate.world import Client, Config, World, build, token
+from coordinator.simulate.world import Config, World, build, token
 from coordinator.weights import read
 from edge_runtime.data import Dataset
 from edge_runtime.shrink import Room, as_granted
@@ -305,7 +305,7 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     planned = outcome
     for draw in range(_DRAWS):  # of few devices that are drawn, perhaps none can hold what there is
         names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number, draw=draw)
-        views = tuple(_view(world.clients[name], log.seconds.get(name, (0.0, 0.0))) for name in names)
+        views = tuple(_view(world, name, log.seconds.get(name, (0.0, 0.0))) for name in names)
         planned = advance(
             Task(
                 spool=str(world.spool.root),
@@ -327,9 +327,10 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     return planned
 
 
-def _view(client: Client, seconds: tuple[float, float]) -> DeviceView:
-    machine, (work, turn) = client.machine, seconds
-    return DeviceView(machine.name, machine.bytes_budget, len(client.data.train[0]), seconds=work, seconds_turn=turn)
+def _view(world: World, name: str, seconds: tuple[float, float]) -> DeviceView:
+    client, (work, turn) = world.clients[name], seconds
+    samples, engines = len(client.data.train[0]), (world.config.engine,)
+    return DeviceView(name, client.machine.bytes_budget, samples, seconds=work, seconds_turn=turn, engines=engines)
 
 
 def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:

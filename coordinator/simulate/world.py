@@ -143,10 +143,12 @@ def build(config: Config, folder: Path) -> World:
     Raises:
         NestlingError: The configuration, the data or the model cannot work; the text says what to write.
     """
+    config = named(config)
     spec = zoo.load(config.model)
     algorithm = algorithms.by_name(config.algo)
     recipe = recipe_of(merged(algorithm.PARAMS, config.params))
-    machines = fleet.make(config.fleet, config.devices, zoo.load(zoo.whole(config.model)), recipe)
+    wide = zoo.load(zoo.whole(config.model))
+    machines = fleet.make(config.fleet, config.devices, wide, recipe, (config.engine,))
     if zoo.whole(config.model) != config.model:
         machines = tuple(
             dataclasses.replace(machine, step=None) for machine in machines

@@ -19,17 +19,13 @@ from wire.errors import DeviceError, Unsupported
 from wire.prices import having
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edge_runtime.engines.arrays import Arrays, Floats, Labels
     from edge_runtime.kernels import Watch
     from edge_runtime.kernels.choose import Timing
+    from wire.masks import AnyMask
     from wire.messages import Loss
     from wire.segments import Cuts
     from wire.spec import ModelSpec, Structure
-
-    Mask = NDArray[np.bool_]
 
 ENGINES: dict[str, tuple[str, str]] = {
     "native": ("edge_runtime.engines.native", "numpy"),
@@ -129,7 +125,7 @@ class Engine(Protocol):
         spec: ModelSpec,
         structure: Structure,
         arrays: Mapping[str, Floats] | None = None,
-        masks: Mapping[str, Mask] | None = None,
+        masks: Mapping[str, AnyMask] | None = None,
         choice: Choice | None = None,
     ) -> None:
         """Take a model and a copy of its weights; without any, the caller writes them into `params`.
@@ -140,7 +136,7 @@ class Engine(Protocol):
             arrays: By tensor name. A masked weight is given in its shape (what is not kept is not read), or as its kept
                 values in C order.
             masks: By name of weights of linear layers and convolutions: what is kept. The others stay as they are, and
-                only what is kept is trained.
+                only what is kept is trained. What is made of them is used again where the next ones are the very same bits.
             choice: How masked weights are held. With masks, the same inputs give the same bits again only if it names the
                 way of each (`Choice.ways`, as `ways` says them), with the same build of the kernels.
 

@@ -16,7 +16,7 @@ from edge_runtime.engines.arrays import Arrays, Floats
 from edge_runtime.kernels import STRETCHABLE, Layout, Stretch, Watch
 from edge_runtime.kernels.kits import Kit
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import AnyMask, Bits, Mask, packed
 from wire.spec import ModelSpec, Node, Structure, node_shapes
 
 Shape = tuple[int, ...]
@@ -49,7 +49,7 @@ class Held:
     Attributes:
         ways: Tensor name to ``dense`` or the name of a layout.
         layouts: Of the sparse ones.
-        masks: Of the dense ones.
+        masks: Of the dense ones, as bools: beside weights of four bytes each.
     """
 
     ways: Mapping[str, str] = field(default_factory=dict)
@@ -89,7 +89,19 @@ def settle(stretch: Stretch, wires: Wires, dy: Floats, *, input_gradient: bool) 
     return stretch.backward(dy, grads=grads, update=update, input_gradient=input_gradient, watch=watch)
 
 
-def check_masks(spec: ModelSpec, shapes: Mapping[str, Shape], masks: Mapping[str, Mask]) -> dict[str, Node]:
+def bits_of(masks: Mapping[str, AnyMask]) -> dict[str, Bits]:
+    """Give masks as bits.
+
+    Raises:
+        SpecError: One is an array of something else than bools.
+    """
+    for name, mask in masks.items():
+        if not isinstance(mask, Bits) and mask.dtype != np.bool_:
+            raise SpecError(f"the mask of {name!r} is {mask.dtype}, expected bool")
+    return {name: packed(mask) for name, mask in masks.items()}
+
+
+def check_masks(spec: ModelSpec, shapes: Mapping[str, Shape], masks: Mapping[str, Bits]) -> dict[str, Node]:
     """Give the node of each masked tensor.
 
     Raises:
@@ -106,10 +118,8 @@ def check_masks(spec: ModelSpec, shapes: Mapping[str, Shape], masks: Mapping[str
             raise SpecError(f"a mask for {name!r}, a convolution in groups: these stay dense")
         if layers[name].op == "linear" and len(inputs[layers[name].name]) > 1:
             raise SpecError(f"a mask for {name!r}, a linear layer over many steps: these stay dense")
-        if mask.dtype != np.bool_ or mask.shape != shapes[name]:
-            raise SpecError(
-                f"the mask of {name!r} is {mask.dtype} of shape {mask.shape}, expected bool of {shapes[name]}"
-            )
+        if mask.shape != shapes[name]:
+            raise SpecError(f"the mask of {name!r} is of shape {mask.shape}, expected {shapes[name]}")
     return {name: layers[name] for name in masks}
 
 

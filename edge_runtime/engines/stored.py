@@ -9,16 +9,15 @@ import numpy as np
 from edge_runtime.engines import Update
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.masks import Held
-from edge_runtime.kernels import from_c_order, to_c_order
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import AnyMask, unpacked
 
 
 def read(params: Mapping[str, Floats], held: Held, name: str) -> Floats:
     """See `edge_runtime.engines.Engine.read`."""
     param = params[name]
     if name in held.layouts:
-        return to_c_order(held.layouts[name], param)
+        return held.layouts[name].to_c_order(param)
     mask = held.masks.get(name)
     return param.flatten() if mask is None else param[mask]
 
@@ -34,7 +33,7 @@ def write(params: Mapping[str, Floats], held: Held, name: str, values: Floats) -
     if values.shape != (size,):
         raise SpecError(f"values of shape {values.shape} for {name!r}, which takes {size}")
     if name in held.layouts:
-        param[...] = from_c_order(held.layouts[name], values)
+        param[...] = held.layouts[name].from_c_order(values)
     elif mask is None:
         param[...] = values.reshape(param.shape)
     else:
@@ -44,7 +43,7 @@ def write(params: Mapping[str, Floats], held: Held, name: str, values: Floats) -
 def fill(
     params: Mapping[str, Floats],
     held: Held,
-    model: tuple[Mapping[str, Floats], Mapping[str, tuple[int, ...]], Mapping[str, Mask]],
+    model: tuple[Mapping[str, Floats], Mapping[str, tuple[int, ...]], Mapping[str, AnyMask]],
 ) -> None:
     """Copy weights into a loaded model.
 
@@ -61,7 +60,7 @@ def fill(
         raise SpecError(f"weights of {sorted(arrays.keys() ^ shapes.keys())[:3]} are missing, or not the model's")
     for name, array in arrays.items():
         if name in masks and array.shape == shapes[name]:
-            write(params, held, name, array[masks[name]])
+            write(params, held, name, array[unpacked(masks[name])])
         elif name in masks:
             write(params, held, name, array)
         elif array.shape != shapes[name]:

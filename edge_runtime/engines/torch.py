@@ -24,7 +24,7 @@ from edge_runtime.engines import Choice, Engine, Make, Update, losses, stored
 from edge_runtime.engines.again import forward
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.engines.dense import copied
-from edge_runtime.engines.masks import Held, Wires
+from edge_runtime.engines.masks import Held, Wires, bits_of
 from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.steps import Loaded, Step, build, line
 from edge_runtime.engines.stretches import TORCH, straight
@@ -34,7 +34,7 @@ from edge_runtime.engines.ways import Masked, Tools, agree
 from edge_runtime.kernels import Watch
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import AnyMask, Bits, unpacked
 from wire.messages import Loss
 from wire.norms import affines
 from wire.segments import Cuts, check
@@ -125,7 +125,7 @@ class TorchEngine:
         spec: ModelSpec,
         structure: Structure,
         arrays: Mapping[str, Floats] | None = None,
-        masks: Mapping[str, Mask] | None = None,
+        masks: Mapping[str, AnyMask] | None = None,
         choice: Choice | None = None,
     ) -> None:
         """See `Engine.load`."""
@@ -133,11 +133,12 @@ class TorchEngine:
         cuts = self._phase.cuts if spec == self._spec and not masks else ()
         self._phase = Phase(self._phase.source, cuts=cuts)
         self._held, self._spec, self._steps = Held(), None, ()  # the model before is gone, whatever comes
-        self._tools.release(masks or {})
-        if masks:
-            self._load_masked(spec, structure, masks, choice or Choice())
+        kept = bits_of(masks or {})
+        self._tools.release(kept)
+        if kept:
+            self._load_masked(spec, structure, kept, choice or Choice())
             if arrays is not None:
-                stored.fill(self._params, self._held, (arrays, tensor_shapes(spec, structure), masks))
+                stored.fill(self._params, self._held, (arrays, tensor_shapes(spec, structure), kept))
             return
         still = statistics(spec)
         for name, shape in tensor_shapes(spec, structure).items():
@@ -274,7 +275,7 @@ class TorchEngine:
             raise SpecError("this engine holds no model yet")
         return self._spec
 
-    def _load_masked(self, spec: ModelSpec, structure: Structure, masks: Mapping[str, Mask], choice: Choice) -> None:
+    def _load_masked(self, spec: ModelSpec, structure: Structure, masks: Mapping[str, Bits], choice: Choice) -> None:
         """Decide how weights are held and make them, all zero."""
 
         def step(layers: Mapping[str, Masked], ways: Mapping[str, str]) -> Trial:
@@ -293,7 +294,7 @@ class TorchEngine:
         self._held = Held(
             ways,
             self._tools.layouts({name: (way, layers[name]) for name, way in sparse.items()}),
-            {name: np.array(layers[name].mask) for name in ways if name not in sparse},
+            {name: unpacked(layers[name].mask) for name in ways if name not in sparse},
         )
         for name, shape in tensor_shapes(spec, structure).items():
             memory = torch.zeros((self._held.layouts[name].kept,) if name in sparse else shape)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edge_runtime.engines import Choice
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.engines.masks import Backend, check_masks
@@ -19,7 +17,7 @@ from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, Trial, ma
 from edge_runtime.kernels.kits import Kit
 from edge_runtime.kernels.panels import buffer
 from wire.errors import BudgetExceeded, SpecError
-from wire.masks import Mask
+from wire.masks import Bits, unpacked
 from wire.spec import ModelSpec, Node, Structure, digest, node_shapes, tensor_shapes
 
 _CLOSE = 1.5
@@ -32,22 +30,21 @@ class Tools:
 
     def __init__(self, backend: Backend, threads: int = 1, timings: Path | None = None) -> None:
         self.backend, self._threads, self._timings = backend, threads, timings
-        self._made: dict[str, tuple[str, Mask, Layout]] = {}
+        self._made: dict[str, tuple[str, Bits, Layout]] = {}
 
     @functools.cached_property
     def kit(self) -> Kit:
         """What runs stretches."""
         return self.backend.kit(self._threads)
 
-    def release(self, masks: Mapping[str, Mask]) -> None:
+    def release(self, masks: Mapping[str, Bits]) -> None:
         """Let go of what was made of other masks than these, with those masks, before anything new takes memory."""
         self._made = {name: known for name, known in self._made.items() if known[1] is masks.get(name)}
 
     def layouts(self, wanted: Mapping[str, tuple[str, Masked]]) -> dict[str, Layout]:
         """Give the layouts of a model's sparse tensors; those of the model before are used again where masks are the same.
 
-        Between two changes of the masks, order after order has the very same (read-only) arrays for them, and what is made of
-        a mask costs more than a training step.
+        Between two changes of the masks, order after order has the very same bits for them.
 
         Args:
             wanted: By tensor name the way to hold it and the layer.
@@ -55,15 +52,14 @@ class Tools:
         again = {}
         for name, (way, masked) in wanted.items():
             known = self._made.get(name)
-            if known is not None and known[0] == way and known[1] is masked.mask and not masked.mask.flags.writeable:
+            if known is not None and known[0] == way and known[1] is masked.mask:
                 again[name] = known
         self._made = again  # what is not wanted any more is gone before anything new is made
         made = {}
         for name, (way, masked) in wanted.items():
             held = again.get(name) or (way, masked.mask, self.kit.layout(way, masked.node, masked.mask))
             made[name] = held[2]
-            if not masked.mask.flags.writeable:
-                self._made[name] = held
+            self._made[name] = held
         return made
 
     @functools.cached_property
@@ -84,20 +80,19 @@ class Masked:
     """
 
     node: Node
-    mask: Mask
+    mask: Bits
     input_shape: tuple[int, ...]
     first: bool
 
     def ways(self, kit: Kit) -> tuple[str, ...]:
         """Name the layouts that are worth a trial."""
-        density = float(np.count_nonzero(self.mask) / max(1, self.mask.size))
+        density = self.mask.kept / max(1, self.mask.size)
         return kit.ways(self.node, self.mask.shape, self.input_shape, density)
 
     def layer(self, batch: int) -> Layer:
         """Describe it to the chooser."""
         details = tuple(value for _, value in sorted(self.node.attrs.items()))
-        kept = int(np.count_nonzero(self.mask))
-        return Layer(self.node.op, self.mask.shape, self.input_shape, details, kept, batch, not self.first)
+        return Layer(self.node.op, self.mask.shape, self.input_shape, details, self.mask.kept, batch, not self.first)
 
 
 def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[dict[str, str]]:
@@ -141,7 +136,7 @@ def decide(layers: Mapping[str, Masked], choice: Choice, tools: Tools) -> list[d
 
 def agree(
     model: tuple[ModelSpec, Structure],
-    masks: Mapping[str, Mask],
+    masks: Mapping[str, Bits],
     choice: Choice,
     tools: Tools,
     step: Callable[[Mapping[str, Masked], Mapping[str, str]], Trial],
@@ -183,7 +178,9 @@ def _step_key(
 
 def _timings(layers: Mapping[str, Masked], given: frozenset[str], choice: Choice, tools: Tools) -> dict[str, Timing]:
     """Time layers. With nothing pruned an index has nothing to gain, but memory may forbid to do without."""
-    timings = {name: _timing(name, one, choice, tools, sparse=not one.mask.all()) for name, one in layers.items()}
+    timings = {
+        name: _timing(name, one, choice, tools, sparse=one.mask.kept < one.mask.size) for name, one in layers.items()
+    }
     bound = {name for name, timing in timings.items() if not timing.sparse}
     if bound and not choice.allows(given | bound):
         timings |= {name: _timing(name, layers[name], choice, tools, sparse=True) for name in layers if name in bound}
@@ -212,7 +209,7 @@ def _sparse(way: str, masked: Masked, kit: Kit, batch: int) -> Trial:
 def _dense(masked: Masked, backend: Backend, batch: int) -> Trial:
     node, shape = masked.node, masked.mask.shape
     params = {node.params["weight"]: _filled(shape), node.params["bias"]: _filled(shape[:1])}
-    stretch = backend.dense([node], masked.input_shape, params, masked.mask)
+    stretch = backend.dense([node], masked.input_shape, params, unpacked(masked.mask))
     return trial(stretch, masked.input_shape, batch, input_gradient=not masked.first)
 
 

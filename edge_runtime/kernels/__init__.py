@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 from wire.errors import SpecError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edge_runtime.engines import Update
     from edge_runtime.engines.arrays import Floats
 
@@ -45,8 +42,15 @@ class Layout(Protocol):
     def bytes_index(self) -> int:
         """Size of everything but the values."""
 
-    def order(self) -> NDArray[np.int64]:
-        """Give each value's position in C order of the dense tensor, ``(kept,)``. Cost: O(kept), made anew each time."""
+    def to_c_order(self, values: Floats) -> Floats:
+        """Bring values ``(kept,)`` from the layout's order into C order of the mask; gives a copy.
+
+        Raises:
+            SpecError: There are not as many.
+        """
+
+    def from_c_order(self, values: Floats) -> Floats:
+        """Bring values from C order of the mask into the layout's order; undoes `to_c_order`, same errors."""
 
 
 class Stretch(Protocol):
@@ -104,15 +108,3 @@ def check_goal(params: Mapping[str, Floats], grads: Mapping[str, Floats] | None,
                 raise SpecError(f"the {what} of {name!r} must be of shape {param.shape}; there is {found}")
             if array.dtype != param.dtype or not (array.flags.c_contiguous and array.flags.writeable):
                 raise SpecError(f"the {what} of {name!r} is {array.dtype}, or not contiguous, or not to be written")
-
-
-def to_c_order(layout: Layout, values: Floats) -> Floats:
-    """Bring values from the layout's order into C order of the mask. Cost: O(kept log kept), 16 bytes of scratch each."""
-    return values[layout.order().argsort(kind="stable")]
-
-
-def from_c_order(layout: Layout, values: Floats) -> Floats:
-    """Bring values from C order of the mask into the layout's order; undoes `to_c_order`."""
-    result = values.copy()
-    result[layout.order().argsort(kind="stable")] = values
-    return result

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.kernels.library import Conv, Library, must
+from edge_runtime.engines.arrays import Floats
+from edge_runtime.kernels.library import FOREIGN, Conv, Library, must
+from edge_runtime.kernels.order import reordered
+from edge_runtime.kernels.panels import address
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import Bits
 
 _CODES = 1 << 16
 _LINE = 64
@@ -43,6 +46,7 @@ class ConvLayout:
         places: ``(kept,)`` uint16: the value of a weight of the transposed list, counted from the first one of its pair
             of blocks.
         call: The same for the core's functions; points into the arrays above.
+        library: The core.
     """
 
     shape: tuple[int, int, int, int]
@@ -54,40 +58,47 @@ class ConvLayout:
     codes_t: NDArray[np.uint16]
     places: NDArray[np.uint16]
     call: Conv = field(repr=False, compare=False)
+    library: Library = field(repr=False, compare=False)
 
     @classmethod
     def of(
-        cls, mask: Mask, stride: int, padding: int, in_block: int, out_block: int, *, dilation: int = 1
+        cls, library: Library, mask: Bits, geometry: tuple[int, int, int], in_block: int, out_block: int
     ) -> ConvLayout:
         """Build the layout of a mask.
 
         Args:
-            mask: ``(out channels, in channels, kernel, kernel)``, True where a weight is kept.
-            stride: Of both sides, as are
-            padding: and
-            dilation: the distance of two taps.
+            library: The core.
+            mask: ``(out channels, in channels, kernel, kernel)``.
+            geometry: ``(stride, padding, dilation)``, of both sides.
             in_block: Input channels per block, for the forward pass and the weights' gradient.
             out_block: Output channels per block, for the gradient of the input.
 
         Returns:
-            The layout. Cost: O(dense) to read the mask once and O(kept log kept); scratch of about 60 bytes for each kept
-            weight, nothing that is as large as the mask.
+            The layout. Cost: two passes over the bits and two over what is kept; nothing is made but the layout.
 
         Raises:
             SpecError: The kernel is not square, or the blocks are too large for 16-bit codes and places.
+            DeviceError: The core does not run such a shape.
         """
-        shape, taps = _checked(mask, stride, padding, dilation)
+        shape, taps = _checked(mask, geometry)
         outs, ins = shape[:2]
         in_block, out_block = min(in_block, ins), min(out_block, outs)
         if min(in_block, out_block) < 1 or max(in_block, out_block) * taps > _CODES:
             raise SpecError(f"blocks of {in_block} and {out_block} channels do not suit a kernel of {taps} weights")
-        arrays = _lists(np.flatnonzero(mask), shape, in_block, out_block)
-        for array in arrays:
-            array.flags.writeable = False  # they are checked once, and relied upon
-        sizes = (in_block, len(arrays[0]), out_block, len(arrays[2]), len(arrays[1]))
-        geometry = (stride, padding, dilation)
+        starts = np.empty((-(-ins // in_block), outs + 1), np.int32)
+        starts_t = np.empty((-(-outs // out_block), ins + 1), np.int32)
+        codes, codes_t, places = (np.empty(mask.kept, np.uint16) for _ in range(3))
+        arrays = starts, codes, starts_t, codes_t, places
+        sizes = (in_block, len(starts), out_block, len(starts_t), mask.kept)
         call = Conv(outs, ins, shape[2], *geometry, *sizes, *(array.ctypes.data for array in arrays))
-        return cls(shape, geometry, (in_block, out_block), *arrays, call)
+        line = np.ascontiguousarray(mask.line)
+        code = library.calls.nk_conv_lay(ctypes.byref(call), address(line), len(line))
+        if code == FOREIGN:
+            raise SpecError(f"blocks of {in_block} and {out_block} channels share more than {_CODES} kept weights")
+        must(code, f"the layout of a convolution {shape}")
+        for array in arrays:
+            array.flags.writeable = False  # they are relied upon
+        return cls(shape, geometry, (in_block, out_block), *arrays, call, library)
 
     @property
     def kept(self) -> int:
@@ -99,64 +110,23 @@ class ConvLayout:
         """Size of everything but the values."""
         return sum(a.nbytes for a in (self.starts, self.codes, self.starts_t, self.codes_t, self.places))
 
-    def check(self, library: Library) -> None:
-        """Have the core look at every index once.
+    def to_c_order(self, values: Floats) -> Floats:
+        """See `edge_runtime.kernels.Layout.to_c_order`."""
+        return reordered(self.library, self.starts, values, back=True)
 
-        Raises:
-            DeviceError: This layout is not sound.
-        """
-        must(library.calls.nk_conv_check(ctypes.byref(self.call)), f"the layout of a convolution {self.shape}")
-
-    def order(self) -> NDArray[np.int64]:
-        """Give each value's position in C order of the dense tensor, ``(kept,)``. Cost: O(kept), made anew each time."""
-        outs, ins, side, _ = self.shape
-        rows = np.diff(self.starts, axis=1)
-        out = np.repeat(np.tile(np.arange(outs), len(rows)), rows.ravel())
-        block = np.repeat(np.arange(len(rows)), rows.sum(axis=1))
-        return (out * ins + block * self.blocks[0]) * side * side + self.codes
+    def from_c_order(self, values: Floats) -> Floats:
+        """See `edge_runtime.kernels.Layout.from_c_order`."""
+        return reordered(self.library, self.starts, values, back=False)
 
 
-def _checked(mask: Mask, stride: int, padding: int, dilation: int) -> tuple[tuple[int, int, int, int], int]:
-    if mask.dtype != np.bool_ or mask.ndim != 4 or mask.shape[2] != mask.shape[3] or 0 in mask.shape:
-        raise SpecError(f"not the mask of a convolution with a square kernel: {mask.dtype} {mask.shape}")
+def _checked(mask: Bits, geometry: tuple[int, int, int]) -> tuple[tuple[int, int, int, int], int]:
+    stride, padding, dilation = geometry
+    if len(mask.shape) != 4 or mask.shape[2] != mask.shape[3] or 0 in mask.shape:
+        raise SpecError(f"not the mask of a convolution with a square kernel: {mask.shape}")
     if stride < 1 or padding < 0 or dilation < 1:
         raise SpecError(f"no convolution has stride {stride}, padding {padding}, dilation {dilation}")
     outs, ins, side, _ = mask.shape
     return (outs, ins, side, side), side * side
-
-
-def _lists(
-    flat: NDArray[np.int64], shape: tuple[int, int, int, int], in_block: int, out_block: int
-) -> tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint16]]:
-    """Give starts, codes, starts_t, codes_t and places of the kept positions `flat`, ascending in C order."""
-    outs, ins, side, _ = shape
-    taps = side * side
-    out, rest = np.divmod(flat, ins * taps)
-    channel, tap = np.divmod(rest, taps)
-    del rest
-    straight = np.argsort(channel // in_block, kind="stable")
-    starts = _starts(channel // in_block * outs + out, -(-ins // in_block), outs)
-    line = out // out_block * ins + channel
-    transposed = np.argsort(line, kind="stable")
-    starts_t = _starts(line, -(-outs // out_block), ins)
-    del line
-    places = np.empty(len(flat), np.int64)
-    places[straight] = np.arange(len(flat))  # of each weight in C order: where its value stands
-    places -= starts[channel // in_block, out // out_block * out_block]
-    if places.size and places.max() >= _CODES:
-        raise SpecError(f"blocks of {in_block} and {out_block} channels share more than {_CODES} kept weights")
-    codes = (channel % in_block * taps + tap).astype(np.uint16)[straight]
-    codes_t = (out % out_block * taps + tap).astype(np.uint16)[transposed]
-    return starts, codes, starts_t, codes_t, places.astype(np.uint16)[transposed]
-
-
-def _starts(rows: NDArray[np.int64], blocks: int, count: int) -> NDArray[np.int32]:
-    """Where each row of each block starts: ``(blocks, count + 1)``, the last of a block being the first of the next."""
-    ends = np.cumsum(np.bincount(rows, minlength=blocks * count))
-    starts = np.zeros((blocks, count + 1), np.int32)
-    starts[:, 1:] = ends.reshape(blocks, count)
-    starts[1:, 0] = starts[:-1, -1]
-    return starts
 
 
 def blocks(shape: tuple[int, int, int, int], side: int, density: float) -> list[tuple[int, int]]:

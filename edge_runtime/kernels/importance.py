@@ -145,7 +145,7 @@ def largest_of(blocks: Iterable[tuple[int, Floats]], count: int) -> tuple[NDArra
         places.append(new + first * (block.size // len(block)))
         values.append(flat[new])
         held += len(new)
-        if count > 0 and held > count + max(count // 4, flat.size):
+        if count > 0 and held > count + count // 4:
             _squeeze(places, values, count)
             held, least = count, float(values[0].min())
     _squeeze(places, values, count)

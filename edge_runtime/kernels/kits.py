@@ -13,7 +13,7 @@ from edge_runtime.engines.arrays import Floats
 from edge_runtime.kernels import Layout, Stretch
 from edge_runtime.kernels.library import ABI, Library, open_library, why_not
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import Bits
 from wire.spec import Node
 
 Shape = tuple[int, ...]
@@ -39,7 +39,7 @@ class Kit(Protocol):
             density: Share of the weights that is kept.
         """
 
-    def layout(self, way: str, node: Node, mask: Mask) -> Layout:
+    def layout(self, way: str, node: Node, mask: Bits) -> Layout:
         """Build a layout by its name.
 
         Raises:
@@ -80,20 +80,17 @@ class NativeKit:
         found = blocks(cast("Any", shape), input_shape[1], density)
         return tuple(f"block{ins}x{outs}" for ins, outs in found)
 
-    def layout(self, way: str, node: Node, mask: Mask) -> Layout:
+    def layout(self, way: str, node: Node, mask: Bits) -> Layout:
         """See `Kit.layout`."""
         if node.op == "linear":
             from edge_runtime.kernels.linear import LinearLayout
 
-            return cast("Layout", LinearLayout.of(mask, block=mask.shape[1] if way == "whole" else int(way[5:])))
+            return LinearLayout.of(self.library, mask, mask.shape[1] if way == "whole" else int(way[5:]))
         from edge_runtime.kernels.conv import ConvLayout
 
         block, out = map(int, way[5:].split("x"))
-        attrs = node.attrs
-        return cast(
-            "Layout",
-            ConvLayout.of(mask, attrs["stride"], attrs["padding"], block, out, dilation=attrs.get("dilation", 1)),
-        )
+        geometry = node.attrs["stride"], node.attrs["padding"], node.attrs.get("dilation", 1)
+        return ConvLayout.of(self.library, mask, geometry, block, out)
 
     def stretch(
         self, nodes: Sequence[Node], input_shape: Shape, params: Mapping[str, Floats], layouts: Mapping[str, Layout]
@@ -115,7 +112,7 @@ class TwinKit:
         del node, shape, input_shape, density
         return ("rows",)
 
-    def layout(self, way: str, node: Node, mask: Mask) -> Layout:
+    def layout(self, way: str, node: Node, mask: Bits) -> Layout:
         """See `Kit.layout`."""
         del way, node
         from edge_runtime.kernels.twin import CLayout
@@ -142,7 +139,7 @@ class NoKit:
         del node, shape, input_shape, density
         return ()
 
-    def layout(self, way: str, node: Node, mask: Mask) -> Layout:
+    def layout(self, way: str, node: Node, mask: Bits) -> Layout:
         """See `Kit.layout`."""
         raise SpecError(f"no layout {way!r} of {mask.shape} for {node.name!r}: {why_not()}")
 

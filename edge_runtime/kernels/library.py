@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 from edge_runtime.kernels import compile as source
 from wire.errors import DeviceError
 
-ABI = 2
+ABI = 3
 THREADS_MAX = 64
 AGAIN = "python -m edge_runtime.kernels.compile"
 """The command that mends every reason of `why_not`."""
+FOREIGN = 3
 CODES = {
     1: "its shape is not one that a kernel can run",
     2: "the starts of its rows are out of order",
-    3: "an index lies outside its block, or a label is no class",
+    FOREIGN: "an index lies outside its block, or a label is no class",
     4: "there is no memory for its scratch",
 }
 
@@ -108,6 +109,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "nk_pool_backward": (_IMAGE, _I, _I, _I, _P, _IMAGE, _P, _P, _IMAGE, _P, _P),
     "nk_conv_pool_forward": (_CONV, _P, _P, _IMAGE, _P, _I, _IMAGE, _I, _I, _IMAGE, _P, _P),
     "nk_conv_pool_backward": (_CONV, _P, _IMAGE, _P, _I, _IMAGE, _I, _I, _IMAGE, _P, _P, _P, _P, _P, _STEP),
+    "nk_linear_lay": (_LINEAR, _P, _I),
+    "nk_conv_lay": (_CONV, _P, _I),
+    "nk_reorder": (_P, _I, _I, _I, _P, _P, _I),
     "nk_cross_entropy": (_P, _I, _I, _P, c_float, _P, _P),
     "nk_settle": (_P, _I, _P, _STEP),
     "nk_run": (_CALL, _I),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.kernels.library import Linear
+from edge_runtime.engines.arrays import Floats
+from edge_runtime.kernels.library import Library, Linear, must
+from edge_runtime.kernels.order import reordered
+from edge_runtime.kernels.panels import address
 from wire.errors import SpecError
-from wire.masks import Mask
+from wire.masks import Bits
 
 _WEIGHTS_MAX = (1 << 31) - 1
-_ELEMENTS = 1 << 17
-"""Of the mask that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class LinearLayout:
         starts: ``(blocks, rows + 1)`` int32: position of each row's first value.
         index: ``(kept,)`` uint8 or uint16: column within the block.
         call: The same for the core's functions.
+        library: The core.
     """
 
     shape: tuple[int, ...]
@@ -34,10 +37,11 @@ class LinearLayout:
     starts: NDArray[np.int32]
     index: NDArray[Any]
     call: Linear = field(repr=False)
+    library: Library = field(repr=False)
 
     @classmethod
-    def of(cls, mask: Mask, block: int = 256) -> LinearLayout:
-        """Lay out a mask ``(rows, columns)``. Cost: one pass over the mask; scratch of a few hundred KiB.
+    def of(cls, library: Library, mask: Bits, block: int = 256) -> LinearLayout:
+        """Lay out a mask ``(rows, columns)``. Cost: two passes over its bits; nothing is made but the layout.
 
         Raises:
             SpecError: The matrix has no side, or one that is beyond the core's limits.
@@ -47,25 +51,16 @@ class LinearLayout:
             raise SpecError(f"a sparse matrix of shape {shape} in blocks of {block} columns")
         rows, columns = shape
         block = min(block, columns, 1 << 16)
-        blocks = -(-columns // block)
-        starts = np.zeros((blocks, rows + 1), np.int32)
-        index = np.empty(int(np.count_nonzero(mask)), np.uint8 if block <= 256 else np.uint16)
-        step, end = max(1, _ELEMENTS // block), 0
-        for place in range(blocks):
-            starts[place, 0] = end
-            for row in range(0, rows, step):
-                part = mask[row : row + step, place * block : (place + 1) * block]
-                count, width = part.shape
-                found = np.flatnonzero(part)
-                ends = found.searchsorted(np.arange(1, count + 1) * width)  # counting by row takes longer than finding
-                starts[place, row + 1 : row + 1 + count] = ends + end
-                np.remainder(
-                    found.astype(np.uint32), np.uint32(width), out=index[end : end + len(found)], casting="unsafe"
-                )
-                end += len(found)
-        starts.flags.writeable = index.flags.writeable = False  # they are checked once, and relied upon
-        call = Linear(rows, columns, block, blocks, index.itemsize, len(index), starts.ctypes.data, index.ctypes.data)
-        return cls(shape, block, starts, index, call)
+        starts = np.empty((-(-columns // block), rows + 1), np.int32)
+        index = np.empty(mask.kept, np.uint8 if block <= 256 else np.uint16)
+        call = Linear(
+            rows, columns, block, len(starts), index.itemsize, len(index), starts.ctypes.data, index.ctypes.data
+        )
+        line = np.ascontiguousarray(mask.line)
+        code = library.calls.nk_linear_lay(ctypes.byref(call), address(line), len(line))
+        must(code, f"the layout of a matrix {shape}")
+        starts.flags.writeable = index.flags.writeable = False  # they are relied upon
+        return cls(shape, block, starts, index, call, library)
 
     @property
     def kept(self) -> int:
@@ -77,12 +72,10 @@ class LinearLayout:
         """Size of starts and index."""
         return self.starts.nbytes + self.index.nbytes
 
-    def order(self) -> NDArray[np.int64]:
-        """Give the position in C order of each value."""
-        rows, columns = self.shape
-        order = np.empty(self.kept, np.int64)
-        for place, starts in enumerate(self.starts):
-            part = slice(starts[0], starts[-1])
-            order[part] = np.repeat(np.arange(rows) * columns + place * self.block, np.diff(starts))
-            order[part] += self.index[part]
-        return order
+    def to_c_order(self, values: Floats) -> Floats:
+        """See `edge_runtime.kernels.Layout.to_c_order`."""
+        return reordered(self.library, self.starts, values, back=True)
+
+    def from_c_order(self, values: Floats) -> Floats:
+        """See `edge_runtime.kernels.Layout.from_c_order`."""
+        return reordered(self.library, self.starts, values, back=False)

@@ -34,6 +34,7 @@ from edge_runtime.kernels.twin_steps import (
     turn,
 )
 from wire.errors import SpecError
+from wire.masks import AnyMask, positions
 from wire.spec import Node
 
 _ALIGNED = 64  # bytes; at another alignment a product may round differently
@@ -56,9 +57,9 @@ class CLayout:
     rows: Rows | None
 
     @classmethod
-    def of(cls, mask: NDArray[np.bool_], *, products: bool | None = None) -> CLayout:
+    def of(cls, mask: AnyMask, *, products: bool | None = None) -> CLayout:
         """Lay out a mask: of two axes for a linear layer, four for a convolution. See `at`."""
-        return cls.at(mask.shape, np.flatnonzero(mask), products=products)
+        return cls.at(mask.shape, positions(mask), products=products)
 
     @classmethod
     def at(cls, shape: Sequence[int], positions: NDArray[np.int64], *, products: bool | None = None) -> CLayout:
@@ -94,12 +95,13 @@ class CLayout:
         arrays = () if rows is None else (rows.starts, rows.columns, rows.starts_t, rows.rows_t, rows.source)
         return self.places.nbytes + sum(array.nbytes for array in arrays)
 
-    def order(self) -> NDArray[np.int64]:
-        """Give each value's position in C order; it ascends."""
-        if self.rows is None:
-            return self.places.astype(np.int64)
-        lengths = np.diff(self.rows.starts)
-        return np.repeat(np.arange(self.shape[0], dtype=np.int64) * self.shape[1], lengths) + self.rows.columns
+    def to_c_order(self, values: Floats) -> Floats:
+        """See `edge_runtime.kernels.Layout.to_c_order`: they are in that order."""
+        if values.shape != (self.kept,):
+            raise SpecError(f"values of shape {values.shape} for a layer of {self.kept}")
+        return values.copy()
+
+    from_c_order = to_c_order
 
 
 def _starts(lines: Ints, length: int) -> Ints:

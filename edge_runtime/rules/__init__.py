@@ -17,7 +17,7 @@ from edge_runtime.apart import Apart
 from edge_runtime.engines import Engine
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from wire.errors import Unsupported
-from wire.masks import Mask
+from wire.masks import AnyMask
 from wire.messages import Recipe
 
 RULES: dict[str, str] = {
@@ -106,7 +106,7 @@ class Task:
     round: int
     micro_batch: int
     tell: Callable[[float, float], None]
-    masks: Mapping[str, Mask] = field(default_factory=dict)
+    masks: Mapping[str, AnyMask] = field(default_factory=dict)
     own: Mapping[str, Floats] = field(default_factory=dict)
     squeeze: Squeeze = _never
     apart: Apart = field(default_factory=Apart)

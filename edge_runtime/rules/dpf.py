@@ -40,6 +40,7 @@ from edge_runtime.kernels.importance import Passed, gradient_blocks
 from edge_runtime.rules import Extra, Task, Trained, loop
 from wire import memory
 from wire.errors import NonFinite, SpecError
+from wire.masks import unpacked
 from wire.messages import Recipe
 
 NEEDS_ENGINE = True
@@ -140,7 +141,7 @@ class _Dense:
         for name, sent in self._sent.items():
             line = np.subtract(engine.read(name), sent, out=sent)
             if name in moves:
-                moves[name][self._task.masks[name]] = line
+                moves[name][unpacked(self._task.masks[name])] = line
             else:
                 moves[name] = line.reshape(engine.params[name].shape)
         if not finite(moves):

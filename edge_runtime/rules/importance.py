@@ -36,6 +36,7 @@ from edge_runtime.engines.arrays import Arrays, Floats, Labels
 from edge_runtime.kernels.importance import BLOCK_BYTES, Passed, gradient_blocks, largest_of, row_blocks, whole
 from edge_runtime.rules import Extra, Task, Trained, loop
 from wire.errors import DataError, NonFinite, SpecError
+from wire.masks import count
 from wire.memory import copies, holds_gradients
 from wire.messages import Recipe
 from wire.spec import Node, node_shapes, tensor_shapes
@@ -271,7 +272,7 @@ def _timed(task: Task) -> Iterator[tuple[str, float]]:
         mask = task.masks.get(node.params.get("weight", ""))
         if mask is None:
             continue
-        name, kept = node.params["weight"], int(np.count_nonzero(mask))
+        name, kept = node.params["weight"], count(mask)
         way = engine.ways.get(name, "")
         # Two layers may have weights of one shape, and yet not take the same.
         wanted = (mask.shape, shapes[node.inputs[0]], tuple(value for _, value in sorted(node.attrs.items())))

@@ -26,6 +26,7 @@ from edge_runtime.kernels import panels
 from edge_runtime.kernels.kits import NativeKit
 from edge_runtime.kernels.library import Library, must, open_library, why_not
 from tests.bench._paired import faster, keep_memory, take_turns
+from wire.masks import packed
 from wire.spec import Node
 
 BATCH = 20
@@ -186,7 +187,7 @@ class Sparse:
     def __init__(self, library: Library, task: Task, way: str) -> None:
         kit = NativeKit(library)
         layer = task.layer
-        self.layout: Any = kit.layout(way, layer.node, task.mask)
+        self.layout: Any = kit.layout(way, layer.node, packed(task.mask))
         check = library.calls.nk_conv_check if layer.kernel else library.calls.nk_linear_check
         must(check(ctypes.byref(self.layout.call)), layer.name)
         self._task, self._calls = task, library.calls
@@ -206,7 +207,7 @@ class Sparse:
             "torch_y": np.empty_like(task.dy),
             "torch_dx": np.empty_like(task.x),
         }
-        self._arrays["values"][:] = task.weight.ravel()[self.layout.order()]
+        self._arrays["values"][:] = self.layout.from_c_order(task.weight[task.mask])
         for image, name in ((self._in, "x"), (self._out, "dy")):
             must(self._calls.nk_pack(image, BATCH, self._at(f"torch_{name}"), self._at(name)), name)
         self._forward, self._backward = self._convolution() if layer.kernel else self._linear()
@@ -241,9 +242,9 @@ class Sparse:
         run()
         for image, name in ((self._out, "y"), (self._in, "dx")):
             must(self._calls.nk_unpack(image, BATCH, self._at(name), self._at(f"torch_{name}")), name)
-        dw = np.zeros(self._task.weight.size, np.float32)
-        dw[self.layout.order()] = self._arrays["dvalues"]
-        arrays = (self._arrays["torch_y"], self._arrays["torch_dx"], dw.reshape(self._task.weight.shape))
+        dw = np.zeros(self._task.weight.shape, np.float32)
+        dw[self._task.mask] = self.layout.to_c_order(self._arrays["dvalues"])
+        arrays = (self._arrays["torch_y"], self._arrays["torch_dx"], dw)
         return Results(*(a.copy() for a in arrays), self._arrays["dbias"].copy())
 
     def _at(self, name: str) -> int | None:

@@ -108,7 +108,7 @@ def _levels() -> list[Row]:
     found = []
     for name, data in (
         ("gaps at 0.1", gaps.to_gaps(np.ravel(_mask(0.1)))[0]),
-        ("bits at 0.3", masks.to_bits(_mask(0.3)).tobytes()),
+        ("bits at 0.3", masks.packed(_mask(0.3)).line.tobytes()),
     ):
         ours = len(zstd.pack(data))
         for level in (3, 9):

@@ -6,7 +6,7 @@ torch.optim.SGD as one would write it. ``norms`` is a narrow residual network wi
 
 Memory: the kernel's high-water mark of a fresh process that reads masks and weights from an order's files, without torch, and
 trains ten steps. Start: CPU seconds from the beginning of such a process, begun as a worker is, to the end of its first step.
-A mask change is timed from masks in memory to a model that is ready.
+A mask change is timed from masks and values in memory, as an order's files give them, to a model that is ready.
 """
 
 from __future__ import annotations

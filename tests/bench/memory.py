@@ -34,7 +34,7 @@ from tests.bench._forked import Forked
 from tests.support.models import random_arrays
 from tests.support.orders import job, masked_job, some_masks
 from tests.support.sequences import windows
-from wire import memory, zoo
+from wire import memory, prices, zoo
 from wire.child import Child, Ended
 from wire.job import Done, Failed, Job, Ready
 from wire.masked import maskable
@@ -81,12 +81,14 @@ DENSITIES = (0.2, 0.05)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """One case of the grid."""
+    """One case of the grid; the density is that of a masked one."""
 
     model: str
     batch: int
     kind: str
     update: str = "sgd"
+    engine: str = "torch"
+    density: float = 0.1
 
     @property
     def name(self) -> str:
@@ -101,13 +103,17 @@ class Case:
         """Give how it trains."""
         return dataclasses.replace(UPDATES[self.update], batch=self.batch, steps=2, rate=1e-3)
 
+    def predicted(self, structure: Structure) -> memory.Prediction:
+        """Give what is predicted of its order."""
+        return prices.training(self.engine)(self.spec(), structure, self.recipe())
+
     def order(self, spec: ModelSpec) -> tuple[Structure, Callable[[Path, int], Job]]:
         """Give the part that is trained, and what makes its job in a folder, with the round's number."""
         arrays, recipe = random_arrays(spec, Structure(), scale=0.05), self.recipe()
         if self.kind == "masked":
-            masks = some_masks(spec, 0.1, names=maskable(spec))
+            masks = some_masks(spec, self.density, names=maskable(spec))
             structure = masked(masks)
-            bound = memory.predict(spec, structure, recipe).bound
+            bound = self.predicted(structure).bound
             return structure, functools.partial(_masked_job, spec, arrays, masks, recipe, bound)
         structure = nested(spec, KEPT.index(0.4)) if self.kind == "narrow" else Structure()
         return structure, lambda at, turn: job(at, spec, arrays, [structure], recipe, number=turn)
@@ -118,9 +124,9 @@ def run() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         rows = _start(folder)
-        measured = list(_grid(folder))
+        measured = list(grid(folder))
         for case, found, peak in measured:
-            rows += _case_rows(case.name, found, peak)
+            rows += case_rows(case.name, found, peak)
         both, special = list(_both_ways(folder)), list(_special_rows(folder))
         sparse = list(_masked_rows(folder))
     wide, narrow = (
@@ -146,8 +152,8 @@ def _cases() -> list[Case]:
     return [Case(*words) for words in every if words[:3] not in LEFT_OUT]
 
 
-def _grid(folder: Path, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
-    """Measure cases, as many at a time as there are cores: memory is each worker's own."""
+def grid(folder: Path, cases: Sequence[Case] | None = None) -> Iterator[Measured]:
+    """Measure cases of one engine, as many at a time as there are cores: memory is each worker's own."""
     cores = len(os.sched_getaffinity(0))
     waiting: queue.SimpleQueue[Forked] = queue.SimpleQueue()
     cases = _cases() if cases is None else cases
@@ -165,7 +171,7 @@ def _grid(folder: Path, cases: Sequence[Case] | None = None) -> Iterator[Measure
 
     with ExitStack() as stack, ThreadPoolExecutor(cores) as pool:
         for _ in range(cores):
-            waiting.put(stack.enter_context(Forked()))
+            waiting.put(stack.enter_context(Forked(cases[0].engine)))
         yield from pool.map(one, enumerate(cases))
 
 
@@ -177,16 +183,19 @@ def _forked(worker: Forked, folder: Path, case: Case, orders: int = 2) -> Measur
     jobs = [make(folder / str(number), number) for number in range(1, orders + 1)]
     peaks = worker.peaks(_source(data), jobs)
     shutil.rmtree(folder)
-    return case, memory.predict(spec, structure, case.recipe()), max(peaks)
+    return case, case.predicted(structure), max(peaks)
 
 
-def _case_rows(case: str, found: memory.Prediction, measured: int) -> list[Row]:
-    error = abs(found.peak - measured)
+def case_rows(
+    case: str, found: memory.Prediction, measured: int, allowed: tuple[float, int] = (SHARE, LEAST)
+) -> list[Row]:
+    """Give what was measured of a case; its error may be a share of the peak or so many bytes, whichever is more."""
+    error, (share, least) = abs(found.peak - measured), allowed
     return [
         Row(case, "peak", measured / MIB, "MiB", "lower", found.bound / MIB),
         Row(case, "predicted peak", found.peak / MIB, "MiB", "lower"),
         Row(case, "error of the prediction", 100 * error / measured, "%", "lower"),
-        Row(case, "error of the prediction", error / MIB, "MiB", "lower", max(SHARE * measured, LEAST) / MIB),
+        Row(case, "error of the prediction", error / MIB, "MiB", "lower", max(share * measured, least) / MIB),
     ]
 
 
@@ -222,7 +231,7 @@ def _special_rows(folder: Path) -> Iterator[Row]:
         structure, recipe = nested(spec, capacity), dataclasses.replace(RECIPES[name], batch=batch)
         measured = _measure(folder / f"special-{number}", spec, structure, recipe)
         case = f"{model}, batch {batch}, width {KEPT[capacity]:g}, {name}"
-        yield from _case_rows(case, memory.predict(spec, structure, recipe), measured)
+        yield from case_rows(case, memory.predict(spec, structure, recipe), measured)
 
 
 def _masked_rows(folder: Path) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from coordinator.algorithm import State
 from coordinator.algorithms import ALGORITHMS, nestfl
 from coordinator.events import Arrived
 from coordinator.export import JOURNAL, SPOOL, standing_of
+from coordinator.fitting import Means, fit
 from coordinator.journal import Closed, Entry, Journal, Planned, RunStarted
 from coordinator.recipes import merged, recipe_of
 from tests.support.federation import Federation
@@ -25,7 +26,7 @@ from tests.support.mosquitto import proc_memory
 from wire import spec as specs
 from wire import structure as cutting
 from wire import zoo
-from wire.memory import fit, predict, uniform
+from wire.memory import predict, uniform
 from wire.messages import Recipe
 from wire.schema import from_plain
 from wire.spec import ModelSpec
@@ -302,7 +303,7 @@ def test_half_the_budget_is_a_narrower_width_in_the_next_round(tmp_path: Path) -
     (tmp_path / "wide.spec").write_bytes(specs.encode(spec))
     whole = needs(spec)[-1]
     structures = [uniform(spec, kept) for kept in (0.2, 0.4, 0.6, 0.8, 1.0)]
-    plans = [fit(spec, [s], still_recipe(), whole // 2) for s in structures]
+    plans = [fit(spec, [s], still_recipe(), Means(whole // 2)) for s in structures]
     narrower = sum(plan is not None for plan in plans) - 1
     assert 0 <= narrower < 4
     settings = {"algo": "nestfl", "model": str(tmp_path / "wide.spec"), "rounds": 3, "recipe": STILL, "mode": "spawn"}

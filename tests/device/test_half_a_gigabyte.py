@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator import fitting
 from edge_runtime.spawn import command, surroundings
 from tests.bench.memory import nested
 from tests.support.models import random_arrays
@@ -148,7 +149,7 @@ def test_a_tenth_of_the_weights_trains(start, vgg: ModelSpec, weights: dict[str,
 def test_a_narrow_width_trains(start, vgg: ModelSpec, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
     worker = start()
     widths = nested(vgg, 4)
-    fits = memory.fit(vgg, [widths.narrowed(c) for c in range(5)], RECIPE, worker.budget)
+    fits = fitting.fit(vgg, [widths.narrowed(c) for c in range(5)], RECIPE, fitting.Means(worker.budget))
     assert fits is not None
     assert 0 < fits.capacity < 4, "the whole is refused, and it need not be the narrowest"
     made = job(tmp_path / "narrow", vgg, weights, [widths.narrowed(fits.capacity)], RECIPE, budget=worker.budget)

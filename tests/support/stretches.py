@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from edge_runtime.kernels import from_c_order, to_c_order
 from edge_runtime.kernels.library import open_library
 from edge_runtime.kernels.twin import CLayout, TwinStretch
+from wire.masks import packed
 from wire.spec import Node
 
 MAKERS = ("native", "twin", "blocks") if open_library() is not None else ("twin", "blocks")
@@ -69,14 +69,14 @@ class Made:
                 result[name] = array
             else:
                 result[name] = np.zeros(mask.shape, np.float32)
-                result[name][mask] = to_c_order(self.layouts[name], array)
+                result[name][mask] = self.layouts[name].to_c_order(array)
         return result
 
     def kept(self, dense):
         """Bring dense arrays into the shapes of `params`."""
         masks = self.chain.masks
         return {
-            name: from_c_order(self.layouts[name], array[masks[name]]) if name in masks else array.copy()
+            name: self.layouts[name].from_c_order(array[masks[name]]) if name in masks else array.copy()
             for name, array in dense.items()
         }
 
@@ -111,13 +111,11 @@ def _layout(kind, node, chain, blocks):
     if node.op == "linear":
         from edge_runtime.kernels.linear import LinearLayout
 
-        return LinearLayout.of(mask, block=blocks[0])
+        return LinearLayout.of(open_library(), packed(mask), blocks[0])
     from edge_runtime.kernels.conv import ConvLayout
 
-    attrs = node.attrs
-    return ConvLayout.of(
-        mask, attrs["stride"], attrs["padding"], blocks[1], blocks[2], dilation=attrs.get("dilation", 1)
-    )
+    geometry = node.attrs["stride"], node.attrs["padding"], node.attrs.get("dilation", 1)
+    return ConvLayout.of(open_library(), packed(mask), geometry, blocks[1], blocks[2])
 
 
 @contextlib.contextmanager

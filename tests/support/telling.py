@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from edge_runtime.rules import Extra, loop
+from wire.masks import positions
 
 NEEDS_ENGINE = True
 PLACES = np.array([3, 20, 41], np.int64)
@@ -39,7 +40,7 @@ def train(task):
     extras, said = {}, None
     if "tell" in knobs:
         lines = {name: task.engine.read(name) for name in task.engine.params}
-        places = {name: np.flatnonzero(mask) for name, mask in task.masks.items()}
+        places = {name: positions(mask) for name, mask in task.masks.items()}
         extras = {name: Extra(line, places[name]) for name, line in lines.items() if name in places}
         extras["o.bias"] = Extra(lines["o.bias"])
     if "few" in knobs:

@@ -17,6 +17,7 @@ from edge_runtime.kernels import choose
 from edge_runtime.kernels.choose import DENSE, Chooser, Layer, Timing, pick
 from edge_runtime.kernels.kits import TwinKit
 from wire.errors import BudgetExceeded, DeviceError, SpecError
+from wire.masks import packed
 from wire.spec import Node
 
 LAYER = Layer("linear", (100, 50), (50,), (), 500, 20)
@@ -355,7 +356,7 @@ def tools(kit):
 
 def linear(name, mask):
     return Masked(
-        Node(name, "linear", ("input",), {"weight": f"{name}.w", "bias": f"{name}.b"}), mask, (3,), first=False
+        Node(name, "linear", ("input",), {"weight": f"{name}.w", "bias": f"{name}.b"}), packed(mask), (3,), first=False
     )
 
 

@@ -80,7 +80,7 @@ def test_gaps_cross_the_borders_of_what_is_looked_at_together(density):
 @settings(deadline=None)
 @given(MASKS.filter(np.any))
 def test_rice_codes_come_back(mask):
-    data, low = rice.to_rice(mask)
+    data, low = rice.to_rice(np.flatnonzero(mask))
     kept = int(mask.sum())
     assert len(data) <= rice.longest(len(mask), kept, low)
     np.testing.assert_array_equal(
@@ -303,7 +303,7 @@ def test_forms_cross_the_borders_of_what_is_looked_at_together(form):
 
 
 def test_a_rice_code_is_for_small_masks_and_cheap_to_read():
-    assert rice.to_rice(np.arange((1 << 25) + 5) == (1 << 25) + 4)[1] in (rice.LOW_MAX - 1, rice.LOW_MAX)
+    assert rice.to_rice(np.array([(1 << 25) + 4]))[1] in (rice.LOW_MAX - 1, rice.LOW_MAX)
     code = np.ones(rice.KEPT_MAX * 21 // 8, np.uint8)
     tracemalloc.start()
     with pytest.raises(Malformed):

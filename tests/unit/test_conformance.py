@@ -18,7 +18,7 @@ from tests.golden.make import ATTACKS, GOLDEN, golden
 from tests.support import models, second_blobs, second_masks, second_reader
 from wire import codec, errors, messages, spec, structure, tensor, topics, zoo
 from wire.maskfile import read_masks
-from wire.masks import mask_digest
+from wire.masks import mask_digest, unpacked
 from wire.schema import to_plain
 from wire.spool import Spool
 
@@ -128,7 +128,7 @@ def read_masked(reader, folder, data):
     path = Path(folder) / "masked"
     path.write_bytes(data)
     if reader == "masks":
-        return read_masks(str(path), MODEL, MASKED).masks
+        return {name: unpacked(mask) for name, mask in read_masks(str(path), MODEL, MASKED).masks.items()}
     if reader == "shell":
         return dict(Received(MODEL, MASKED, [str(path)], HELD).lines())
     return check_update(path, MODEL, MASKED, HELD)

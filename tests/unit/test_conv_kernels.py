@@ -1,7 +1,6 @@
 """The compiled convolution against a naive one in float64: forward, both gradients, updates, refusals; on every build here."""
 
 import ctypes
-import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,23 +8,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.kernels.compile import COMPILERS, NATIVE, ORDER
 from edge_runtime.kernels.conv import ConvLayout
-from edge_runtime.kernels.library import AGAIN, Image, Step, look, must
+from edge_runtime.kernels.library import Image, Step, must
 from edge_runtime.kernels.panels import address, buffer, floats
+from tests.support import cores
 from wire.errors import DeviceError
+from wire.masks import packed
 
-LIBRARIES = [library for library in (look(NATIVE, isa)[0] for isa in ORDER) if library]
-# Without a build there is nothing to test, but where there is a compiler that is a failure of every test here.
-MISSING = [None] if not LIBRARIES and any(map(shutil.which, COMPILERS)) else []
 SHAPE, STARTS, INDEX = 1, 2, 3
 
 
-@pytest.fixture(params=LIBRARIES or MISSING, ids=lambda library: library.isa if library else "missing")
+@pytest.fixture(params=cores.CORES, ids=cores.name)
 def library(request):
-    assert request.param is not None, f"{look(NATIVE)[1]}: run {AGAIN}"
-    request.param.threads(1)
-    yield request.param
+    yield cores.ready(request.param)
     request.param.threads(1)
 
 
@@ -102,9 +97,9 @@ class Run:
         outs, ins = case.channels
         mask = rng.random((outs, ins, case.kernel, case.kernel)) < case.density
         self.library, self.case = library, case
-        self.layout = ConvLayout.of(mask, case.stride, case.padding, *case.blocks, dilation=case.dilation)
-        self.layout.check(library)
-        self.order = self.layout.order()
+        self.layout = ConvLayout.of(library, packed(mask), (case.stride, case.padding, case.dilation), *case.blocks)
+        must(library.calls.nk_conv_check(ctypes.byref(self.layout.call)), "layout")
+        self.order = cores.order_of(self.layout, mask)
         self.weight = (rng.standard_normal(mask.shape) * mask).astype(np.float32)
         self.values = self.weight.ravel()[self.order]
         self.bias = rng.standard_normal(outs).astype(np.float32)
@@ -277,7 +272,7 @@ def spoiled(layout, name, position, value):
     ],
 )
 def test_bad_indices_are_refused(library, name, position, value, code):
-    layout = ConvLayout.of(np.random.default_rng(0).random((5, 6, 3, 3)) < 0.6, 1, 1, 4, 3)
+    layout = ConvLayout.of(library, packed(np.random.default_rng(0).random((5, 6, 3, 3)) < 0.6), (1, 1, 1), 4, 3)
     assert library.calls.nk_conv_check(ctypes.byref(layout.call)) == 0
     call, _kept_alive = spoiled(layout, name, position, value)
     assert library.calls.nk_conv_check(ctypes.byref(call)) == code
@@ -294,14 +289,14 @@ def test_bad_indices_are_refused(library, name, position, value, code):
     ],
 )
 def test_bad_sizes_are_refused(library, name, value):
-    layout = ConvLayout.of(np.random.default_rng(0).random((5, 6, 3, 3)) < 0.6, 1, 1, 4, 3)
+    layout = ConvLayout.of(library, packed(np.random.default_rng(0).random((5, 6, 3, 3)) < 0.6), (1, 1, 1), 4, 3)
     call = type(layout.call).from_buffer_copy(layout.call)
     setattr(call, name, value)
     assert library.calls.nk_conv_check(ctypes.byref(call)) == SHAPE
 
 
 def test_every_single_spoiled_index_is_refused(library):
-    layout = ConvLayout.of(np.random.default_rng(2).random((3, 4, 2, 2)) < 0.5, 1, 1, 3, 2)
+    layout = ConvLayout.of(library, packed(np.random.default_rng(2).random((3, 4, 2, 2)) < 0.5), (1, 1, 1), 3, 2)
     for name in ("starts", "codes", "starts_t", "codes_t", "places"):
         right = getattr(layout, name)
         for position in range(right.size):

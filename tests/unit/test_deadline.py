@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from coordinator.blocks import deadline, worth
 from coordinator.blocks.deadline import GRID, RATIOS, Load
 from coordinator.blocks.worth import Said
+from coordinator.fitting import Means, fit
 from tests.support.models import small_cnn
-from wire.memory import fit, predict, uniform
+from wire.memory import predict, uniform
 from wire.messages import Recipe
 from wire.spec import Structure, parameter_count
 
@@ -116,12 +117,12 @@ def test_the_deadline_grows_as_the_losses_fall_by_hand():
 def test_the_least_ratio_is_the_least_that_fits():
     spec, recipe = small_cnn(channels=40, hidden=80), Recipe(batch=8)
     budget = predict(spec, uniform(spec, 0.4), recipe, 1).bound
-    ratio = deadline.least_ratio(spec, recipe, budget, 1.0)
+    ratio = deadline.least_ratio(spec, recipe, Means(budget))
     assert ratio is not None
-    assert fit(spec, (uniform(spec, 1.0 - ratio),), recipe, budget) is not None
-    assert ratio == 0.0 or fit(spec, (uniform(spec, 1.0 - ratio + 0.01),), recipe, budget) is None
-    assert deadline.least_ratio(spec, recipe, 1, 1.0) is None
-    assert deadline.least_ratio(spec, recipe, 1 << 40, 1.0) == 0.0
+    assert fit(spec, (uniform(spec, 1.0 - ratio),), recipe, Means(budget)) is not None
+    assert ratio == 0.0 or fit(spec, (uniform(spec, 1.0 - ratio + 0.01),), recipe, Means(budget)) is None
+    assert deadline.least_ratio(spec, recipe, Means(1)) is None
+    assert deadline.least_ratio(spec, recipe, Means(1 << 40)) == 0.0
 
 
 def told(cost, rounds=6, noise=0.0, seed=0, level=lambda number: 2.0 / number, ratios=(0.1, 0.4, 0.6, 0.8, 0.9)):

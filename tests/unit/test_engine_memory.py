@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from math import prod
 
@@ -9,16 +10,23 @@ import numpy as np
 import pytest
 
 from coordinator.blocks.initial import initial_weights
+from edge_runtime import rules
 from edge_runtime.engines import Choice, Update, open_engine
+from edge_runtime.worker import perform
 from tests.support.models import batch, random_arrays
+from tests.support.orders import dataset, masked_job
 from tests.support.parity import masks_of
 from tests.support.sequences import attended, recurrent, turned
 from wire import memory, zoo
 from wire.builders import resnet
+from wire.job import Done
 from wire.masked import Masked
+from wire.masks import bits_at, positions
+from wire.messages import Recipe
 from wire.native.plan import Asked, plan
 from wire.segments import places
 from wire.spec import Structure, statistics, tensor_shapes
+from wire.structure import masked
 
 WHOLE = Structure()
 BATCH = 32
@@ -119,3 +127,44 @@ def test_with_masks_too(way, density):
     assert engine._arena.nbytes <= 4 * plan(spec, WHOLE, Asked(BATCH), kept).length
     assert made < SMALL
     assert left < 4096
+
+
+def test_importance_at_all_positions_makes_nothing_as_large_as_the_weights():
+    """A reconfiguration's order: the gradient of 6 million weights, of which 60 000 are there, in blocks of rows."""
+    spec = zoo.mlp("wide", (3000,), 10, (2000,))
+    weight = bits_at([np.arange(0, 6_000_000, 100)], (2000, 3000))
+    masks = {"fc1.weight": weight}
+    engine = open_engine("native")()
+    engine.load(spec, masked(masks), None, masks, Choice(BATCH, {"": "sparse"}))
+    for name in engine.params:
+        engine.write(name, np.full(engine.params[name].size, 0.01, np.float32))
+    engine.forward_backward(*batch(spec, BATCH), update=Update(1e-3))  # the arena is there
+    knobs = {"window": 1.0, "last": 1.0, "send": 1.0, "top.fc1.weight": 60_000.0}
+    recipe = Recipe(rule="importance", batch=BATCH, steps=2, rate=1e-3, knobs=knobs)
+    task = rules.Task(recipe, engine, *batch(spec, BATCH), 1, BATCH, lambda *_: None, masks)
+    tracemalloc.start()
+    trained = rules.find("importance").train(task)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    told = trained.extras["fc1.weight"]
+    assert len(told.places) == 60_000
+    assert np.count_nonzero(np.isin(told.places, positions(weight))) < 6_000, "most are not there yet"
+    assert peak < weight.size, f"{peak} bytes; the weights would take {4 * weight.size}"
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05])
+def test_an_order_with_masks_makes_nothing_of_a_byte_per_weight(tmp_path, density):
+    """From the order's files to the reply's, but for what the model itself is: 6 million weights, most of them not there."""
+    spec = zoo.mlp("wide", (3000,), 10, (2000,))
+    masks = {"fc1.weight": np.random.default_rng(0).random((2000, 3000)) < density}
+    data, recipe = dataset(spec, BATCH, 8), Recipe(batch=BATCH, steps=2, rate=1e-3)
+    tasks = [masked_job(tmp_path / str(i), spec, initial_weights(spec, 1), masks, recipe, number=i) for i in (1, 2)]
+    perform(dataclasses.replace(tasks[0], engine="native"), data, pinned=True)  # modules are loaded
+    tracemalloc.start()
+    done = perform(dataclasses.replace(tasks[1], engine="native"), data, pinned=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(done, Done)
+    kept = int(masks["fc1.weight"].sum())
+    # values, what says where they stand, a copy to send; the bits, and the passes
+    assert peak < 12 * kept + 6_000_000 // 8 + 2_500_000 < 6_000_000 + 12 * kept

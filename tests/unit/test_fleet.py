@@ -113,14 +113,21 @@ def test_what_the_journal_knew_holds_for_devices_not_seen_yet() -> None:
 
 
 def test_memory_scale_rises_at_once_and_falls_slowly_to_exactly_one() -> None:
-    assert memory_scale(1.0, 90, 100) == 1.0
-    assert memory_scale(1.0, 130, 100) == 1.3
-    assert memory_scale(1.3, 90, 100) == pytest.approx(1.27)
-    assert memory_scale(1.2, 150, 0) == pytest.approx(1.18)
+    assert memory_scale(1.0, Usage(bytes_peak=90), 100) == 1.0
+    assert memory_scale(1.0, Usage(bytes_peak=130), 100) == 1.3
+    assert memory_scale(1.3, Usage(bytes_peak=90), 100) == pytest.approx(1.27)
+    assert memory_scale(1.2, Usage(bytes_peak=150), 0) == pytest.approx(1.18)
     scale = 2.0
     for _ in range(100):
-        scale = memory_scale(scale, 50, 100)
+        scale = memory_scale(scale, Usage(bytes_peak=50), 100)
     assert scale == 1.0
+
+
+def test_more_than_was_asked_but_not_more_than_was_granted_is_the_devices_own_choice() -> None:
+    """It may hold masked weights dense, or take the larger engine, where there is room."""
+    assert memory_scale(1.0, Usage(bytes_peak=130, bytes_budget=130), 100) == 1.0
+    assert memory_scale(1.0, Usage(bytes_peak=130, bytes_budget=129), 100) == 1.3
+    assert memory_scale(1.3, Usage(bytes_peak=130, bytes_budget=400), 100) == pytest.approx(1.27)
 
 
 def test_an_order_that_ran_out_of_memory_teaches_at_once_and_others_refusals_nothing() -> None:

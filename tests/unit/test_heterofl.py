@@ -14,11 +14,12 @@ from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import heterofl
 from coordinator.blocks import aggregate
 from coordinator.blocks.nesting import whole_of
+from coordinator.fitting import Means, fit
 from tests.support.models import linear, random_arrays, small_cnn
 from tests.support.sequences import normed
 from wire import zoo
 from wire.errors import ConfigError, Malformed
-from wire.memory import fit, predict
+from wire.memory import predict
 from wire.messages import Usage
 from wire.spec import Node, Structure, tensor_shapes
 
@@ -236,7 +237,7 @@ def test_the_scalers_rate_is_the_widths_fraction_and_drafts_say_what_they_take()
         assert rates == ([1.0, 0.5, 0.25] if scaler else [None] * 3)
         assert len({d.recipe.seed for d in drafts}) == 3
         for draft in drafts:
-            assert draft.bytes_peak == fit(SPEC, (draft.structure,), draft.recipe, AMPLE).bytes_bound
+            assert draft.bytes_peak == fit(SPEC, (draft.structure,), draft.recipe, Means(AMPLE)).bytes_bound
 
 
 def test_wrong_parameters_are_explained():

@@ -294,8 +294,8 @@ def test_a_new_run_forgets_the_old_one_but_not_its_pieces() -> None:
 
 
 def test_standing_relearns_memory_scales() -> None:
-    standing = standing_of(RunStarted(RUN), planned(1, 3), arrived(0, bytes_peak=1500), arrived(1, bytes_peak=900))
-    assert dict(standing.scales) == {"d0": 1.5, "d1": 1.0}
+    standing = standing_of(RunStarted(RUN), planned(1, 3), arrived(0, bytes_peak=2500), arrived(1, bytes_peak=2000))
+    assert dict(standing.scales) == {"d0": 2.5, "d1": 1.0}
 
 
 def test_standing_relearns_from_orders_that_ran_out_of_memory() -> None:

@@ -22,6 +22,7 @@ from tests.support.models import batch, linear, random_arrays, small_cnn, widths
 from wire import memory
 from wire.errors import SpecError
 from wire.masked import index_bytes
+from wire.masks import packed
 from wire.messages import Recipe
 from wire.spec import Node, Structure, tensor_shapes
 from wire.zoo import Conv, cnn, mlp
@@ -325,12 +326,12 @@ def test_a_chain_that_a_kit_cannot_do_is_cut():
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(300, 784), (62, 2048), (7, 3), (32, 1, 5, 5), (64, 32, 5, 5), (40, 48, 3, 3)])
 def test_no_index_takes_more_than_the_planner_says(shape, density):
-    kit = NativeKit(None)  # layouts need no build of the core
+    kit = NativeKit(open_library())
     mask = np.random.default_rng(0).random(shape) < density
     op, attrs = ("conv2d", {"kernel": shape[2], "stride": 1, "padding": 1}) if len(shape) == 4 else ("linear", {})
     node = Node("n", op, ("input",), {"weight": "w", "bias": "b"}, attrs)
     for way in kit.ways(node, shape, (shape[1], 14, 14), max(density, 1e-6)):
-        layout = kit.layout(way, node, mask)
+        layout = kit.layout(way, node, packed(mask))
         assert layout.bytes_index <= index_bytes(shape, int(mask.sum())), way
 
 

@@ -28,7 +28,7 @@ from tests.support.orders import dataset, job, some_masks
 from wire.errors import Malformed
 from wire.job import Done
 from wire.maskfile import Held, outline_of_model, read_masks, write_masks
-from wire.masks import mask_digest
+from wire.masks import mask_digest, packed
 from wire.messages import Recipe
 from wire.spec import Structure, encode
 from wire.spool import Spool
@@ -58,24 +58,22 @@ def test_masks_are_read_once_whatever_the_times_of_their_file(tmp_path):
     held = read_masks(str(spool_like), SPEC, masked(masks))
     os.utime(spool_like, (1.0, 1.0))  # as a bounded spool does with what is in use
     assert read_masks(str(spool_like), SPEC, masked(masks)) is held
-    gone = [weakref.ref(mask) for mask in held.masks.values()]
+    gone = [weakref.ref(mask.line) for mask in held.masks.values()]
     del held
     read_masks(str(tmp_path / "b"), SPEC, masked(other))
     assert not any(mask() is not None for mask in gone), "those of the order before are let go of"
     again = read_masks(str(spool_like), SPEC, masked(masks))
-    gone = [weakref.ref(mask) for mask in again.masks.values()]
+    gone = [weakref.ref(mask.line) for mask in again.masks.values()]
     del again
     read_masks("", SPEC, WHOLE)
     assert not any(mask() is not None for mask in gone), "an order without masks needs none"
 
 
 def test_what_was_made_of_masks_goes_with_them():
-    masks = some_masks(SPEC)
-    for mask in masks.values():
-        mask.flags.writeable = False
-    gone = [weakref.ref(mask) for mask in masks.values()]
+    masks = {name: packed(mask) for name, mask in some_masks(SPEC).items()}
+    gone = [weakref.ref(mask.line) for mask in masks.values()]
     MAKE().load(SPEC, WHOLE, random_arrays(SPEC, WHOLE), masks, Choice(ways={"": "sparse"}))
-    del masks, mask
+    del masks
     assert all(mask() is not None for mask in gone), "the next order may have the same"
     MAKE().load(SPEC, WHOLE, random_arrays(SPEC, WHOLE))
     assert not any(mask() is not None for mask in gone)

@@ -16,7 +16,7 @@ from tests.support.orders import some_masks
 from wire import coding, zoo
 from wire.errors import DigestMismatch, Malformed, MaskUnknown, PeerError, TooLarge, Unsupported
 from wire.maskfile import WHOLE, outline_of_model, read_masks, write_masks
-from wire.masks import mask_digest
+from wire.masks import mask_digest, packed, unpacked
 from wire.outline import outline_of
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked, masks_digest
@@ -36,12 +36,32 @@ def test_masks_come_back(tmp_path_factory, density, seed, names):
     held = read_masks(str(path), SPEC, structure)
     assert set(held.masks) == set(masks)
     for name, mask in masks.items():
-        np.testing.assert_array_equal(held.masks[name], mask)
-        assert not held.masks[name].flags.writeable
+        found = held.masks[name]
+        np.testing.assert_array_equal(unpacked(found), mask)
+        assert found.kept == mask.sum()
+        assert found.line.tobytes() == packed(mask).line.tobytes()
+        assert not found.line.flags.writeable
         assert structure.kept[name] == np.count_nonzero(mask)
     arrays = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(SPEC, Structure()).items()}
     assert held.outline == outline_of_model(SPEC, masks) == outline_of(arrays, masks)
     assert held.entries == held.outline.entries
+
+
+@pytest.mark.parametrize(("density", "encoding"), [(0.3, "bitmap"), (0.05, "gaps"), (0.002, "rice")])
+def test_reading_makes_nothing_of_a_byte_per_weight(tmp_path, density, encoding):
+    spec = zoo.mlp("wide", (3000,), 10, (500,))
+    mask = np.random.default_rng(0).random((500, 3000)) < density
+    write_masks(tmp_path / "x", {"fc1.weight": mask})
+    with open_blob(tmp_path / "x") as blob:
+        assert blob.entry("fc1.weight").encoding == encoding
+    structure = masked({"fc1.weight": mask})
+    read_masks("", spec, Structure())
+    tracemalloc.start()
+    held = read_masks(str(tmp_path / "x"), spec, structure)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(unpacked(held.masks["fc1.weight"]), mask)
+    assert peak < mask.size  # the bits are an eighth; what was unpacked of the file, and 64 Ki bytes of it as numbers
 
 
 def test_every_weight_kept_needs_no_file():

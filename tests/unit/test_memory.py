@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from math import prod
 
 import pytest
 
+from coordinator.fitting import Means, fit
 from edge_runtime.memory import guard, plan, probe
 from tests.support.models import linear, small_cnn, widths
 from wire import memory
@@ -104,13 +106,14 @@ def test_masked_walk_by_hand():
     panels = 4 * 20 * (256 + 1024 + 2 * 1024) + 4 * 64
     b = 4 * (1024 * 16 + 16)
     weights = values + index
-    mask = 256 * 1024  # as it came: it is held throughout, and the order before had one as well
+    mask = 256 * 1024 // 8  # it is held throughout, and the order before had one as well
+    read = 3 * (16_000 + 256 * 1024 // 255) + 24 * 16_000
     kept = beside(spec, 18, masked=masked)
     held = kept + mask + weights + 2 * values
     # Nodes: a and r as one, b. Instant 3, backward of b: its new gradient and those of both outputs, and what r made.
     by_b = 2 * x + panels + h + b + h + out
     by_a = 2 * x + panels + h
-    step, load = held + max(by_a, by_b), kept + mask + max(index + mask, 1800 << 10, index + 26 * 16_000)
+    step, load = held + max(by_a, by_b), kept + mask + max(index + mask + read, 1800 << 10, index + 8 * 16_000)
     assert memory.predict(spec, WHOLE, recipe, masked=masked).peak == max(step, load)
     assert by_b > by_a
 
@@ -162,7 +165,8 @@ def test_masked_prediction_is_quick_and_falls_with_density():
         masked = memory.Masked({n: size * percent // 100 for n, size in sizes.items()})
         peaks.append(memory.predict(spec, WHOLE, CLIPPED, masked=masked).peak)
     assert (time.process_time() - start) / 100 < 0.02
-    assert peaks == sorted(peaks)
+    # a block that has become large enough is mapped singly, and leaves no holes
+    assert all(later > 0.99 * earlier for earlier, later in itertools.pairwise(peaks))
 
 
 def test_fit_takes_the_widest_then_the_largest_micro_batch():
@@ -171,14 +175,14 @@ def test_fit_takes_the_widest_then_the_largest_micro_batch():
     prices = {(k, m): memory.predict(spec, every[k], CLIPPED, m) for k in range(3) for m in (1, 2, 4, 8, 16)}
     for budget in sorted({p.bound + d for p in prices.values() for d in (-1, 0)}):
         fits = [key for key, p in prices.items() if p.bound <= budget]
-        found = memory.fit(spec, every, CLIPPED, budget)
+        found = fit(spec, every, CLIPPED, Means(budget))
         if not fits:
             assert found is None
         else:
             assert found is not None
             assert (found.capacity, found.micro_batch) == max(fits)
             assert found.bytes_bound == prices[max(fits)].bound
-    assert memory.fit(spec, every, CLIPPED, 1 << 40, scale=2.0).bytes_bound > prices[2, 16].bound
+    assert fit(spec, every, CLIPPED, Means(1 << 40, 2.0)).bytes_bound > prices[2, 16].bound
     assert memory.micro_batches(Recipe(batch=20)) == [20, 10, 5, 2, 1]
 
 

@@ -21,6 +21,7 @@ from edge_runtime.kernels.library import open_library
 from tests.support.stretches import agree, batch, draft, make, oracle, small
 from wire.errors import BudgetExceeded, DataError, SpecError
 from wire.masked import contracted
+from wire.masks import packed
 from wire.native.stages import sizes, stages_of
 from wire.spec import Node, Structure, node_shapes, tensor_shapes
 from wire.zoo import Conv, cnn, mlp
@@ -101,7 +102,7 @@ def test_without_a_build_everything_is_dense_or_refused():
     node = Node("a", "linear", ("input",), {"weight": "w", "bias": "b"})
     tools = Tools(NATIVE)
     tools.__dict__["kit"] = NoKit()
-    layers = {"w": Masked(node, np.eye(4, 3, dtype=bool), (3,), first=True)}
+    layers = {"w": Masked(node, packed(np.eye(4, 3, dtype=bool)), (3,), first=True)}
     assert decide(layers, Choice(4), tools) == [{"w": DENSE}]
     assert decide(layers, Choice(4, {"": "sparse"}), tools) == [{"w": DENSE}]
     with pytest.raises(BudgetExceeded):

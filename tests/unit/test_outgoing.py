@@ -59,24 +59,24 @@ def with_knobs(form="", **knobs):
 @pytest.mark.parametrize("form", ["", "bfloat16", "int8"])
 @pytest.mark.parametrize("density", [None, 0.2, 1.0])
 def test_what_is_told_beside_an_update(tmp_path, form, density):
+    masks = {} if density is None else some_masks(SPEC, density)
     if density is None:
         task, held = job(tmp_path, SPEC, ARRAYS, [Structure()], with_knobs(form, tell=1.0)), WHOLE
     else:
-        masks = some_masks(SPEC, density)
         task = masked_job(tmp_path, SPEC, ARRAYS, masks, with_knobs(form, tell=1.0))
         held = read_masks(task.masks, SPEC, masked(masks))
     done = perform(task, DATA, pinned=True)
     answer = answer_of(tmp_path, done.update, done.structure, held)
     kept = personal.read(Path(done.keep)).arrays
-    assert set(answer.extras) == {*held.masks, "o.bias"}
+    assert set(answer.extras) == {*masks, "o.bias"}
     for name, (places, values) in answer.extras.items():
-        np.testing.assert_array_equal(places, np.flatnonzero(held.masks.get(name, np.ones(4))))
+        np.testing.assert_array_equal(places, np.flatnonzero(masks.get(name, np.ones(4))))
         np.testing.assert_array_equal(values, kept[name].ravel()[places])  # in its own type, whatever the form
         assert (places.dtype, values.dtype) == (np.int64, np.float32)
     assert set(answer.update) == set(ARRAYS)
-    assert set(answer.sent) == set(held.masks)
+    assert set(answer.sent) == set(masks)
     for name, array in answer.update.items():
-        before = ARRAYS[name] * held.masks.get(name, 1)
+        before = ARRAYS[name] * masks.get(name, 1)
         np.testing.assert_allclose(array, kept[name] - before, atol=1e-6 if not form else 0.02)
     assert answer.metrics == {}
 

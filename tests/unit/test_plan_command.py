@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator import fitting
 from edge_runtime import exits, planning
 from edge_runtime.config import load
 from edge_runtime.desk import BASE_GUESS
@@ -39,12 +40,12 @@ def room(budget):
 @settings(max_examples=25, deadline=None)
 @given(budget=st.integers(9 * MIB, 64 * MIB))
 def test_the_chosen_width_is_the_one_that_an_order_would_get(budget):
-    """`wire.memory.fit` chooses among real structures for the coordinator; this command must not say something else."""
+    """`coordinator.fitting` chooses among real structures for the coordinator; this command must not say something else."""
     spec, kept = zoo.by_name("digits-cnn"), (0.2, 0.4, 0.6, 0.8, 1.0)
     structures = [Structure(k, {g.name: tuple(memory.uniform(spec, f).widths[g.name][0] for f in kept)
                                 for g in spec.groups if g.prunable}) for k in range(5)]  # fmt: skip
     best = parts.chosen(parts.candidates(spec, RECIPE, room(budget), kept, ()), masked=False)
-    plan = memory.fit(spec, structures, RECIPE, budget)
+    plan = fitting.fit(spec, structures, RECIPE, fitting.Means(budget))
     if plan is not None:  # a coordinator does not count on recomputation, by which a device may do more
         assert best is not None
         assert best.width >= kept[plan.capacity]

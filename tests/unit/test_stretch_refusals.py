@@ -9,6 +9,7 @@ import torch
 from edge_runtime.engines import Update
 from edge_runtime.kernels.twin import CLayout, TwinStretch
 from edge_runtime.kernels.twin_steps import sparse_products
+from tests.support.cores import order_of
 from tests.support.stretches import KINDS, MAKERS, batch, build, draft, make, small
 from wire.errors import SpecError
 from wire.spec import Node
@@ -82,10 +83,9 @@ def test_layouts_know_their_places(kind, mask):
     chain = small(mask)
     made = make(kind, chain, (7, 2, 3))
     for name, layout in made.layouts.items():
-        places = layout.order()
+        places = order_of(layout, chain.masks[name])
         assert layout.shape == chain.masks[name].shape
         assert layout.kept == len(places) == chain.masks[name].sum()
-        assert places.dtype == np.int64
         assert np.array_equal(np.sort(places), np.flatnonzero(chain.masks[name]))
         assert np.array_equal(chain.dense[name].ravel()[places], made.stretch.params[name])
         assert layout.bytes_index >= layout.kept
@@ -96,7 +96,11 @@ def test_layouts_know_their_places(kind, mask):
 def test_the_twins_layout_is_in_c_order(products):
     mask = np.random.default_rng(0).random((30, 70)) < 0.2
     layout = CLayout.of(mask, products=products)
-    assert np.array_equal(layout.order(), np.flatnonzero(mask))
+    values = np.arange(mask.sum(), dtype=np.float32)
+    assert np.array_equal(layout.from_c_order(values), values)
+    assert np.array_equal(layout.to_c_order(values), values)
+    with pytest.raises(SpecError):
+        layout.to_c_order(values[1:])
     if layout.rows is None:
         assert layout.bytes_index == 4 * layout.kept
     else:

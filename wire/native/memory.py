@@ -16,9 +16,11 @@ from wire.native.plan import Asked, plan
 from wire.segments import Cuts
 from wire.spec import ModelSpec, Structure
 
-_GAPS, _SHARE, _LEAST = 1 << 20, 4, 1 << 16
-"""Blocks below the size from which each is mapped singly (`edge_runtime.memory.guard`) lie in one heap with gaps: at most so
-many bytes, or this part of all that there is, and what Python itself makes for an order."""
+_ORDER, _NODE = 192 << 10, 8 << 10
+"""What Python makes for an order and for each node of its model: names, shapes, plans, views, and the gaps among these."""
+
+_MASKS = 512 << 10
+"""What the modules for masks and the compiled core take, once."""
 
 _NARROWER = ("widths", "lambda")
 """Knobs by which a rule trains narrower widths of the same weights as well, in the same arena."""
@@ -50,8 +52,8 @@ def predict(
     if any(recipe.knobs.get(name) for name in _NARROWER) and structure.capacity:
         narrower = structure.narrowed(structure.capacity - 1)
         takes = max(takes, arena(spec, narrower, Asked(batch, cuts=cuts, views=True)))
-    found = memory.with_pass(spec, structure, recipe, (batch, masked), Pass(0, takes))
-    return memory.bounded(found.peak + (0 if masked is not None else _beside(found.peak)), scale)
+    passes = Pass(0, takes, _lasting(spec, masked))
+    return memory.with_pass(spec, structure, recipe, (batch, masked), passes, scale=scale)
 
 
 def predict_evaluation(
@@ -67,12 +69,11 @@ def predict_evaluation(
     if structure.capacity and masked is None:
         narrower = structure.narrowed(structure.capacity - 1)
         takes = max(takes, arena(spec, narrower, Asked(batch, backward=False, views=True)))
-    found = memory.evaluated(spec, structure, masked, Pass(takes, 0))
-    return memory.bounded(found.peak + _beside(found.peak), scale)
+    return memory.evaluated(spec, structure, masked, Pass(takes, _lasting(spec, masked)), scale)
 
 
-def _beside(peak: int) -> int:
-    return _LEAST + min(peak // _SHARE, _GAPS)
+def _lasting(spec: ModelSpec, masked: Masked | None) -> int:
+    return _ORDER + _NODE * len(spec.nodes) + _MASKS * (masked is not None)
 
 
 def arena(spec: ModelSpec, structure: Structure, asked: Asked, masked: Masked | None = None) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_runtime.engines import Choice, Engine, Update, stored
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
-from edge_runtime.engines.masks import Held, Wires, chains
+from edge_runtime.engines.masks import Held, Wires, bits_of, chains
 from edge_runtime.engines.native import losses, straight
 from edge_runtime.engines.native.arena import Arena, aligned
 from edge_runtime.engines.native.dense import NATIVE
@@ -23,7 +23,7 @@ from edge_runtime.kernels import Stretch, Watch
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError, Unsupported
 from wire.masked import Masked as Counted
-from wire.masks import Mask
+from wire.masks import AnyMask, Bits, unpacked
 from wire.messages import Loss
 from wire.native.plan import Asked, lacks, plan
 from wire.norms import affines
@@ -122,7 +122,7 @@ class NativeEngine:
         spec: ModelSpec,
         structure: Structure,
         arrays: Mapping[str, Floats] | None = None,
-        masks: Mapping[str, Mask] | None = None,
+        masks: Mapping[str, AnyMask] | None = None,
         choice: Choice | None = None,
     ) -> None:
         """See `Engine.load`.
@@ -133,16 +133,17 @@ class NativeEngine:
         if missing := lacks(spec):
             raise Unsupported(f"the native engine has no {', '.join(missing)}: install torch for model {spec.name!r}")
         cuts = self._phase.cuts if spec == self._spec and not masks else ()
+        kept = bits_of(masks or {})
         self._clear()
         self._phase = Phase(self._phase.source, cuts=cuts)
-        self._tools.release(masks or {})
+        self._tools.release(kept)
         layers: Mapping[str, Masked] = {}
         ways: Mapping[str, str] = {}
-        if masks:
-            layers, ways = self._chosen((spec, structure), masks, choice or Choice())
+        if kept:
+            layers, ways = self._chosen((spec, structure), kept, choice or Choice())
         self._install(spec, structure, layers, ways)
         if arrays is not None:
-            stored.fill(self._params, self._held, (arrays, tensor_shapes(spec, structure), masks or {}))
+            stored.fill(self._params, self._held, (arrays, tensor_shapes(spec, structure), kept))
 
     def read(self, name: str) -> Floats:
         """See `Engine.read`."""
@@ -275,7 +276,7 @@ class NativeEngine:
         self._arena.clear()
 
     def _chosen(
-        self, model: tuple[ModelSpec, Structure], masks: Mapping[str, Mask], choice: Choice
+        self, model: tuple[ModelSpec, Structure], masks: Mapping[str, Bits], choice: Choice
     ) -> tuple[Mapping[str, Masked], Mapping[str, str]]:
         """Decide how masked weights are held."""
 
@@ -299,7 +300,7 @@ class NativeEngine:
         self._held = Held(
             ways,
             self._tools.layouts({name: (way, layers[name]) for name, way in sparse.items()}),
-            {name: np.array(layers[name].mask) for name in ways if name not in sparse},
+            {name: unpacked(layers[name].mask) for name in ways if name not in sparse},
         )
         for name, shape in tensor_shapes(spec, structure).items():
             self._params[name] = self._array((self._held.layouts[name].kept,) if name in sparse else shape)

@@ -14,6 +14,8 @@
 
 #include "conv_pool.h"
 
+#include "layouts.h"
+
 #include "loss.h"
 
 #include "run.h"

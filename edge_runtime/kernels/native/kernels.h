@@ -23,7 +23,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default) /* all else is compiled with -fvisibility=hidden */
 
-#define NK_ABI 2
+#define NK_ABI 3
 
 enum { NK_OK = 0, NK_SHAPE = 1, NK_STARTS = 2, NK_INDEX = 3, NK_MEMORY = 4 };
 
@@ -117,6 +117,15 @@ int32_t nk_conv_pool_backward(const nk_conv *layer, float *values, const nk_imag
                               const nk_image *made, int32_t kernel, int32_t relu, const nk_image *to, const float *out,
                               const uint8_t *places, const float *dout, float *dbias, float *dvalues,
                               const nk_update *update);
+
+/* Write a layer's index from its mask's bits (element i in C order is bit i % 8, lowest first, of byte i / 8; `bytes` of
+   them): all arrays of the layer, which are the caller's and of their full length. NK_STARTS where not `kept` bits are
+   set; NK_INDEX where a pair of a convolution's blocks keeps more than 65536. */
+int32_t nk_linear_lay(const nk_linear *layer, const uint8_t *bits, int32_t bytes);
+int32_t nk_conv_lay(const nk_conv *layer, const uint8_t *bits, int32_t bytes);
+/* Bring values from C order into the order of a layer in blocks with these starts, or back. from and to: [kept]. */
+int32_t nk_reorder(const int32_t *starts, int32_t blocks, int32_t rows, int32_t kept, const float *from, float *to,
+                   int32_t back);
 
 /* The mean over n samples of log sum exp(logits) - logits[label], and in `gradient` (null: not wanted) `scale` times its
    gradient to the logits. Both are [n][classes]. NK_INDEX where a label is no class. */

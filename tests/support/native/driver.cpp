@@ -1,6 +1,7 @@
 /* Drives every entry point of the compiled core with random shapes beside naive loops: driver ROUNDS SEED [TRIAL [ROUND]].
    A round is one of each trial at one batch, with one thread or three. Ends with 1 at the first difference. */
 #include "conv_trials.h"
+#include "layout_trials.h"
 #include "linear_trials.h"
 #include "windows_trials.h"
 
@@ -21,7 +22,8 @@ int main(int count, char **words) {
   } trials[] = {{"pack", pack_trial},     {"linear", linear_trial},          {"spoilt-linear", spoilt_linear_trial},
                 {"pool", pool_trial},     {"conv", conv_trial},              {"spoilt-conv", spoilt_conv_trial},
                 {"columns", columns_trial}, {"dense", dense_trial},          {"depth", depth_trial},
-                {"windows-pool", window_pool_trial}};
+                {"windows-pool", window_pool_trial}, {"linear-layout", linear_layout_trial},
+                {"conv-layout", conv_layout_trial}};
   if (!nk_runs_here()) {
     printf("not run: this processor has not what it needs\n");
     return 0;
