@@ -17,7 +17,15 @@ from tests.long._tables import run, told
 
 STEPS = {"steps": "5", "batch": "20", "momentum": "0", "clip": "0", "decay": "0"}
 PRUNEFL = {"stages": "further", "ramp": "0.5", "every": "10", "window": "reconfiguration_round"}
-RATES = {"fedavg": "0.5", "prunefl": "0.5", "feddip": "1", "taper": "1", "snip": "1", "synflow": "1", "iterative": "0.5"}
+RATES = {
+    "fedavg": "0.5",
+    "prunefl": "0.5",
+    "feddip": "1",
+    "taper": "1",
+    "snip": "1",
+    "synflow": "1",
+    "iterative": "0.5",
+}
 RATES |= {"fixed": "1", "prunefl-both": "0.2", "dpf": "0.5", "snip-one": "1", "online": "1", "prunetrain": "0.5"}
 RATES |= {"fedavgm": "0.5", "lotteryfl": "0.5"}
 OWN = {
