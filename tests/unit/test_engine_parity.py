@@ -24,7 +24,7 @@ SMALL = (
     "har-cnn-wide",
 )
 SINGLE, NATIVE = HOWS[: len(NAMES)], HOWS[1:]
-MANY, LOTS = 220, 20
+MANY, LOTS = 220, 5
 LOSSES, WAYS = ("cross_entropy", "binary_cross_entropy"), ("sparse", "dense")
 UPDATES = ((0.05, 0.0, 0.0, 0.0), (0.05, 0.9, 0.0, 0.0), (0.05, 0.0, 0.1, 0.0), (0.05, 0.5, 0.01, 0.3))
 DENSITIES = (0.5, 0.1, 0.01)
@@ -60,7 +60,7 @@ def test_random_graphs(lot):
         check(one, needed, HOWS if seed % 4 == 0 else NATIVE)
         check(other, needed, SINGLE if seed % 4 == 0 else SINGLE[1:])
         told += 2
-    assert all(count <= 0.2 * told for count in needed.values()), "rounding is an excuse for few"
+    assert all(count <= 0.25 * told for count in needed.values()), "rounding is an excuse for few"
 
 
 def of_zoo(name, count=2):
