@@ -18,7 +18,7 @@ from coordinator.blocks.nesting import whole_of
 from coordinator.journal import RunStarted
 from coordinator.simulate import run
 from coordinator.simulate.flops import flops, per_sample
-from coordinator.simulate.world import Config, build
+from coordinator.simulate.world import Config, build, named
 from coordinator.standing import Standing
 from edge_runtime import personal
 from edge_runtime.received import Received
@@ -241,6 +241,7 @@ def learnt(tmp_path_factory):
 
 
 def measured(world, state):
+    world = dataclasses.replace(world, config=named(dataclasses.replace(world.config, engine="")))  # that of the turn
     shells, shell_of, structures = encode_shells(world.spool, world.spec, state)
     outcome = Outcome(shells=shells, shell_of=shell_of, structures=structures)
     return [run._measured(world, outcome, 9)[f"accuracy.{k}"] for k in range(len(structures))]
