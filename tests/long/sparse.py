@@ -25,12 +25,12 @@ RATES = {
     "snip": "1",
     "synflow": "1",
     "iterative": "0.5",
+    "fixed": "1",
 }
-RATES |= {"fixed": "1", "prunefl-both": "0.2", "dpf": "0.5", "snip-one": "1", "online": "1", "prunetrain": "0.5"}
-RATES |= {"fedavgm": "0.5", "lotteryfl": "0.5"}
 OWN = {
     "prunefl": PRUNEFL,
     "prunefl-both": {"every": "10"},
+    "prunefl-all": {**PRUNEFL, "window": "all_rounds"},
     "feddip": {"mask": "round"},
     "dpf": {"every": "4"},
     "snip": {"saliency": "mean"},
@@ -38,8 +38,6 @@ OWN = {
     "fedavgm": {"start": "1", "first": "erk"},
 }
 """What methods are told beside their rate."""
-CONFIGS = Path(__file__).with_name("sparse-configs.json")
-"""What a tuned table tries for each method: three rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,8 @@ class Table:
         recipe: Of all methods.
         rate: Of all methods; empty for `RATES`.
         target: Accuracy to reach.
-        tuned: Whether each method first chooses its rate among `CONFIGS`, on a validation part with a seed of its own.
+        tuned: File beside this one with what each method first chooses among, on a validation part with a seed of its own;
+            empty for no choice.
     """
 
     algos: str
@@ -70,7 +69,7 @@ class Table:
     recipe: Mapping[str, str] = field(default_factory=lambda: STEPS)
     rate: str = ""
     target: str = "0.97*fedavg"
-    tuned: bool = False
+    tuned: str = ""
 
     def words(self) -> list[str]:
         """Give the arguments."""
@@ -80,7 +79,7 @@ class Table:
         words += ["--partition", partition, "--devices", devices, "--select", "random:10", "--evaluate-every", "10"]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--set", f"*.schedule=linear {self.rounds}", "--target", self.target]
-        words += ["--tune", "--configs", str(CONFIGS)] if self.tuned else []
+        words += ["--tune", "--configs", str(Path(__file__).with_name(self.tuned))] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             rate = {} if self.tuned else {"recipe.rate": self.rate or RATES[label]}
             own = {**rate, **OWN.get(label, {})}
@@ -88,15 +87,14 @@ class Table:
         return words
 
 
+_RATES = "sparse-configs.json"
 _FULL = "fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper"
 
 TABLES = {
-    "rates": Table(_FULL, ".05", "0,1,2", rounds=200, tuned=True),
+    "rates": Table(_FULL, ".05", "0,1,2", rounds=200, tuned=_RATES),
     "full": Table(_FULL, ".2,.1,.05,.01", "0,1,2", rounds=200),
-    "rates-lenet-5": Table(_FULL, ".05", "0,1,2", model="lenet-5", rounds=200, tuned=True),
+    "rates-lenet-5": Table(_FULL, ".05", "0,1,2", model="lenet-5", rounds=200, tuned=_RATES),
     "full-lenet-5": Table(_FULL, ".2,.1,.05,.01", "0,1,2", model="lenet-5", rounds=200),
-    "key": Table("fedavg,prunefl,feddip,taper", ".05,.01", "0,1,2"),
-    "all": Table("fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper", ".2,.1,.05,.01"),
     "conv-2": Table(
         "fedavg,prunefl,taper",
         ".1",
@@ -109,16 +107,22 @@ TABLES = {
     "fashion": Table(
         "fedavg,feddip,taper",
         ".1,.05",
+        "0,1,2",
         model="lenet-5",
         data=("fashion-mnist", "dir0.5", "50"),
         recipe={**STEPS, "steps": "20", "batch": "32"},
-        rate="0.1",
-        target="0.95",
+        target="0.95*fedavg",
+        tuned="sparse-fashion-configs.json",
     ),
-    "lenet-5": Table("fedavg,prunefl,feddip,snip,iterative,taper", ".05", model="lenet-5", rate="0.3"),
-    "momentum": Table("fedavgm=taper", "1", target="0.95"),
-    "lottery": Table("lotteryfl", ".1", target="0.95"),
-    "more": Table("fedavg,prunefl-both=prunefl,dpf,snip-one=snip,online,prunetrain", ".05"),
+    "more": Table(
+        "prunefl-both=prunefl,prunefl-all=prunefl,dpf,snip-one=snip,online,prunetrain,lotteryfl",
+        ".05",
+        "0,1,2",
+        rounds=200,
+        target="0.9345",
+        tuned=_RATES,
+    ),
+    "momentum": Table("fedavgm=taper", "1", "0,1,2", rounds=200, target="0.9345", tuned=_RATES),
 }
 
 
