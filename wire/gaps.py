@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import Malformed
-from wire.masks import PLACES_AT_ONCE, AnyMask, count, windows
+from wire.masks import PLACES_AT_ONCE, AnyMask, count, joined, windows
 
 _SKIP = 255
 _AT_ONCE = 1 << 19
@@ -91,9 +91,8 @@ def _bytes_of(where: NDArray[np.int64], before: int) -> bytes:
 
 
 def from_gaps(data: bytes | memoryview | NDArray[np.uint8], size: int, kept: int, path: str) -> NDArray[np.int64]:
-    """Read such bytes; gives the positions of the kept elements ``(kept,)``, ascending. See `runs_of`."""
-    runs = list(runs_of(data, size, kept, path))
-    return np.concatenate(runs) if runs else np.empty(0, np.int64)
+    """Read such bytes, of so many kept elements; gives their positions ``(kept,)``, ascending. See `runs_of`."""
+    return joined(runs_of(data, size, kept, path), kept)
 
 
 def runs_of(

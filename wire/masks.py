@@ -100,11 +100,18 @@ def windows(mask: AnyMask, length: int) -> Iterator[tuple[int, Mask]]:
 
 def positions(mask: AnyMask) -> NDArray[np.int64]:
     """Give the positions in C order of what is kept, ``(kept,)``, ascending."""
-    found = np.empty(count(mask), np.int64)
+    return joined(_places(mask), count(mask))
+
+
+def joined(runs: Iterable[NDArray[np.int64]], kept: int) -> NDArray[np.int64]:
+    """Put so many positions that come some at a time into one line, which is made when the first of them are there."""
+    found = np.empty(0, np.int64)
     done = 0
-    for here in _places(mask):
-        found[done : done + len(here)] = here
-        done += len(here)
+    for run in runs:
+        if not done:
+            found = np.empty(kept, np.int64)
+        found[done : done + len(run)] = run
+        done += len(run)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import Malformed
-from wire.masks import PLACES_AT_ONCE
+from wire.masks import PLACES_AT_ONCE, joined
 
 LOW_MAX = 24
 KEPT_MAX = 1 << 16
@@ -43,8 +43,7 @@ def _size(gaps: NDArray[np.int64], low: int) -> int:
 
 def from_rice(data: NDArray[np.uint8], size: int, kept: int, low: int, path: str) -> NDArray[np.int64]:
     """Read such bytes; gives the positions of the kept elements ``(kept,)``, ascending. See `runs_of`."""
-    runs = list(runs_of(data, size, kept, low, path))
-    return np.concatenate(runs) if runs else np.empty(0, np.int64)
+    return joined(runs_of(data, size, kept, low, path), kept)
 
 
 def runs_of(data: NDArray[np.uint8], size: int, kept: int, low: int, path: str) -> Iterator[NDArray[np.int64]]:

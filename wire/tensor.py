@@ -355,7 +355,8 @@ class Blob:
         found = np.ravel(unpacked(mask))
         if entry.encoding == "delta":
             found = found.copy()
-            found[gaps.from_gaps(first, size, -1, path)] ^= True
+            for run in gaps.runs_of(first, size, -1, path):
+                found[run] ^= True
         if int(np.count_nonzero(found)) != entry.kept:
             raise Malformed(f"{entry.kept} values for mask {entry.mask}", path)
         return found

@@ -67,6 +67,12 @@ def test_what_came_is_copied_and_checked():
     line[:] = 0
     assert np.array_equal(unpacked(bits), mask.reshape(4, 25))
     good = packed(mask)
-    for wrong, kept in ((good.line[:-1], good.kept), (good.line, good.kept + 1), (good.line | 128, good.kept + 13)):
-        with pytest.raises(Malformed):
+    padded = good.line.copy()
+    padded[-1] |= 128  # bit 103 of 100, in the count as well
+    for wrong, kept, what in (
+        (good.line[:-1], good.kept, "12 bytes"),
+        (good.line, good.kept + 1, f"{good.kept} ones"),
+        (padded, good.kept + 1, "padding"),
+    ):
+        with pytest.raises(Malformed, match=what):
             from_bits(wrong, (100,), kept, "$")

@@ -74,7 +74,19 @@ def test_gaps_cross_the_borders_of_what_is_looked_at_together(density):
     data, kept = gaps.to_gaps(mask, values)
     assert data == naive_gaps(mask)
     np.testing.assert_array_equal(kept, values[mask])
-    np.testing.assert_array_equal(gaps.from_gaps(data, len(mask), -1, "$"), np.flatnonzero(mask))
+    np.testing.assert_array_equal(np.concatenate([*gaps.runs_of(data, len(mask), -1, "$")]), np.flatnonzero(mask))
+
+
+def test_positions_are_read_into_the_one_line_that_is_given():
+    mask = random_mask(0.3, 1 << 21)
+    data, _ = gaps.to_gaps(mask)
+    kept = int(mask.sum())
+    tracemalloc.start()
+    places = gaps.from_gaps(data, len(mask), kept, "$")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(places, np.flatnonzero(mask))
+    assert peak < 8 * kept + (1 << 20)
 
 
 @settings(deadline=None)
