@@ -30,7 +30,7 @@ class Tools:
 
     def __init__(self, backend: Backend, threads: int = 1, timings: Path | None = None) -> None:
         self.backend, self._threads, self._timings = backend, threads, timings
-        self._made: dict[str, tuple[str, Bits, Layout]] = {}
+        self._made: dict[str, tuple[str, Masked, Layout]] = {}
 
     @functools.cached_property
     def kit(self) -> Kit:
@@ -39,12 +39,12 @@ class Tools:
 
     def release(self, masks: Mapping[str, Bits]) -> None:
         """Let go of what was made of other masks than these, with those masks, before anything new takes memory."""
-        self._made = {name: known for name, known in self._made.items() if known[1] is masks.get(name)}
+        self._made = {name: known for name, known in self._made.items() if known[1].mask is masks.get(name)}
 
     def layouts(self, wanted: Mapping[str, tuple[str, Masked]]) -> dict[str, Layout]:
-        """Give the layouts of a model's sparse tensors; those of the model before are used again where masks are the same.
+        """Give the layouts of a model's sparse tensors; those of the model before are used again where nothing differs.
 
-        Between two changes of the masks, order after order has the very same bits for them.
+        Between two changes of the masks, order after order has the very same bits for them, and equal layers.
 
         Args:
             wanted: By tensor name the way to hold it and the layer.
@@ -52,12 +52,12 @@ class Tools:
         again = {}
         for name, (way, masked) in wanted.items():
             known = self._made.get(name)
-            if known is not None and known[0] == way and known[1] is masked.mask:
+            if known is not None and known[:2] == (way, masked):
                 again[name] = known
         self._made = again  # what is not wanted any more is gone before anything new is made
         made = {}
         for name, (way, masked) in wanted.items():
-            held = again.get(name) or (way, masked.mask, self.kit.layout(way, masked.node, masked.mask))
+            held = again.get(name) or (way, masked, self.kit.layout(way, masked.node, masked.mask))
             made[name] = held[2]
             self._made[name] = held
         return made

@@ -66,7 +66,7 @@ def layer_of(stage: Stage, node: Node, params: Mapping[str, Floats], layouts: Ma
     fits = isinstance(layout, LinearLayout) and node.op == "linear"
     if isinstance(layout, ConvLayout) and node.op == "conv2d":
         span = max(stage.padding, stage.back_halo)
-        fits = layout.geometry[:2] == (node.attrs["stride"], stage.padding)
+        fits = layout.geometry == (node.attrs["stride"], stage.padding, node.attrs.get("dilation", 1))
         if not all(_runs(one) for one in (image(stage.shape, span), image(stage.made, span))):
             raise SpecError(f"node {node.name!r}: an image of {stage.shape} is beyond what the compiled core can run")
     if not fits or values.shape != (layout.kept,) or bias.shape != stage.made[:1]:

@@ -25,6 +25,7 @@ from tests.golden.attacks import container
 from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
 from tests.support.orders import dataset, job, some_masks
+from wire import zoo
 from wire.errors import Malformed
 from wire.job import Done
 from wire.maskfile import Held, outline_of_model, read_masks, write_masks
@@ -77,6 +78,22 @@ def test_what_was_made_of_masks_goes_with_them():
     assert all(mask() is not None for mask in gone), "the next order may have the same"
     MAKE().load(SPEC, WHOLE, random_arrays(SPEC, WHOLE))
     assert not any(mask() is not None for mask in gone)
+
+
+def test_a_layout_is_that_of_the_model_that_is_loaded():
+    """The next order is for another model with the same shapes and masks, whose strides are the other way round."""
+    first, other = (
+        zoo.cnn("m", (1, 12, 12), 3, [zoo.Conv(4, stride=s), zoo.Conv(4, stride=3 - s)], ()) for s in (1, 2)
+    )
+    arrays, engine, made = random_arrays(other, WHOLE), MAKE(), []
+    masks = {name: packed(mask) for name, mask in some_masks(first).items()}
+    for spec in (first, first, other):
+        engine.load(spec, WHOLE, arrays, masks, Choice(ways={"": "sparse"}))
+        made.append(engine._held.layouts.get("conv1.weight"))
+    assert made[0] is made[1]
+    found = engine.forward_backward(*batch(other, 4))
+    engine.load(other, WHOLE, arrays, masks, Choice(ways={"": "dense"}))
+    assert found == pytest.approx(engine.forward_backward(*batch(other, 4)), rel=1e-5)
 
 
 def test_what_a_rule_keeps_of_one_width_is_not_given_to_another(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from edge_runtime.engines.ways import Masked, Tools, decide
 from edge_runtime.kernels.choose import DENSE
 from edge_runtime.kernels.kits import NoKit
 from edge_runtime.kernels.library import open_library
-from tests.support.stretches import agree, batch, draft, make, oracle, small
+from tests.support.stretches import agree, batch, build, draft, make, oracle, small
 from wire.errors import BudgetExceeded, DataError, SpecError
 from wire.masked import contracted
 from wire.masks import packed
@@ -186,6 +187,16 @@ def test_an_update_that_does_not_fit_is_refused_however_often(core):
         assert np.array_equal(made.stretch.params[key], array)
     with pytest.raises(SpecError, match="labels"):
         made.stretch.learn(x, labels[:2], 1.0, (None, Update(0.1), None))
+
+
+@needs_core
+def test_a_layout_of_another_dilation_is_refused(core):
+    """Even where what goes in and comes out is of the same shapes."""
+    chain = draft((2, 11, 11)).add("conv2d", 3, kernel=2, stride=2, padding=1, dilation=1).chain()
+    made, (node,) = make("native", chain), chain.nodes
+    other = replace(node, attrs={**node.attrs, "dilation": 2})
+    with pytest.raises(SpecError, match="in a layout"):
+        build("native", (other,), chain.in_shape, made.stretch.params, made.layouts)
 
 
 @needs_core
