@@ -130,6 +130,20 @@ def test_more_than_was_asked_but_not_more_than_was_granted_is_the_devices_own_ch
     assert memory_scale(1.3, Usage(bytes_peak=130, bytes_budget=400), 100) == pytest.approx(1.27)
 
 
+def test_a_device_that_always_takes_more_than_predicted_is_not_asked_for_too_much_every_time() -> None:
+    """A prediction has the known factor in it: 1.25 times of what was predicted at 1.2 is 1.5 times of what is at 1."""
+    assert memory_scale(1.2, Usage(bytes_peak=150, bytes_budget=140), 120) == pytest.approx(1.5)
+    scale, exceeded = 1.0, 0
+    for _ in range(
+        100
+    ):  # of two widths, the wide one is predicted to take 100 and the narrow one 50; both take 1.15 of it
+        wide = scale * 100 <= 110
+        usage = Usage(bytes_peak=115 if wide else 57, bytes_budget=110)
+        exceeded += wide
+        scale = memory_scale(scale, usage, round(scale * (100 if wide else 50)))
+    assert exceeded <= 20
+
+
 def test_an_order_that_ran_out_of_memory_teaches_at_once_and_others_refusals_nothing() -> None:
     fleet, order = born(("d1", 1)), an_order("d1", 1, bytes_peak=1500)
     for reason, asked in (("memory", order), ("crash", order), ("oom", None), ("oom", an_order("d1", 2))):
