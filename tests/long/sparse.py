@@ -93,6 +93,7 @@ _FULL = "fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper"
 TABLES = {
     "rates": Table(_FULL, ".05", "0,1,2", rounds=200, tuned=_RATES),
     "full": Table(_FULL, ".2,.1,.05,.01", "0,1,2", rounds=200),
+    "half": Table("feddip,taper", ".2,.1,.05,.01", "0,1,2", rounds=200, rate="0.5", target="0.9345"),
     "rates-lenet-5": Table(_FULL, ".05", "0,1,2", model="lenet-5", rounds=200, tuned=_RATES),
     "full-lenet-5": Table(_FULL, ".2,.1,.05,.01", "0,1,2", model="lenet-5", rounds=200),
     "conv-2": Table(
