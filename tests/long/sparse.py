@@ -1,9 +1,9 @@
 """The sparse family side by side on real data: the comparisons whose results stand in docs/results.
 
-`python -m tests sparse` runs them all, `python -m tests sparse key conv-2` some. Each is one `coordinator compare`: finished
+`python -m tests sparse` runs them all, `python -m tests sparse full conv-2` some. Each is one `coordinator compare`: finished
 runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples (and
-Fashion-MNIST for one table), see `coordinator compare --help`. Rates were chosen by `--tune` at density .05 with another seed
-on a validation part, three to six configurations for each method; what else is set stands here. docs/results/sparse.md has
+Fashion-MNIST for one table), see `coordinator compare --help`. `RATES` were chosen by the table `rates`; what else is set
+stands here. docs/results/sparse.md has
 what came of them, and says which of these tables have not been run to their end yet.
 """
 
