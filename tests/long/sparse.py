@@ -3,8 +3,7 @@
 `python -m tests sparse` runs them all, `python -m tests sparse full conv-2` some. Each is one `coordinator compare`: finished
 runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples (and
 Fashion-MNIST for one table), see `coordinator compare --help`. `RATES` were chosen by the table `rates`; what else is set
-stands here. docs/results/sparse.md has
-what came of them, and says which of these tables have not been run to their end yet.
+stands here. docs/results/sparse.md has what came of them, and says which of these tables have not been run to their end yet.
 """
 
 from __future__ import annotations
