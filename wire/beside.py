@@ -13,7 +13,7 @@ _TOP, _LARGEST, _PLACED = "top.", 32, 12
 """Rule `importance`: its knobs for the largest values of tensors; bytes of each of these, as they are found and after."""
 
 _BLOCKS, _BLOCK = 3, 1 << 20
-"""The same rule: blocks of a step's gradient at a time, with the product and the samples that one is made of; their bytes."""
+"""The same rule: blocks of gradients at a time, with the product and the samples that they are made of; their bytes."""
 
 
 def passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: int) -> int:
@@ -62,18 +62,20 @@ def apart(spec: ModelSpec, structure: Structure, recipe: Recipe, copies: int) ->
 
 
 def told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
-    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are.
+    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what it tells.
 
-    What passed in several steps is gone through side by side, in blocks of each.
+    What passed in several steps is gone through side by side, in blocks that are as much smaller.
     """
     if recipe.rule != "importance" or not recipe.knobs.get("send"):
         return 0, 0, 0
-    tensors, through, found = tensor_shapes(spec, structure), _through(spec, structure), 0
+    tensors, through, found, whole = tensor_shapes(spec, structure), _through(spec, structure), 0, 0
     sizes = {name: prod(shape) for name, shape in tensors.items() if _TOP + name in recipe.knobs}
     counts = {name: min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()}
     steps = _window(recipe) if recipe.knobs.get("window") else 0
-    for name, count in counts.items():
-        weights, values = through.get(name, (0, 0))
+    for name, (weights, values) in through.items():
         apart = steps if steps * recipe.batch * values <= weights else 0
-        found = max(found, _LARGEST * count + _BLOCKS * apart * min(_BLOCK, FLOAT * weights))
-    return found, sum(-(-size // 8) for size in sizes.values()), _PLACED * sum(counts.values())
+        blocks = min(FLOAT * weights, max(_BLOCK, apart * FLOAT * weights // tensors[name][0])) if apart else 0
+        found = max(found, _LARGEST * counts.get(name, 0) + _BLOCKS * blocks)
+        whole += FLOAT * weights * bool(apart and name not in counts)
+    found = max([found, *(_LARGEST * count for count in counts.values())])
+    return found, sum(-(-size // 8) for size in sizes.values()), _PLACED * sum(counts.values()) + whole

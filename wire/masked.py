@@ -70,6 +70,7 @@ def contracted(
     readers = Counter(name for node in nodes for name in node.inputs)
     found: list[Node] = []
     chain: list[Node] = []
+    chains: dict[str, list[Node]] = {}
     reached: set[str] = set()  # values that weights reach: only these have gradients
     for node in nodes:
         layer = node.op in ("linear", "conv2d") and node.params["weight"] in sparse
@@ -77,7 +78,7 @@ def contracted(
         follows = bool(chain) and node.inputs == (chain[-1].name,) and readers[node.inputs[0]] == 1
         if follows and (layer or pools or node.op in ("relu", "flatten")):
             chain.append(node)
-            del panels[found.pop().name]
+            del chains[found.pop().name]
         elif layer:
             chain = [node]
         else:
@@ -87,7 +88,9 @@ def contracted(
             continue
         reached.add(node.name)
         found.append(Node(node.name, "stretch", chain[0].inputs))
-        panels[node.name] = _stretch(chain, values, input_gradient=not reached.isdisjoint(chain[0].inputs))
+        chains[node.name] = chain
+    for name, whole in chains.items():
+        panels[name] = _stretch(whole, values, input_gradient=not reached.isdisjoint(whole[0].inputs))
     return found
 
 

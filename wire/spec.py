@@ -201,11 +201,11 @@ def node_shapes(spec: ModelSpec, structure: Structure) -> dict[str, tuple[int, .
 
     Cost: one walk over the graph; of the same spec and sizes again, a copy.
     """
-    return dict(_walked(_Same(spec), tuple(group_sizes(spec, structure).items())))
+    return dict(_walked(Same(spec), tuple(group_sizes(spec, structure).items())))
 
 
-class _Same:
-    """A spec as a key: itself and no equal one, whose comparison would take as long as a walk."""
+class Same:
+    """A spec as a key of what is remembered: itself and no equal one, whose comparison would take as long as a walk."""
 
     __slots__ = ("spec",)
 
@@ -213,14 +213,14 @@ class _Same:
         self.spec = spec
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.spec is self.spec
+        return isinstance(other, Same) and other.spec is self.spec
 
     def __hash__(self) -> int:
         return id(self.spec)
 
 
 @functools.lru_cache(maxsize=64)
-def _walked(same: _Same, sizes: tuple[tuple[str, int], ...]) -> dict[str, tuple[int, ...]]:
+def _walked(same: Same, sizes: tuple[tuple[str, int], ...]) -> dict[str, tuple[int, ...]]:
     return _walk(same.spec, dict(sizes))
 
 

@@ -240,7 +240,9 @@ class _Sums:
             for first in range(0, len(self.z[name]), rows):
                 yield first, self.z[name][first : first + rows]
             return
-        for parts in zip(*map(row_blocks, self.passed.get(name, [])), strict=True):
+        passed = self.passed.get(name, [])
+        each = BLOCK_BYTES // max(1, len(passed))  # they go side by side
+        for parts in zip(*(row_blocks(one, each) for one in passed), strict=True):
             first, total = parts[0]
             for _, block in parts[1:]:
                 total += block

@@ -17,7 +17,7 @@ from tests.support.models import batch, random_arrays
 from tests.support.orders import dataset, masked_job
 from tests.support.parity import masks_of
 from tests.support.sequences import attended, recurrent, turned
-from wire import memory, zoo
+from wire import beside, memory, zoo
 from wire.builders import resnet
 from wire.job import Done
 from wire.masked import Masked
@@ -129,8 +129,8 @@ def test_with_masks_too(way, density):
     assert left < 4096
 
 
-def test_importance_at_all_positions_makes_nothing_as_large_as_the_weights():
-    """A reconfiguration's order: the gradient of 6 million weights, of which 60 000 are there, in blocks of rows."""
+def importance_order(steps, knobs):
+    """Give the extras of a reconfiguration's order on 6 million weights of which 60 000 are there, and what it made at most."""
     spec = zoo.mlp("wide", (3000,), 10, (2000,))
     weight = bits_at([np.arange(0, 6_000_000, 100)], (2000, 3000))
     masks = {"fc1.weight": weight}
@@ -139,17 +139,31 @@ def test_importance_at_all_positions_makes_nothing_as_large_as_the_weights():
     for name in engine.params:
         engine.write(name, np.full(engine.params[name].size, 0.01, np.float32))
     engine.forward_backward(*batch(spec, BATCH), update=Update(1e-3))  # the arena is there
-    knobs = {"window": 1.0, "last": 1.0, "send": 1.0, "top.fc1.weight": 60_000.0}
-    recipe = Recipe(rule="importance", batch=BATCH, steps=2, rate=1e-3, knobs=knobs)
+    recipe = Recipe(rule="importance", batch=BATCH, steps=steps, rate=1e-3, knobs={"window": 1.0, "send": 1.0, **knobs})
     task = rules.Task(recipe, engine, *batch(spec, BATCH), 1, BATCH, lambda *_: None, masks)
     tracemalloc.start()
     trained = rules.find("importance").train(task)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    told = trained.extras["fc1.weight"]
+    counted = beside.passed(spec, masked(masks), recipe, BATCH) + sum(beside.told(spec, masked(masks), recipe))
+    return weight, trained.extras["fc1.weight"], peak, counted
+
+
+@pytest.mark.parametrize("steps", [2, 12])
+def test_importance_at_all_positions_makes_nothing_as_large_as_the_weights(steps):
+    """In blocks of rows, however many steps count."""
+    knobs = {"last": steps - 1.0, "top.fc1.weight": 60_000.0}
+    weight, told, peak, counted = importance_order(steps, knobs)
     assert len(told.places) == 60_000
     assert np.count_nonzero(np.isin(told.places, positions(weight))) < 6_000, "most are not there yet"
     assert peak < weight.size, f"{peak} bytes; the weights would take {4 * weight.size}"
+    assert peak < counted < 4 * weight.size
+
+
+def test_importance_of_all_weights_is_counted_where_all_of_it_is_told():
+    weight, told, peak, counted = importance_order(5, {})
+    assert told.places is None
+    assert 4 * weight.size < peak < counted < 6 * weight.size
 
 
 @pytest.mark.parametrize("density", [0.01, 0.05])

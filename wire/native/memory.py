@@ -6,6 +6,7 @@ engine is counted as for the torch engine (`wire.memory`).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from wire import memory
@@ -14,7 +15,7 @@ from wire.memory import Pass, Prediction
 from wire.messages import Recipe
 from wire.native.plan import Asked, plan
 from wire.segments import Cuts
-from wire.spec import ModelSpec, Structure
+from wire.spec import ModelSpec, Same, Structure
 
 _ORDER, _NODE = 192 << 10, 8 << 10
 """What Python makes for an order and for each node of its model: names, shapes, plans, views, and the gaps among these."""
@@ -81,6 +82,21 @@ def arena(spec: ModelSpec, structure: Structure, asked: Asked, masked: Masked | 
 
     With a way back they are the more of a training pass and of one that measures the model, which comes before it.
     """
+    sparse = None if masked is None else frozenset(masked.kept) - frozenset(masked.dense)
+    return _arena(Same(spec), structure.capacity, tuple(structure.widths.items()), asked, sparse)
+
+
+@functools.lru_cache(maxsize=32)
+def _arena(
+    same: Same,
+    capacity: int,
+    widths: tuple[tuple[str, tuple[int, ...]], ...],
+    asked: Asked,
+    sparse: frozenset[str] | None,
+) -> int:
+    """Remembered: an order asks two or three times, and how many weights are kept makes no difference."""
+    structure = Structure(capacity, dict(widths))
+    masked = None if sparse is None else Masked(dict.fromkeys(sparse, 0))
     ways = [asked, replace(asked, backward=False, cuts=())] if asked.backward else [asked]
-    found = [plan(spec, structure, way, masked) for way in ways]
+    found = [plan(same.spec, structure, way, masked) for way in ways]
     return max(FLOAT * one.length for one in found) + max(one.panels for one in found)

@@ -22,7 +22,6 @@ from edge_runtime.engines.ways import Masked, Tools, agree
 from edge_runtime.kernels import Stretch, Watch
 from edge_runtime.kernels.choose import DENSE, Timing, Trial
 from wire.errors import SpecError, Unsupported
-from wire.masked import Masked as Counted
 from wire.masks import AnyMask, Bits, unpacked
 from wire.messages import Loss
 from wire.native.plan import Asked, lacks, plan
@@ -327,10 +326,7 @@ class NativeEngine:
             return passes[key]
         spec = self.spec
         asked = Asked(batch, backward, cuts, views=self._parent is not None)
-        kept = {name: int(np.count_nonzero(mask)) for name, mask in self._held.masks.items()}
-        kept |= {name: layout.kept for name, layout in self._held.layouts.items()}
-        masked = Counted(kept, tuple(self._held.masks)) if kept else None
-        found = plan(spec, self._structure, asked, masked, tuple(self._stretches))
+        found = plan(spec, self._structure, asked, stretches=tuple(self._stretches))
         self._arena.hold(found.length)
         while len(passes) >= PASSES:
             del passes[next(iter(passes))]
