@@ -16,7 +16,7 @@ change at no other time, so that between two of them values alone travel.
   ``reconfiguration_round``, only the (last `last`) steps of that round count, and no device ever holds a dense vector.
 * `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor, and a bound on
   the rest, from which follows how many choices are not certain; if that is more than `doubt` of what is kept, they tell twice
-  as many the next time. The mask is the one of the lower bounds. All, where that were half of a tensor. Or ``dense``.
+  as many the next time. The mask is the one of the lower bounds. All, where that were a quarter. Or ``dense``.
 * `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
   none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
   be pruned, more may be. The round in which it gets there reconfigures too.
@@ -245,7 +245,7 @@ def _importance(state: State, recipe: Recipe, *, send: bool, **knobs: float) -> 
     if send and params["importance"] == "top":
         for name, mask in state.masks.items():
             count = math.ceil(float(params["top"]) * memo["widen"] * int(np.count_nonzero(mask)))
-            if 2 * count < mask.size:  # beyond that all values take little more to send, and less to find
+            if 4 * count < mask.size:  # beyond that to find them takes more memory than all do
                 knobs[f"top.{name}"] = float(max(1, count))
     knobs = {name: value for name, value in knobs.items() if value}
     return dataclasses.replace(recipe, rule="importance", knobs={**recipe.knobs, **knobs})

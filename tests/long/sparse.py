@@ -2,12 +2,13 @@
 
 `python -m tests sparse` runs them all, `python -m tests sparse full conv-2` some. Each is one `coordinator compare`: finished
 runs are kept, so that an interrupted table goes on where it stood. It needs MNIST with the writers of its samples (and
-Fashion-MNIST for one table), see `coordinator compare --help`. `RATES` were chosen by the table `rates`; what else is set
+Fashion-MNIST for one table), see `coordinator compare --help`. `CHOSEN` is what the tables `rates...` found; what else is set
 stands here. docs/results/sparse.md has what came of them, and says which of these tables have not been run to their end yet.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +17,35 @@ from tests.long._tables import run, told
 
 STEPS = {"steps": "5", "batch": "20", "momentum": "0", "clip": "0", "decay": "0"}
 PRUNEFL = {"stages": "further", "ramp": "0.5", "every": "10", "window": "reconfiguration_round"}
-RATES = {
-    "fedavg": "0.5",
-    "prunefl": "0.5",
-    "feddip": "1",
-    "taper": "1",
-    "snip": "1",
-    "synflow": "1",
-    "iterative": "0.5",
-    "fixed": "1",
+CHOSEN = {
+    ("lenet-300-100", "mnist"): {
+        "fedavg": {"recipe.rate": "0.5"},
+        "prunefl": {"recipe.rate": "0.5"},
+        "feddip": {"recipe.rate": "1"},
+        "taper": {"recipe.rate": "1"},
+        "snip": {"recipe.rate": "1"},
+        "synflow": {"recipe.rate": "1"},
+        "iterative": {"recipe.rate": "0.5"},
+        "fixed": {"recipe.rate": "1"},
+    },
+    ("conv-2", "mnist"): {
+        "fedavg": {"recipe.rate": "0.2"},
+        "prunefl": {"recipe.rate": "0.2"},
+        "prunefl-free": {"recipe.rate": "0.2"},
+        "taper": {"recipe.rate": "0.2"},
+    },
 }
+"""By model and data, what methods chose in the tables ``rates...``."""
 OWN = {
     "prunefl": PRUNEFL,
     "prunefl-both": {"every": "10"},
     "prunefl-all": {**PRUNEFL, "window": "all_rounds"},
+    "prunefl-free": {
+        **PRUNEFL,
+        "target": "0",
+        "time": "1.2493 0 7.1e-06 1.93e-07 1.78e-07",
+        "link": "1438000",
+    },
     "feddip": {"mask": "round"},
     "dpf": {"every": "4"},
     "snip": {"saliency": "mean"},
@@ -52,7 +68,7 @@ class Table:
         rounds: How many.
         data: Name and how it is split over how many devices.
         recipe: Of all methods.
-        rate: Of all methods; empty for `RATES`.
+        rate: Of all methods; empty for `CHOSEN`.
         target: Accuracy to reach.
         tuned: File beside this one with what each method first chooses among, on a validation part with a seed of its own;
             empty for no choice.
@@ -80,13 +96,22 @@ class Table:
         words += ["--set", f"*.schedule=linear {self.rounds}", "--target", self.target]
         words += ["--tune", "--configs", str(Path(__file__).with_name(self.tuned))] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
-            rate = {} if self.tuned else {"recipe.rate": self.rate or RATES[label]}
-            own = {**rate, **OWN.get(label, {})}
+            chosen = {} if self.tuned else {"recipe.rate": self.rate} if self.rate else CHOSEN[self.model, data][label]
+            own = {**OWN.get(label, {}), **chosen}
             words += told({f"{label}.{name}": value for name, value in own.items()})
         return words
 
 
 _RATES = "sparse-configs.json"
+_CONV, _NEAR = "fedavg,prunefl,taper", "0.95*fedavg"
+_CLOTHES = Table(
+    "fedavg,feddip,taper",
+    ".1",
+    model="lenet-5",
+    data=("fashion-mnist", "dir0.5", "50"),
+    recipe={**STEPS, "steps": "20", "batch": "32"},
+    target=_NEAR,
+)
 _FULL = "fedavg,prunefl,feddip,snip,synflow,iterative,fixed,taper"
 
 TABLES = {
@@ -95,25 +120,15 @@ TABLES = {
     "half": Table("feddip,taper", ".2,.1,.05,.01", "0,1,2", rounds=200, rate="0.5", target="0.9345"),
     "rates-lenet-5": Table(_FULL, ".05", "0,1,2", model="lenet-5", rounds=200, tuned=_RATES),
     "full-lenet-5": Table(_FULL, ".2,.1,.05,.01", "0,1,2", model="lenet-5", rounds=200),
+    "rates-conv-2": Table(
+        _CONV, ".1", model="conv-2", fleet="pi4-prunefl", rounds=40, target=_NEAR, tuned="sparse-conv-2-configs.json"
+    ),
     "conv-2": Table(
-        "fedavg,prunefl,taper",
-        ".1",
-        model="conv-2",
-        fleet="pi4-prunefl",
-        rounds=40,
-        rate="0.1",
-        target="0.95*fedavg",
+        f"{_CONV},prunefl-free=prunefl", ".1", "0,1,2", model="conv-2", fleet="pi4-prunefl", rounds=300, target=_NEAR
     ),
-    "fashion": Table(
-        "fedavg,feddip,taper",
-        ".1,.05",
-        "0,1,2",
-        model="lenet-5",
-        data=("fashion-mnist", "dir0.5", "50"),
-        recipe={**STEPS, "steps": "20", "batch": "32"},
-        target="0.95*fedavg",
-        tuned="sparse-fashion-configs.json",
-    ),
+    "conv-2-here": Table(_CONV, ".1", model="conv-2", fleet="this-machine", rounds=60, target=_NEAR),
+    "rates-fashion": dataclasses.replace(_CLOTHES, tuned="sparse-fashion-configs.json"),
+    "fashion": dataclasses.replace(_CLOTHES, densities=".1,.05", seeds="0,1,2"),
     "more": Table(
         "prunefl-both=prunefl,prunefl-all=prunefl,dpf,snip-one=snip,online,prunetrain,lotteryfl",
         ".05",
