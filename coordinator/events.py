@@ -25,7 +25,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A device will not or could not, or its update cannot be used."""
+    """A device will not or could not, its update cannot be used, or it was taken back."""
 
     device: str
     order: str

@@ -40,6 +40,10 @@ class Mail:
         event = self.link.next(timeout)
         return event if self._door is None else self._door.passes(event)
 
+    def hears(self, device: str) -> bool:
+        """Whether anything that a device says is let in; where there is no door all of them are."""
+        return self._door is None or self._door.knows(device)
+
     def up(self, session_present: bool) -> None:
         """Announce this life; publish the live pieces again when the broker has forgotten us."""
         self.is_up = True

@@ -44,7 +44,7 @@ same round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,7 +68,7 @@ from coordinator.events import (
     Stopped,
     Unwanted,
 )
-from wire.messages import Reply
+from wire.messages import Refusal, Reply
 
 __all__ = [
     "Abandon",
@@ -91,6 +91,7 @@ __all__ = [
     "Settle",
     "Stopped",
     "Unwanted",
+    "departed",
     "open_round",
     "step",
     "word",
@@ -230,6 +231,19 @@ def word(current: Round, device: str, order: str) -> Literal["more", "committed"
     if current.phase == "open" and seat is not None and seat.order == order and seat.state in ("asked", "lost"):
         return "more"
     return "unwanted"
+
+
+def departed(current: Round | None, hears: Callable[[str], bool]) -> tuple[Refused, ...]:
+    """Give what an open round is to be told of devices that were taken back: nobody hears what they might still answer.
+
+    One that is enrolled again is another device, and takes part from the next round on. Cost: one look per seat.
+    """
+    if current is None or current.phase != "open":
+        return ()
+    waited = [(s.device, s.order) for s in current.seats.values() if s.state in ("asked", "lost")]
+    gone = sorted((device, order) for device, order in waited if not hears(device))
+    why = "the device is not in the fleet any more"
+    return tuple(Refused(d, order, Refusal(order, d, current.run, "cancelled", why)) for d, order in gone)
 
 
 def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:

@@ -20,7 +20,7 @@ from coordinator.events import Arrived, Born, Lost, Refused
 from coordinator.fleet import Fleet
 from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Planned, Published
 from coordinator.mail import Mail
-from coordinator.round import Round, counted, open_round, step, word
+from coordinator.round import Round, counted, departed, open_round, step, word
 from coordinator.standing import Standing, absorb
 from coordinator.steps import Step, Steps, Store, held_for, order_id, orders_of
 from coordinator.turn import Pace, Turn
@@ -245,6 +245,8 @@ class Server:
             for event in lost:
                 self._say(f"device {event.device} has fallen silent")
                 self._happen(event)
+        for refused in departed(self._round, self._mail.hears):
+            self._happen(refused)
         if self._round is not None and now >= self._pace.deadline:
             self._pace.deadline = float("inf")
             self._happen(ev.Deadline(now))

@@ -16,6 +16,10 @@ class Between(Protocol):
         """Give the bytes of a signed order."""
         ...
 
+    def knows(self, device: str) -> bool:
+        """Whether a device belongs to the fleet; what one says that does not is never passed on."""
+        ...
+
     def passes(self, event: object | None) -> object | None:
         """Give what the owner is to see instead, or None; called with None when time has passed."""
         ...

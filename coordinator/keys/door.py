@@ -89,6 +89,10 @@ class Door:
         """Give the bytes of a signed order: what devices with a certificate take, and nothing else."""
         return codec.encode(self._authority.seal(order))
 
+    def knows(self, device: str) -> bool:
+        """Whether a device is in the register."""
+        return device in self._register.devices
+
     def passes(self, event: object) -> object | None:
         """Deal with what is the door's business; give what is the server's, or None."""
         self._keep_up(time.monotonic())
@@ -121,7 +125,7 @@ class Door:
             if place.room == "k" or (place.room == "u" and place.kind == "csr" and place.index < 0):
                 self._asked(place, message.payload)
                 return False
-            if place.device and place.device not in self._register.devices:
+            if place.device and not self.knows(place.device):
                 return False
             if place.room == "s" and message.payload:
                 heard, known = codec.decode(message.payload, Presence), self._heard.get(place.device)
@@ -191,7 +195,7 @@ class Door:
             back, device = topics.enrolment(federation, place.invitation, "cert"), csr.device
         else:
             back, device = topics.down(federation, place.device, "cert"), place.device
-        if not place.invitation and device not in self._register.devices:
+        if not place.invitation and not self.knows(device):
             return
         try:
             answer = self._answer(place, csr, device)

@@ -19,10 +19,11 @@ import pytest
 from coordinator.export import standing_of
 from edge_runtime.identity import read
 from tests.support.fleet import Fleet
-from tests.support.mosquitto import proc_memory, wait_for, wait_until
-from wire import codec
+from tests.support.messages import a_reply
+from tests.support.mosquitto import proc_memory, quiet_for, wait_for, wait_until
+from wire import codec, topics
 from wire.link import Message
-from wire.messages import Presence
+from wire.messages import Ack, Presence
 
 MIB = 1 << 20
 SPY = """
@@ -148,9 +149,13 @@ def test_a_certificate_is_renewed_before_it_ends_and_the_agent_goes_on_with_it(m
         assert len(fleet.register.devices["pi"]) <= 4
 
 
-def test_a_device_that_is_taken_back_leaves_the_round_at_once(make: Callable[..., Fleet]) -> None:
-    """A round waits for a device that is silent; taken back, it is waited for no longer. Its silence alone would take 30 s."""
-    fleet = make(devices=2, rounds=2, quorum=1)
+@pytest.mark.parametrize("away", [False, True], ids=["running", "away"])
+def test_a_device_that_is_taken_back_leaves_the_round_at_once(make: Callable[..., Fleet], away: bool) -> None:
+    """A round of all waits for a device that is silent until its deadline, in 600 s; taken back, it is waited for no longer.
+
+    So it is when that was done while the coordinator was away; and its next life says the same.
+    """
+    fleet = make(devices=2, rounds=2)
     with agent(fleet, "pi-2") as two, fleet.inside(["e1/f/s/pi-2"]) as ear:
         assert codec.decode(wait_for(ear, Message, 30).payload, Presence).state == "online"
         two.process.send_signal(signal.SIGSTOP)
@@ -158,12 +163,28 @@ def test_a_device_that_is_taken_back_leaves_the_round_at_once(make: Callable[...
             one.said("the answer counts")
             time.sleep(0.3)
             assert standing_of(fleet.state).done == 0, fleet.log
+            if away:
+                fleet.stop(signal.SIGKILL)
             told = fleet.run("revoke", "pi-2")
             assert told.returncode == 0, told.stderr
+            if away:
+                fleet.start()
             wait_until(lambda: standing_of(fleet.state).done == 1, 15)
+            decided = standing_of(fleet.state).round
+            assert decided is not None
+            assert (decided.phase, decided.seats["pi-2"].state) == ("closed", "refused")
         two.process.send_signal(signal.SIGCONT)
         two.said("taken back, or past its end")
-    assert "device pi-2 is taken back" in fleet.log
+        assert ("device pi-2 is taken back" in fleet.log) is not away
+    fleet.stop(signal.SIGKILL)
+    fleet.start()
+    fleet.enroll("pi-2")  # another device, and not even that one is asked for what the first one owed
+    late = a_reply("pi-2", decided.seats["pi-2"].order)
+    with fleet.linked("pi-2", ["e1/f/d/pi-2/ack"]) as link:
+        quiet_for(link, Message, 0.4)  # a broker that was away has put nobody out, and kept what was sent
+        link.publish(topics.up("f", "pi-2", "reply"), codec.encode(late))
+        assert codec.decode(wait_for(link, Message, 10).payload, Ack) == Ack(late.order, "unwanted")
+    assert (standing_of(fleet.state).round, fleet.log.count("going on with round 1")) == (decided, away)
 
 
 def test_a_running_agent_goes_on_when_its_device_is_enrolled_again(make: Callable[..., Fleet]) -> None:

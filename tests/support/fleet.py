@@ -49,9 +49,7 @@ def refused(address: Address, client: str = "x") -> str:
 class Fleet:
     """One coordinator process with its broker; it waits for more devices than there are, unless `devices` says otherwise."""
 
-    def __init__(
-        self, root: Path, *, seconds: float = 3600.0, devices: int = 99, rounds: int = 3, quorum: int = 0
-    ) -> None:
+    def __init__(self, root: Path, *, seconds: float = 3600.0, devices: int = 99, rounds: int = 3) -> None:
         self.root = root
         self.state = root / "coordinator"
         self.port = free_pair()
@@ -60,7 +58,7 @@ class Fleet:
         (root / "run.toml").write_text(
             f'algo = "fedavg"\nmodel = "linear"\nrounds = {rounds}\nfederation = "f"\nstate = "{self.state}"\n'
             f'[broker]\nlisten = "127.0.0.1:{self.port}"\nseconds_certificate = {seconds}\n[round]\ndevices = {devices}\n'
-            f'quorum = {quorum}\nkeepalive = 20.0\n[recipe]\nrule = "still"\n'
+            f'keepalive = 20.0\n[recipe]\nrule = "still"\n'
         )
 
     @property

@@ -26,7 +26,7 @@ from coordinator.journal import (
     Record,
     RunStarted,
 )
-from coordinator.round import Close, Resumed, Unwanted, step
+from coordinator.round import Close, Resumed, Unwanted, departed, step
 from coordinator.standing import Standing, fold
 from tests.support.messages import RUN, a_refusal, a_reply, an_order, order_id
 from wire.errors import StoreError
@@ -263,6 +263,22 @@ def test_standing_at_a_close_that_was_not_carried_out() -> None:
     assert (standing.round.phase, standing.done) == ("closed", 0)
     _, effects = step(standing.round, Resumed(0.0))
     assert effects == (Close(("d1",)), Unwanted("d0", order_id("d0", 1)))
+
+
+def test_who_was_taken_back_stays_refused_after_a_restart(path: Path) -> None:
+    """The coordinator is killed between the rows and the close that follows from them."""
+    with Journal(path) as journal:
+        journal.append([RunStarted(RUN), planned(1, 2), arrived(1), Lost("d0", 3)])
+        live = fold(journal.replay()).round
+        gone = departed(live, {"d1"}.__contains__)
+        assert live is not None
+        journal.append(gone)
+    with Journal(path) as journal:
+        standing = fold(journal.replay())
+    assert standing.round == step(live, *gone)[0]
+    assert (standing.round.phase, standing.done) == ("closed", 0)
+    assert step(standing.round, Resumed(0.0))[1] == (Close(("d1",)),)
+    assert step(standing.round, arrived(0))[1] == (Unwanted("d0", order_id("d0", 1)),)
 
 
 def test_standing_after_rounds() -> None:

@@ -26,6 +26,7 @@ from coordinator.round import (
     Settle,
     Stopped,
     Unwanted,
+    departed,
     open_round,
     step,
     word,
@@ -175,6 +176,23 @@ def test_a_refusal_lowers_the_quorum_to_what_can_still_arrive() -> None:
     assert effects[-2] == Abandon("1 of 2 needed replies at the deadline, 1 devices lost")
     _, effects = run(opened(3, quorum=2), refused(0), refused(2), arrived(1))
     assert effects[-1] == Close(("d1",))
+
+
+def test_who_was_taken_back_is_not_waited_for() -> None:
+    current, _ = run(opened(5), arrived(0), arrived(1), refused(2), Lost("d3", 1))
+    gone = departed(current, {"d0"}.__contains__)
+    assert [(type(event), event.device, event.order) for event in gone] == [(Refused, *o(3)), (Refused, *o(4))]
+    one, effects = run(current, *departed(current, {"d4"}.__contains__))
+    assert (effects, one.phase, one.seats["d3"].state) == ([Unwanted(*o(3))], "open", "refused")
+    assert departed(one, {"d4"}.__contains__) == (), "it is told once"
+    assert step(one, arrived(3)) == (one, (Unwanted(*o(3)),))
+    assert (step(one, Born("d3", 9))[1], word(one, *o(3))) == ((Unwanted(*o(3)),), "unwanted")
+    closed, effects = run(current, *gone)
+    assert effects == [Unwanted(*o(3)), Unwanted(*o(4)), Close(("d0", "d1"))]
+    nobody, _ = run(opened(2), *departed(opened(2), set[str]().__contains__))
+    assert nobody.phase == "abandoned"
+    for other in (None, open_round(1, RUN, orders(2), quorum=None, seconds=60.0), closed):
+        assert departed(other, set[str]().__contains__) == ()
 
 
 def test_no_reply_at_all_never_closes() -> None:
