@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import norms, pace
-from coordinator.blocks.aggregate import Seat, joined
+from coordinator.blocks.aggregate import evenly, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import prefix, widths_of
 from coordinator.blocks.widths import fractions_of
@@ -75,7 +75,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if norms.due(state.scalars["params"], state.round):
         return norms.pooled(state, answers)
-    return norms.unmoved(state, joined(state, answers, _evenly))
+    return norms.unmoved(state, joined(state, answers, evenly))
 
 
 def windows(spec: ModelSpec, widths: Mapping[str, Sequence[int]], start: int) -> dict[str, NDArray[np.uint8]]:
@@ -91,7 +91,3 @@ def _start(every: int, round_number: int) -> int:
     """Count the rounds before this one that trained; every `every`-th calibrates, none where that is 0."""
     past = round_number - 1
     return past - past // every if every else past
-
-
-def _evenly(cover: Sequence[Seat]) -> list[float]:
-    return [1.0 / len(cover)] * len(cover)
