@@ -33,6 +33,7 @@ ALGORITHMS: dict[str, str] = {
     "perfedavg": "coordinator.algorithms.perfedavg",
     "fiarse": "coordinator.algorithms.fiarse",
     "fledge": "coordinator.algorithms.fledge",
+    "fedrolex": "coordinator.algorithms.fedrolex",
 }
 """Name to module."""
 

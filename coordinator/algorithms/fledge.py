@@ -22,14 +22,14 @@ What was tried and left out, with figures: docs/decisions/fledge.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import affines, momentum, norms, pace
-from coordinator.blocks.aggregate import Seat, joined
+from coordinator.blocks.aggregate import evenly, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import rank, widths_of
 from coordinator.blocks.widths import fractions_of
@@ -104,12 +104,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         return norms.pooled(state, answers)
     if params["deadline"] and (_always(params) or not _tunes(params, state.round)):
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
-
-    def alike(cover: Sequence[Seat]) -> list[float]:
-        return [1.0 / len(cover)] * len(cover)
-
-    after = joined(state, affines.shared(state, answers), alike)
-    return affines.joined(state, momentum.carried(state, norms.unmoved(state, after)), answers, alike)
+    after = joined(state, affines.shared(state, answers), evenly)
+    return affines.joined(state, momentum.carried(state, norms.unmoved(state, after)), answers, evenly)
 
 
 def _check_own(spec: ModelSpec, params: Mapping[str, float | str]) -> None:

@@ -138,19 +138,15 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     if norms.due(state.scalars["params"], state.round):
         return norms.pooled(state, answers)
     after = momentum.carried(state, norms.unmoved(state, _joined(state, affines.shared(state, answers))))
-    return affines.joined(state, after, answers, _evenly)
+    return affines.joined(state, after, answers, aggregate.evenly)
 
 
 def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     if not state.scalars["params"].get("recipe.mask"):
-        return aggregate.joined(state, answers, _evenly)
+        return aggregate.joined(state, answers, aggregate.evenly)
     head = head_of(state.spec).params
     owns = partial(_labels, head["bias"], state.spec.classes)
-    return aggregate.joined_by_rows(state, answers, _evenly, head.values(), owns)
-
-
-def _evenly(cover: Sequence[aggregate.Seat]) -> list[float]:
-    return [1.0 / len(cover)] * len(cover)
+    return aggregate.joined_by_rows(state, answers, aggregate.evenly, head.values(), owns)
 
 
 def _labels(bias: str, classes: int, answer: Answer) -> NDArray[np.bool_]:

@@ -204,6 +204,11 @@ def by_samples(cover: Sequence[Seat]) -> list[float]:
     return shares([seat.samples for seat in cover])
 
 
+def evenly(cover: Sequence[Seat]) -> list[float]:
+    """Give every member of a cover the same weight, whatever samples it has: ``1 / |cover|`` (HeteroFL, FedRolex)."""
+    return [1.0 / len(cover)] * len(cover)
+
+
 def add_partitions(
     spec: ModelSpec, total: Arrays, update: Arrays, structure: Structure, weights: Sequence[float]
 ) -> None:

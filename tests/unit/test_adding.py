@@ -2,7 +2,11 @@
 
 import ast
 import importlib
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +19,9 @@ from tests.unit import test_algorithms
 
 PAGE = (ROOT / "docs" / "adding-an-algorithm.md").read_text("utf-8")
 SOURCE, LINE, TESTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = re.findall(r"^coordinator (.*)$", PAGE, re.MULTILINE)
+SMALLER = {"simulate": "", "compare": "--model linear --devices 2 --rounds 2 --seeds 0"}
+"""What is said beside a command, so that it is a matter of seconds."""
 NAME = "fedavgm"
 
 
@@ -28,6 +35,18 @@ def added(tmp_path, monkeypatch):
     yield tmp_path
     for module in ("docs_fedavgm", "docs_test_fedavgm"):
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """Give a folder with a coordinator that has the page's file and line where the page says, and nothing else."""
+    folder = tmp_path_factory.mktemp("page")
+    where = folder / "coordinator" / "algorithms"
+    shutil.copytree(ROOT / "coordinator", folder / "coordinator", ignore=shutil.ignore_patterns("__pycache__"))
+    (where / f"{NAME}.py").write_text(SOURCE, "utf-8")
+    before, end, after = (where / "__init__.py").read_text("utf-8").partition("\n}\n")
+    (where / "__init__.py").write_text(f"{before}\n{LINE.rstrip()}{end}{after}", "utf-8")
+    return folder
 
 
 def test_the_registry_line_names_the_file_that_the_page_names():
@@ -77,6 +96,24 @@ def test_the_example_is_listed_and_explained(capsys):
     out = capsys.readouterr().out
     assert "section 4.3" in out
     assert "beta = 0.5" in out
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split()[0])
+def test_the_commands_of_the_page_run_where_its_file_and_its_line_were_added(line, package):
+    words = shlex.split(f"{line} {SMALLER[line.split()[0]]}")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT)))}
+    command = [sys.executable, "-m", "coordinator", *words]
+    done = subprocess.run(command, cwd=package, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    if words[0] == "simulate":
+        assert re.search(r"^full width: 0\.\d+", done.stdout, re.MULTILINE)
+    else:
+        found = re.findall(r"^(\w+) +- +0\.\d{4}", done.stdout, re.MULTILINE)
+        assert sorted(found) == ["fast", "fedavg", NAME]
+
+
+def test_the_page_has_both_commands():
+    assert [line.split()[0] for line in COMMANDS] == list(SMALLER)
 
 
 def test_the_list_of_algorithms_fits_a_terminal(capsys):
