@@ -43,7 +43,7 @@ class RoundView:
         seconds: From issue to close, or from its plan to when it was abandoned.
         bytes_up: Bytes of the counted updates.
         bytes_down: Bytes of the blobs that the asked devices had to fetch.
-        bytes_sent: Payload that left the coordinator, pieces published once for all devices.
+        closed: The record of its close: what the link counted, what the algorithm tells; None where it was not closed.
         metrics: Of the model after the round.
     """
 
@@ -56,13 +56,18 @@ class RoundView:
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
-    bytes_sent: int = 0
+    closed: Closed | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def accuracy(self) -> dict[int, float]:
         """Accuracy on the evaluation data by capacity, narrowest first; empty when it was not measured."""
         found = {int(k.partition(".")[2]): v for k, v in self.metrics.items() if k.startswith("accuracy.")}
         return dict(sorted(found.items()))
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the algorithm tells of the round."""
+        return {} if self.closed is None else dict(self.closed.facts)
 
 
 @dataclass(slots=True)
@@ -120,7 +125,7 @@ class RunView:
             case Refused() if view is not None:
                 view.refusals[record.device] = record.refusal
             case Closed() if view is not None:
-                view.outcome, view.seconds, view.bytes_sent = "closed", record.seconds, record.bytes_down
+                view.outcome, view.seconds, view.closed = "closed", record.seconds, record
             case Abandoned() if view is not None:
                 view.outcome, view.seconds = f"abandoned: {record.why}", max(0.0, entry.seconds_wall - view.began)
             case Evaluated() if view is not None:
@@ -154,7 +159,7 @@ def show_status(folder: Path, *, as_json: bool) -> int:
             "seconds": round(r.seconds, 2),
             "bytes_up": r.bytes_up,
             "bytes_down": r.bytes_down,
-            "bytes_published": r.bytes_sent,
+            "bytes_published": 0 if r.closed is None else r.closed.bytes_down,
             "accuracy": [round(a, 4) for a in r.accuracy().values()],
         }
         for r in run.rounds.values()
@@ -269,6 +274,7 @@ def _detail(view: RoundView) -> dict[str, object]:
         "outcome": view.outcome,
         "seconds": view.seconds,
         "metrics": view.metrics,
+        "facts": view.facts,
         "orders": {
             name: {
                 "id": order.id,

@@ -89,6 +89,7 @@ def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[s
                 "round": current.number,
                 "accuracy": accuracy[max(accuracy)] if accuracy else None,
                 "by_width": {str(k): v for k, v in accuracy.items()},
+                "facts": current.facts,
                 **costs,
                 "seconds_virtual": round(costs["seconds_virtual"], 4),
             }
