@@ -97,7 +97,7 @@ def test_a_run_that_failed_has_never_got_to_the_target():
 def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results(tmp_path):
     found = nested_of({"nest": [0.5, 0.25, 1.0], "flat": [1.0]})
     facts = compare_report.summed_up([*found, *found_of({"old": [0.8]})], "0.19")
-    first, _, second = compare_report.text(facts).partition("predicts")[0].partition("worst")
+    first, _, second = compare_report.text(facts).partition("own: on")[0].partition("worst")
     assert all(label in first for label in ("nest", "flat", "old"))
     (nest,) = [line.split() for line in second.splitlines() if line.strip().startswith("nest")]
     assert " ".join(nest) == "nest - 0.2000 0.4000 0.2000 0.8000 2/3 10 10.0 0.00300 0.2500 0.1000 0.8000 0.2500"
