@@ -209,7 +209,7 @@ def device_rows(run: RunView) -> list[dict[str, str | int | float]]:
             {
                 "name": name,
                 "width": structure.capacity if structure is not None else -1,
-                "density": 1.0,
+                "density": last.metrics.get("density", 1.0) if last is not None else 1.0,
                 "engine": last.usage.engine if last is not None else "",
                 "bytes_budget": last.usage.bytes_budget if last is not None else 0,
                 "bytes_peak": max((reply.usage.bytes_peak for reply in replies), default=0),
