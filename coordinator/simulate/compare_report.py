@@ -41,11 +41,12 @@ def target_of(text: str, labels: Sequence[str]) -> tuple[float, str]:
     return float(match[1]), match[2] or ""
 
 
-def summed_up(found: Found, target: str) -> dict[str, Any]:
-    """Give ``{"runs", "summary"}``.
+def summed_up(found: Found, target: str, tried: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Give ``{"runs", "summary", "configurations"}``.
 
     A run has the shape of `report.result` with ``label``, ``density`` and ``params`` beside it; of its devices only the one
     with the highest peak is in it, of its curve only the rounds that were measured. One that failed has ``error`` instead.
+    ``configurations`` is `tried`: how many each method chose from, by label; empty where nothing was chosen.
     """
     share, reference = target_of(target, [trial.label for trial, _ in found])
     targets = _targets(found, share, reference)
@@ -64,7 +65,7 @@ def summed_up(found: Found, target: str) -> dict[str, Any]:
     rows = [_row(group) for group in _groups(runs)]
     for row in rows:
         _judge(row, rows, runs)
-    return {"runs": runs, "summary": rows}
+    return {"runs": runs, "summary": rows, "configurations": dict(tried or {})}
 
 
 def _targets(found: Found, share: float, reference: str) -> dict[tuple[int, float | None], float]:
@@ -168,6 +169,10 @@ def text(facts: Mapping[str, Any]) -> str:
         for row in rows
         if row["error"]
     ]
+    tried = facts.get("configurations", {})
+    if tried:
+        counts = ", ".join(f"{label} {count}" for label, count in tried.items())
+        lines.append(f"configurations tried: {'UNEQUAL: ' if len(set(tried.values())) > 1 else ''}{counts}")
     lines.append("peaks of memory are those that the planner predicts; no virtual device's memory is measured")
     return "\n".join(lines)
 
