@@ -98,8 +98,8 @@ class Closed:
         state: Digest of the algorithm's state after closing (or after planning on, when that is one step).
         devices: Whose replies were counted.
         seconds: From the round's issue to here.
-        bytes_up: Payload received meanwhile.
-        bytes_down: Payload sent meanwhile.
+        bytes_up: Topics and payload that the link received meanwhile; of a simulated round, bytes of the updates.
+        bytes_down: Likewise sent: pieces once for all devices; of a simulated round, what all devices fetched together.
         facts: What the algorithm tells of the round (`coordinator.facts`).
     """
 

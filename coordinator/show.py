@@ -65,6 +65,15 @@ class RoundView:
         return dict(sorted(found.items()))
 
     @property
+    def bytes_heard(self) -> int:
+        """What the link has received by the close: updates and all beside them; until then the bytes of the updates.
+
+        An update that the coordinator holds already is not sent, and a restart within the round begins to count anew: then it
+        is less than `bytes_up`.
+        """
+        return self.bytes_up if self.closed is None else self.closed.bytes_up
+
+    @property
     def facts(self) -> dict[str, float]:
         """What the algorithm tells of the round."""
         return {} if self.closed is None else dict(self.closed.facts)
@@ -159,6 +168,7 @@ def show_status(folder: Path, *, as_json: bool) -> int:
             "seconds": round(r.seconds, 2),
             "bytes_up": r.bytes_up,
             "bytes_down": r.bytes_down,
+            "bytes_received": 0 if r.closed is None else r.closed.bytes_up,
             "bytes_published": 0 if r.closed is None else r.closed.bytes_down,
             "accuracy": [round(a, 4) for a in r.accuracy().values()],
         }
@@ -178,15 +188,16 @@ def show_status(folder: Path, *, as_json: bool) -> int:
     print(f"run {run.run} {dict(run.about)}: {state}, {run.seconds:.1f} s")
     print(
         table(
-            ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "accuracy, narrowest first"],
+            ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "sent KiB", "accuracy, narrowest first"],
             [
                 [
                     str(r["round"]),
                     str(r["outcome"]),
                     str(r["devices"]),
                     f"{r['seconds']}",
-                    str(v.bytes_up >> 10),
+                    str(v.bytes_heard >> 10),
                     str(v.bytes_down >> 10),
+                    "-" if v.closed is None else str(v.closed.bytes_down >> 10),
                     " ".join(f"{a:.3f}" for a in v.accuracy().values()) or "-",
                 ]
                 for r, v in zip(rows, run.rounds.values(), strict=True)

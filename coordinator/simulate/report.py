@@ -82,12 +82,16 @@ def result(
 
 
 def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Give what was reached and paid by the end of each closed round, and all that was paid; abandoned rounds cost as well."""
+    """Give what was reached and paid by the end of each closed round, and all that was paid; abandoned rounds cost as well.
+
+    Bytes up are those of the updates; of a run over a real link, what that has counted. Bytes down are those of the blobs that
+    devices had to fetch: their own links tell nobody.
+    """
     curve: list[dict[str, Any]] = []
     costs: dict[str, Any] = {"seconds_virtual": 0.0, "bytes_up": 0, "bytes_down": 0, "flops": 0}
     for _, current in sorted(view.rounds.items()):
         costs["seconds_virtual"] += current.seconds
-        costs["bytes_up"] += current.bytes_up
+        costs["bytes_up"] += current.bytes_up if view.about.get("simulated") else current.bytes_heard
         costs["bytes_down"] += current.bytes_down
         costs["flops"] += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
         if current.outcome != "closed":
