@@ -25,6 +25,7 @@ from coordinator.answers import Answers
 from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
 from coordinator.blocks.masks import capacities_of, masks_at, structure_at
+from coordinator.facts import facts_of
 from coordinator.weights import KIND, started
 from wire import structure as cutting
 from wire import tensor
@@ -116,6 +117,7 @@ class Outcome:
         sized: With nested masks, what each capacity is published as, instead of `shells` and `masks`.
         error: Why nothing came of it; empty when all is well.
         note: What the operator should know of it.
+        facts: What is to be told of the round that was closed.
     """
 
     state: str = ""
@@ -127,6 +129,7 @@ class Outcome:
     sized: tuple[Sized, ...] = ()
     error: str = field(default="")
     note: str = ""
+    facts: Mapping[Name, float] = field(default_factory=dict)
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:
@@ -173,7 +176,7 @@ def advance(task: Task) -> Outcome:
     """
     spool = Spool(Path(task.spool))
     spec = decode(spool.path(task.spec).read_bytes())
-    algorithm, note = by_name(task.algo), ""
+    algorithm, note, facts = by_name(task.algo), "", dict[str, float]()
     if task.state:
         state = load_state(spool, task.state, spec)
     else:
@@ -184,14 +187,16 @@ def advance(task: Task) -> Outcome:
         state, note = _closed(
             algorithm, state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state))
         )
+        facts = facts_of(algorithm, state)
     state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
+    outcome = Outcome(save_state(spool, state).digest, tuple(drafts), note=note, facts=facts)
     if state.mask_levels:
         structures = structures_of(state)
         sized = tuple(_sized(spool, spec, state, structure.capacity) for structure in structures)
-        return Outcome(save_state(spool, state).digest, tuple(drafts), structures=structures, sized=sized, note=note)
+        return dataclasses.replace(outcome, structures=structures, sized=sized)
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
-    return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks, note=note)
+    return dataclasses.replace(outcome, shells=shells, shell_of=shell_of, structures=structures, masks=masks)
 
 
 def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State, str]:

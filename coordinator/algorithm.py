@@ -181,7 +181,12 @@ class About:
 
 
 class Algorithm(Protocol):
-    """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``."""
+    """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``.
+
+    It may have a fourth, ``facts(state) -> Mapping[str, float]``: a few numbers that are worth reading after a round, such as
+    how well a fit explains what was measured. They go into the journal with the closed round and into the points of a curve;
+    nothing else depends on them (`coordinator.facts`). Densities of masks are told for every algorithm.
+    """
 
     @property
     def ABOUT(self) -> About:  # noqa: N802 - a module's constant

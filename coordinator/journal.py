@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import quote
 
 import msgpack
 
 from coordinator.events import Arrived, Born, Deadline, Lost, Refused, Stopped
+from coordinator.facts import FACTS_MAX
 from wire.errors import Malformed, StoreError
 from wire.messages import BlobRef, Order
-from wire.schema import Amount, Digest, Name, Natural, Text, Token, from_plain, to_plain
+from wire.schema import Amount, Digest, Limit, Name, Natural, Text, Token, from_plain, to_plain
 
 _APPLICATION = 0x6E73746C
 _VERSION = 1
@@ -97,8 +98,9 @@ class Closed:
         state: Digest of the algorithm's state after closing (or after planning on, when that is one step).
         devices: Whose replies were counted.
         seconds: From the round's issue to here.
-        bytes_up: Payload received meanwhile.
-        bytes_down: Payload sent meanwhile.
+        bytes_up: Topics and payload that the link received meanwhile; of a simulated round, bytes of the updates.
+        bytes_down: Likewise sent: pieces once for all devices; of a simulated round, what all devices fetched together.
+        facts: What the algorithm tells of the round (`coordinator.facts`).
     """
 
     round: Natural
@@ -107,6 +109,7 @@ class Closed:
     seconds: Amount = 0.0
     bytes_up: Natural = 0
     bytes_down: Natural = 0
+    facts: Annotated[Mapping[Name, float], Limit(0, FACTS_MAX)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,6 +300,7 @@ class Server:
             seconds=max(0.0, time.monotonic() - pace.issued),
             bytes_up=max(0, wire.bytes_received - pace.bytes_up),
             bytes_down=max(0, wire.bytes_sent - pace.bytes_down),
+            facts=outcome.facts,
         )
 
     @property

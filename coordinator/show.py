@@ -43,7 +43,7 @@ class RoundView:
         seconds: From issue to close, or from its plan to when it was abandoned.
         bytes_up: Bytes of the counted updates.
         bytes_down: Bytes of the blobs that the asked devices had to fetch.
-        bytes_sent: Payload that left the coordinator, pieces published once for all devices.
+        closed: The record of its close: what the link counted, what the algorithm tells; None where it was not closed.
         metrics: Of the model after the round.
     """
 
@@ -56,13 +56,27 @@ class RoundView:
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
-    bytes_sent: int = 0
+    closed: Closed | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def accuracy(self) -> dict[int, float]:
         """Accuracy on the evaluation data by capacity, narrowest first; empty when it was not measured."""
         found = {int(k.partition(".")[2]): v for k, v in self.metrics.items() if k.startswith("accuracy.")}
         return dict(sorted(found.items()))
+
+    @property
+    def bytes_heard(self) -> int:
+        """What the link has received by the close: updates and all beside them; until then the bytes of the updates.
+
+        An update that the coordinator holds already is not sent, and a restart within the round begins to count anew: then it
+        is less than `bytes_up`.
+        """
+        return self.bytes_up if self.closed is None else self.closed.bytes_up
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the algorithm tells of the round."""
+        return {} if self.closed is None else dict(self.closed.facts)
 
 
 @dataclass(slots=True)
@@ -120,7 +134,7 @@ class RunView:
             case Refused() if view is not None:
                 view.refusals[record.device] = record.refusal
             case Closed() if view is not None:
-                view.outcome, view.seconds, view.bytes_sent = "closed", record.seconds, record.bytes_down
+                view.outcome, view.seconds, view.closed = "closed", record.seconds, record
             case Abandoned() if view is not None:
                 view.outcome, view.seconds = f"abandoned: {record.why}", max(0.0, entry.seconds_wall - view.began)
             case Evaluated() if view is not None:
@@ -154,7 +168,8 @@ def show_status(folder: Path, *, as_json: bool) -> int:
             "seconds": round(r.seconds, 2),
             "bytes_up": r.bytes_up,
             "bytes_down": r.bytes_down,
-            "bytes_published": r.bytes_sent,
+            "bytes_received": 0 if r.closed is None else r.closed.bytes_up,
+            "bytes_published": 0 if r.closed is None else r.closed.bytes_down,
             "accuracy": [round(a, 4) for a in r.accuracy().values()],
         }
         for r in run.rounds.values()
@@ -173,15 +188,16 @@ def show_status(folder: Path, *, as_json: bool) -> int:
     print(f"run {run.run} {dict(run.about)}: {state}, {run.seconds:.1f} s")
     print(
         table(
-            ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "accuracy, narrowest first"],
+            ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "sent KiB", "accuracy, narrowest first"],
             [
                 [
                     str(r["round"]),
                     str(r["outcome"]),
                     str(r["devices"]),
                     f"{r['seconds']}",
-                    str(v.bytes_up >> 10),
+                    str(v.bytes_heard >> 10),
                     str(v.bytes_down >> 10),
+                    "-" if v.closed is None else str(v.closed.bytes_down >> 10),
                     " ".join(f"{a:.3f}" for a in v.accuracy().values()) or "-",
                 ]
                 for r, v in zip(rows, run.rounds.values(), strict=True)
@@ -204,7 +220,7 @@ def device_rows(run: RunView) -> list[dict[str, str | int | float]]:
             {
                 "name": name,
                 "width": structure.capacity if structure is not None else -1,
-                "density": 1.0,
+                "density": last.metrics.get("density", 1.0) if last is not None else 1.0,
                 "engine": last.usage.engine if last is not None else "",
                 "bytes_budget": last.usage.bytes_budget if last is not None else 0,
                 "bytes_peak": max((reply.usage.bytes_peak for reply in replies), default=0),
@@ -269,6 +285,7 @@ def _detail(view: RoundView) -> dict[str, object]:
         "outcome": view.outcome,
         "seconds": view.seconds,
         "metrics": view.metrics,
+        "facts": view.facts,
         "orders": {
             name: {
                 "id": order.id,

@@ -22,7 +22,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.drafts import drafted
-from coordinator.blocks.feedback import Pruning, closed, last_pruned
+from coordinator.blocks.feedback import Pruning, closed, last_pruned, told_of
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError
 from wire.spec import ModelSpec, Structure
@@ -73,3 +73,8 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close` and `coordinator.blocks.feedback.closed`."""
     return closed(state, Pruning.of({**state.scalars["params"], "mask": "dense"}), answers)
+
+
+def facts(state: State) -> Mapping[str, float]:
+    """See `coordinator.algorithm.Algorithm` and `coordinator.blocks.feedback.told_of`."""
+    return told_of(state)

@@ -34,7 +34,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.drafts import drafted
-from coordinator.blocks.feedback import Pruning, choice, closed, last_pruned, rounds, started
+from coordinator.blocks.feedback import Pruning, choice, closed, last_pruned, rounds, started, told_of
 from coordinator.blocks.schedule import segmented, segmented_by_code
 from coordinator.recipes import Params, merged, recipe_of, scheduled
 from wire.errors import ConfigError
@@ -94,6 +94,11 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close` and `coordinator.blocks.feedback.closed`."""
     return closed(state, Pruning.of(state.scalars["params"]), answers)
+
+
+def facts(state: State) -> Mapping[str, float]:
+    """See `coordinator.algorithm.Algorithm` and `coordinator.blocks.feedback.told_of`."""
+    return told_of(state)
 
 
 def _recipe(params: Params, round_number: int, *, dense: bool) -> Recipe:

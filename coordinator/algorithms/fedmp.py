@@ -135,6 +135,12 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     return ratios.remembered(state, roster.latest(clients, told))
 
 
+def facts(state: State) -> Mapping[str, float]:
+    """See `coordinator.algorithm.Algorithm`: least, mean and most of the ratios that the round's devices trained by."""
+    now = [one.due.ratio for one in ratios.read(state).values() if one.due is not None and one.due.round == state.round]
+    return {"ratio.least": min(now), "ratio.mean": sum(now) / len(now), "ratio.most": max(now)} if now else {}
+
+
 def _settled(
     clients: ratios.Clients, devices: Sequence[DeviceView], params: Mapping[str, Any]
 ) -> dict[str, ratios.Client]:

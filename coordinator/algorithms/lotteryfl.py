@@ -5,7 +5,7 @@ Datasets", 2020, algorithm 1. Masks, pruning and rewinding are the device's (the
 ``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``, and a weight that no device of the round keeps stays as it is.
 
 What comes of it is one personal model per device, the joined weights under its own mask: ``accuracy.ticket`` of the answers is
-about these. The joined model itself is what `evaluate` measures.
+about these, and so is ``density``; `simulate` and `compare` tell both. The joined model itself is what `evaluate` measures.
 
 Uploads are sparse. The download is *not*, unlike in the paper: the weights of a round are published once for all devices
 (DESIGN decision 2), so each is sent the whole model and masks it itself.

@@ -138,14 +138,9 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if known["time"] not in ("fit", "fit devices"):
         timecost.read(str(known["time"]), len(names))
     scheduled(recipe_of(known), str(known["schedule"]), 1)
-    memo: dict[str, Any] = {
-        "stage": "further" if known["stages"] == "further" else "initial",
-        "since": 0,
-        "last": 0,
-        "orders": 0,
-    }
-    memo |= {"client": "", "unanswered": 0, "started": False, "calm": 0, "reconfigured": 0, "certified": 0}
-    memo |= {"widen": 1.0, "seen": [], "layers": {}, "history": []}
+    memo: dict[str, Any] = {"stage": "further" if known["stages"] == "further" else "initial"}
+    memo |= {"since": 0, "last": 0, "orders": 0, "client": "", "unanswered": 0, "started": False, "calm": 0}
+    memo |= {"reconfigured": 0, "certified": 0, "widen": 1.0, "seen": [], "layers": {}, "history": []}
     return State(spec, 0, dict(weights), scalars={"params": known, "prunefl": memo})
 
 
@@ -398,3 +393,8 @@ def _lines(state: State) -> tuple[tuple[timecost.Line, ...], float]:
 def _link(params: Params) -> float:
     """Give the seconds that a kept weight's value takes down and up again."""
     return 8.0 / float(params["link"]) if params["link"] else 0.0
+
+
+def facts(state: State) -> Mapping[str, float]:
+    """See `coordinator.algorithm.Algorithm`: of the latest reconfiguration."""
+    return {k: f[k] for f in state.scalars["prunefl"]["history"][-1:] for k in ("round", "gamma", "r2", "undecided")}

@@ -192,6 +192,12 @@ def reconfigured(state: State, pruning: Pruning) -> State:
     return dataclasses.replace(state, weights=_remembered(pruning, weights, state))
 
 
+def told_of(state: State) -> dict[str, float]:
+    """Give for ``facts`` of an algorithm the latest reconfiguration: its ``round``, ``sparsity`` and ``loss``."""
+    found = state.scalars.get("pruning", {})
+    return {name: float(found[name]) for name in ("round", "sparsity", "loss") if name in found}
+
+
 def _remembered(
     pruning: Pruning, weights: dict[str, NDArray[np.float32]], state: State
 ) -> dict[str, NDArray[np.float32]]:

@@ -92,6 +92,10 @@ class Comparison:
             for density in self.densities if self.densities and method.keeping(1.0) else (None,):
                 yield method, density
 
+    def tried(self) -> dict[str, int]:
+        """Count by method the configurations that it chooses from; empty where nothing is chosen."""
+        return {method.label: len(method.configurations) for method in self.methods} if self.tuning_seeds else {}
+
     def trial(self, method: Method, density: float | None, params: Params, seed: int, *, tuning: bool = False) -> Trial:
         """Make one run.
 
@@ -128,7 +132,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     comparison = _comparison(args)
     bare = args.json is not None and str(args.json) == "-"
     results = compare(comparison, Store(args.keep), args.jobs, sys.stderr if bare else sys.stdout)
-    facts = compare_report.summed_up(results, comparison.target)
+    facts = compare_report.summed_up(results, comparison.target, comparison.tried())
     if bare:
         print(json.dumps(facts))
     else:

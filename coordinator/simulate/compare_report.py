@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.show import MIB, table
-from coordinator.simulate import compare_widths
+from coordinator.simulate import compare_layers, compare_widths
 from coordinator.simulate.compare_widths import COSTS, accuracy, extent, median, median_cost, to_target, worst
 from coordinator.simulate.report import Result, pyplot
 from coordinator.simulate.trials import Failure, Trial
@@ -41,11 +41,12 @@ def target_of(text: str, labels: Sequence[str]) -> tuple[float, str]:
     return float(match[1]), match[2] or ""
 
 
-def summed_up(found: Found, target: str) -> dict[str, Any]:
-    """Give ``{"runs", "summary"}``.
+def summed_up(found: Found, target: str, tried: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Give ``{"runs", "summary", "configurations"}``.
 
     A run has the shape of `report.result` with ``label``, ``density`` and ``params`` beside it; of its devices only the one
     with the highest peak is in it, of its curve only the rounds that were measured. One that failed has ``error`` instead.
+    ``configurations`` is `tried`: how many each method chose from, by label; empty where nothing was chosen.
     """
     share, reference = target_of(target, [trial.label for trial, _ in found])
     targets = _targets(found, share, reference)
@@ -64,7 +65,7 @@ def summed_up(found: Found, target: str) -> dict[str, Any]:
     rows = [_row(group) for group in _groups(runs)]
     for row in rows:
         _judge(row, rows, runs)
-    return {"runs": runs, "summary": rows}
+    return {"runs": runs, "summary": rows, "configurations": dict(tried or {})}
 
 
 def _targets(found: Found, share: float, reference: str) -> dict[tuple[int, float | None], float]:
@@ -92,7 +93,6 @@ def _groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sum up the runs of one method at one density."""
     good = [run for run in group if "error" not in run]
-    first = good[0] if good else {}
     accuracies = [run["accuracy"]["full"] for run in good if run["accuracy"]["full"] is not None]
     reached = [run.get("to_target") for run in group]
     peaks = [device["bytes_peak"] for run in good for device in run["devices"]]
@@ -111,7 +111,7 @@ def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "to_target": median_cost(reached),
         **compare_widths.summed_up(good, failed=len(group) - len(good)),
         "bytes_peak": max(peaks, default=None),
-        "density_by_layer": first.get("density_by_layer", {}),
+        "density_by_layer": compare_layers.masked(good),
     }
 
 
@@ -163,13 +163,16 @@ def text(facts: Mapping[str, Any]) -> str:
     head += ["peak MiB", "target", "reached", "in round", "in s", "in MB", "in GFLOP"]
     rows = sorted(facts["summary"], key=lambda r: (-(r["density"] or 2.0), -(r["accuracy"]["median"] or 0.0)))
     lines = [table(head, [_cells(row) for row in rows])]
-    widths = compare_widths.text(rows, _number)
-    lines += [widths] if widths else []
+    lines += [more for part in (compare_widths, compare_layers) if (more := part.text(rows, _number))]
     lines += [
         f"{row['label']}: {row['failed']} of {row['runs']} runs FAILED: {_last_line(row)}"
         for row in rows
         if row["error"]
     ]
+    tried = facts.get("configurations", {})
+    if tried:
+        counts = ", ".join(f"{label} {count}" for label, count in tried.items())
+        lines.append(f"configurations tried: {'UNEQUAL: ' if len(set(tried.values())) > 1 else ''}{counts}")
     lines.append("peaks of memory are those that the planner predicts; no virtual device's memory is measured")
     return "\n".join(lines)
 
@@ -219,7 +222,8 @@ _AXES: tuple[tuple[str, Callable[[Mapping[str, Any]], float]], ...] = (
 def plot(facts: Mapping[str, Any], path: Path) -> Path:
     """Draw accuracy against virtual time, bytes and operations, a line of plots for each density: medians over the seeds.
 
-    Where there are widths, a line more: the worst width against virtual time and bytes, and every width at the end.
+    Where there are widths, a line more: the worst width against virtual time and bytes, and every width at the end. The last
+    line has the density of every masked layer at the end, where there are any, and the peaks of memory.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -231,9 +235,9 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
     colours = {label: plt.get_cmap("tab20")(place % 20) for place, label in enumerate(labels)}
     nested = [group for group in groups if all(worst(run["accuracy"]) is not None for run in group)]
     rows = densities or [None]
-    size = (15, 4 * (len(rows) + bool(nested)) + 0.6)
-    grid = {"figsize": size, "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(len(rows) + bool(nested), len(_AXES), **grid)
+    lines = len(rows) + bool(nested) + 1
+    grid = {"figsize": (15, 4 * lines + 0.6), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(lines, len(_AXES), **grid)
     for line, density in zip(axes, rows, strict=False):
         for axis, (name, cost) in zip(line, _AXES, strict=True):
             for group in groups:
@@ -244,8 +248,9 @@ def plot(facts: Mapping[str, Any], path: Path) -> Path:
             axis.set_title("" if density is None else f"density {density:g}", fontsize=9)
             axis.grid(alpha=0.3)
     if nested:
-        _widths(axes[-1], nested, colours)
-    figure.legend(*_legend(axes, labels), loc="outside lower center", ncols=min(len(labels), 7), fontsize=8)
+        _widths(axes[-2], nested, colours)
+    compare_layers.draw(figure, axes[-1], groups, colours)
+    figure.legend(*_legend(axes[:-1], labels), loc="outside lower center", ncols=min(len(labels), 7), fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return path

@@ -1,7 +1,8 @@
 """What a comparison says beside the accuracy of the whole model: that of every width, and what devices get for themselves.
 
 The worst width is the one that does worst, whichever that is: of a run, at its end; of a curve, at each of its points.
-Personal accuracies are those of the devices that answered last, on test data of their own, before and after training.
+Personal accuracies are those of the devices that answered last, on test data of their own, before and after training. A method
+whose devices have masks of their own is also told by these: what the joined model does under them, and what they keep.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coordinator.show import table
+from coordinator.simulate.report import PERSONAL
 
 COSTS = ("round", "seconds_virtual", "bytes_up", "bytes_down", "flops")
 """What a run has cost by a point of its curve."""
 
 _SHOWN = 8
 """Widths that have a column of their own; of more, only the worst one is shown."""
-_WHEN, _WHAT = ("before", "after"), ("mean", "p10")
+_WHAT = ("mean", "p10")
+_ALWAYS = 2
+"""Of `PERSONAL`, the first that have columns in any case; the others have them where a method tells them."""
 
 
 def accuracy(point: Mapping[str, Any]) -> float | None:
@@ -71,7 +75,7 @@ def summed_up(runs: Sequence[Mapping[str, Any]], failed: int = 0) -> dict[str, A
 
     Returns:
         ``by_width`` (width to median at the end), ``worst`` (as `extent`), ``reached_worst`` and ``to_target_worst`` (as
-        their likes for the whole model), ``personal`` (before and after training, mean and 10th percentile over devices).
+        their likes for the whole model), ``personal`` (each of `report.PERSONAL`, mean and 10th percentile over devices).
     """
     ends = [_widths(run["accuracy"]) for run in runs]
     common = [width for width in ends[0] if all(width in end for end in ends)] if ends else []
@@ -83,8 +87,10 @@ def summed_up(runs: Sequence[Mapping[str, Any]], failed: int = 0) -> dict[str, A
         "reached_worst": sum(one is not None for one in reached),
         "to_target_worst": median_cost(reached),
         "personal": {
-            when: {what: median([one[when][what] for one in found if one[when][what] is not None]) for what in _WHAT}
-            for when in _WHEN
+            when: {
+                what: median([n for one in found if (n := one.get(when, {}).get(what)) is not None]) for what in _WHAT
+            }
+            for when in PERSONAL
         },
     }
 
@@ -111,7 +117,9 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
         "in s",
         "in MB",
     ]
-    head += ["own before", "p10", "own after", "p10"]
+    seen = [w for i, w in enumerate(PERSONAL) if i < _ALWAYS or any(r["personal"][w]["mean"] is not None for r in told)]
+    names = {"before": "own before", "after": "own after", "own": "own mask", "density": "own density"}
+    head += [column for when in seen for column in (names[when], "p10")]
     cells = []
     for row in told:
         nested = len(row["by_width"]) > 1
@@ -127,13 +135,14 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
                 number(cost["round"], "{:.0f}"),
                 number(cost["seconds_virtual"]),
                 number(moved, "", 1e6),
-                *(number(row["personal"][when][what], "{:.4f}") for when in _WHEN for what in _WHAT),
+                *(number(row["personal"][when][what], "{:.4f}") for when in seen for what in _WHAT),
             ]
         )
     about = (
         "widths from the narrowest on, and when the worst of them reached the target; own: on devices' own test data"
     )
-    return f"{table(head, cells)}\n{about}"
+    masks = "; own mask: what came, under a device's own mask, on its training samples" if len(seen) > _ALWAYS else ""
+    return f"{table(head, cells)}\n{about}{masks}"
 
 
 def _widths(point: Mapping[str, Any]) -> Mapping[str, float]:

@@ -16,6 +16,15 @@ from wire.spec import ModelSpec, Structure, tensor_shapes
 
 Result = dict[str, Any]
 
+PERSONAL = {
+    "before": ("accuracy.before",),
+    "after": ("accuracy.after",),
+    "own": ("accuracy.ticket", "accuracy.own"),
+    "density": ("density",),
+}
+"""What is told of devices' own models, and the metrics that say it: accuracy on their own test data, as the model came and
+after training; of what came under a device's own mask, before training, on its training samples; the share that mask keeps."""
+
 
 def result(
     view: RunView,
@@ -60,8 +69,8 @@ def result(
             "by_width": {str(k): v for k, v in last.items()},
         },
         "personal": {
-            "before": spread([r.metrics["accuracy.before"] for r in final if "accuracy.before" in r.metrics]),
-            "after": spread([r.metrics["accuracy.after"] for r in final if "accuracy.after" in r.metrics]),
+            what: spread([r.metrics[name] for r in final for name in names if name in r.metrics])
+            for what, names in PERSONAL.items()
         },
         "bytes_up": costs["bytes_up"],
         "bytes_down": costs["bytes_down"],
@@ -73,12 +82,16 @@ def result(
 
 
 def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Give what was reached and paid by the end of each closed round, and all that was paid; abandoned rounds cost as well."""
+    """Give what was reached and paid by the end of each closed round, and all that was paid; abandoned rounds cost as well.
+
+    Bytes up are those of the updates; of a run over a real link, what that has counted. Bytes down are those of the blobs that
+    devices had to fetch: their own links tell nobody.
+    """
     curve: list[dict[str, Any]] = []
     costs: dict[str, Any] = {"seconds_virtual": 0.0, "bytes_up": 0, "bytes_down": 0, "flops": 0}
     for _, current in sorted(view.rounds.items()):
         costs["seconds_virtual"] += current.seconds
-        costs["bytes_up"] += current.bytes_up
+        costs["bytes_up"] += current.bytes_up if view.about.get("simulated") else current.bytes_heard
         costs["bytes_down"] += current.bytes_down
         costs["flops"] += sum(flops(spec, current.orders[d], r.samples) for d, r in current.replies.items())
         if current.outcome != "closed":
@@ -89,6 +102,7 @@ def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[s
                 "round": current.number,
                 "accuracy": accuracy[max(accuracy)] if accuracy else None,
                 "by_width": {str(k): v for k, v in accuracy.items()},
+                "facts": current.facts,
                 **costs,
                 "seconds_virtual": round(costs["seconds_virtual"], 4),
             }
@@ -116,11 +130,14 @@ def _last_structure(rounds: Sequence[RoundView]) -> Structure:
 
 
 def _devices(view: RunView, spec: ModelSpec) -> list[dict[str, str | int | float]]:
-    """Sum up every device. In a simulation nobody's memory is measured: the peak is the one that was predicted."""
+    """Sum up every device: its density is that of its order's masks, or of a mask of its own that it tells of.
+
+    In a simulation nobody's memory is measured: the peak is the one that was predicted.
+    """
     rows = device_rows(view)
     last = {name: order.structures[0] for r in view.rounds.values() for name, order in r.orders.items()}
     for row in rows:
-        row["density"] = round(density(spec, last[str(row["name"])]), 6)
+        row["density"] = round(float(row["density"]) * density(spec, last[str(row["name"])]), 6)
         if view.about.get("simulated"):
             row["bytes_peak"] = row["bytes_predicted"]
     return rows
@@ -154,6 +171,8 @@ def text(facts: Result) -> str:
     full = facts["accuracy"]["full"]
     before, after = facts["personal"]["before"]["mean"], facts["personal"]["after"]["mean"]
     own = f"; on the devices' own test data {before:.3f} before and {after:.3f} after training" if after else ""
+    kept = facts["personal"]["density"]["mean"]
+    own += "" if kept is None else f", with {kept:.3f} of the weights"
     return (
         f"\n{facts['algo']} on {facts['data']} ({facts['partition']}), {facts['rounds']} rounds, {facts['seconds']:.1f} s\n"
         f"{table(head, rows)}\n"

@@ -133,7 +133,8 @@ def play(world: World, log: Log) -> Iterator[int]:
         if current.phase == "closed":
             devices = tuple(reply.device for reply in current.replies)
             up = sum(reply.update.size for reply in current.replies if reply.update is not None)
-            log.write(number, journal.Closed(number, outcome.state, devices, log.now - log.began, up, down))
+            took, facts = log.now - log.began, outcome.facts
+            log.write(number, journal.Closed(number, outcome.state, devices, took, up, down, facts))
             if number % config.terms.evaluate_every == 0 or number == config.rounds:
                 log.write(number, journal.Evaluated(number, _measured(world, outcome, number)))
         else:

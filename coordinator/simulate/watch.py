@@ -53,7 +53,7 @@ class Screen:
         )
         return (
             f"round {current.number}/{self._rounds} {current.outcome} {current.seconds:.1f} s | {widths} | "
-            f"down {current.bytes_down / MIB:.1f} MiB up {current.bytes_up / MIB:.1f} MiB | "
+            f"down {current.bytes_down / MIB:.1f} MiB up {current.bytes_heard / MIB:.1f} MiB | "
             f"accuracy by width: {_accuracies(current) or 'being measured'}"
         )
 
@@ -78,7 +78,7 @@ class Screen:
                 f"{usage.bytes_budget / MIB:.1f}" if usage else "-",
                 f"{reply.metrics['loss']:.3f}" if reply is not None and "loss" in reply.metrics else "-",
             )
-        total_up, total_down = sum(r.bytes_up for r in rounds), sum(r.bytes_down for r in rounds)
+        total_up, total_down = sum(r.bytes_heard for r in rounds), sum(r.bytes_down for r in rounds)
         head = f"round {latest.number}/{self._rounds}   down {total_down / MIB:.1f} MiB   up {total_up / MIB:.1f} MiB"
         worth = f"accuracy by width after round {measured.number}: {_accuracies(measured)}" if measured else ""
         return Group(Text(head, style="bold"), devices, Text(worth))

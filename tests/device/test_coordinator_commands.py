@@ -139,6 +139,7 @@ def test_status_counts_bytes(done: Run) -> None:
     rows = done.facts("status")["rounds"]
     arrived = done.records(Arrived)
     assert sum(row["bytes_up"] for row in rows) == sum(a.reply.update.size for a in arrived)
+    assert [row["bytes_received"] for row in rows] == [closed.bytes_up for closed in done.records(Closed)]
     live: dict[str, int] = {}
     held: dict[str, set[str]] = {}
     for row, planned in zip(rows, done.records(Planned), strict=True):

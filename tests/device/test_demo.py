@@ -116,7 +116,9 @@ def test_its_result_has_the_shape_that_scripts_rely_on(finished: tuple[Path, str
         assert set(facts["personal"][when]) == {"mean", "p10"}
     assert [point["round"] for point in facts["curve"]] == [1, 2]
     assert all(set(point) >= POINT_KEYS for point in facts["curve"])
-    assert facts["curve"][-1]["bytes_up"] == facts["bytes_up"] > 0
+    rounds = read(folder / "coordinator").rounds.values()
+    assert facts["curve"][-1]["bytes_up"] == facts["bytes_up"] == sum(r.closed.bytes_up for r in rounds if r.closed)
+    assert facts["bytes_up"] > sum(r.bytes_up for r in rounds), "what the link has counted, and not the updates alone"
     assert json.loads((folder / "result.json").read_text()) == facts
 
 

@@ -122,3 +122,7 @@ def test_what_devices_tell_beside_the_update_arrives(tmp_path, algo, params):
         view = running.wait_finished()
     assert [view.rounds[n].outcome for n in range(1, 6)] == ["closed"] * 5
     assert next(iter(view.rounds[5].orders.values())).structures[0].masks
+    told, kept = view.rounds[4].facts, next(iter(view.rounds[5].orders.values())).structures[0].kept
+    assert told["round"] == 4
+    assert told["density"] == pytest.approx(sum(kept.values()) / WEIGHTS)
+    assert told["density.fc1.weight"] == pytest.approx(kept["fc1.weight"] / (64 * 96))

@@ -166,6 +166,30 @@ def test_tuning_takes_the_best_configuration_on_other_seeds_and_other_data(monke
     assert "tuned fedavg: 0.6000, 0.9000, 0.7000, failed; goes on with {'recipe.rate': 0.2}" in capsys.readouterr().out
 
 
+def test_it_is_said_how_many_configurations_each_method_chose_from(monkeypatch, tmp_path, capsys):
+    played(monkeypatch, lambda _: 0.5)
+    file, out = tmp_path / "c.json", tmp_path / "o.json"
+    common = ["--seeds", "0", "--keep", str(tmp_path / "kept"), "--json", str(out)]
+
+    def told(group, *words):
+        file.write_text(
+            json.dumps({name: [{"recipe.rate": 0.1 * n} for n in range(1, 1 + count)] for name, count in group.items()})
+        )
+        words = ["compare", "--algos", "fedavg,feddip", "--configs", str(file), *words, *common]
+        assert cli.main(words) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("configurations")]
+        return lines, json.loads(out.read_text())["configurations"]
+
+    unequal = ["configurations tried: UNEQUAL: fedavg 3, feddip 6"]
+    assert told({"fedavg": 3, "feddip": 6}, "--tune") == (unequal, {"fedavg": 3, "feddip": 6})
+    assert told({"fedavg": 2}, "--tune") == (
+        ["configurations tried: UNEQUAL: fedavg 2, feddip 1"],
+        {"fedavg": 2, "feddip": 1},
+    )
+    assert told({"*": 4}, "--tune") == (["configurations tried: fedavg 4, feddip 4"], {"fedavg": 4, "feddip": 4})
+    assert told({"*": 1}) == ([], {}), "nothing was chosen"
+
+
 def test_tuning_measures_on_a_validation_part_that_is_not_trained_on(tmp_path):
     plain = build(Config(algo="fedavg", model="linear", partition="iid"), tmp_path / "a")
     tuning = build(Config(algo="fedavg", model="linear", partition="iid", terms=Terms(tuning=True)), tmp_path / "b")

@@ -97,7 +97,7 @@ def test_a_run_that_failed_has_never_got_to_the_target():
 def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results(tmp_path):
     found = nested_of({"nest": [0.5, 0.25, 1.0], "flat": [1.0]})
     facts = compare_report.summed_up([*found, *found_of({"old": [0.8]})], "0.19")
-    first, _, second = compare_report.text(facts).partition("predicts")[0].partition("worst")
+    first, _, second = compare_report.text(facts).partition("own: on")[0].partition("worst")
     assert all(label in first for label in ("nest", "flat", "old"))
     (nest,) = [line.split() for line in second.splitlines() if line.strip().startswith("nest")]
     assert " ".join(nest) == "nest - 0.2000 0.4000 0.2000 0.8000 2/3 10 10.0 0.00300 0.2500 0.1000 0.8000 0.2500"
@@ -110,6 +110,27 @@ def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results
     wide = compare_report.summed_up(nested_of({"nest": [1.0 - i / 20 for i in range(9)]}), "0.19")
     assert "width 0" not in compare_report.text(wide)
     assert "worst" in compare_report.text(wide)
+
+
+def test_masks_of_devices_own_have_columns_where_a_method_has_them():
+    """A run in which nobody answered last tells no density, and the others' median counts."""
+    lottery, plain = nested_of({"lottery": [1.0]}), nested_of({"plain": [1.0]})
+    for seed, (_, one) in enumerate(lottery):
+        one["personal"]["own"] = {"mean": 0.5 + 0.1 * seed, "p10": 0.25}
+        one["personal"]["density"] = {"mean": 0.3 if seed else None, "p10": 0.2 if seed else None}
+    facts = compare_report.summed_up([*lottery, *plain], "0.5")
+    personal = facts["summary"][0]["personal"]
+    assert personal["own"] == pytest.approx({"mean": 0.6, "p10": 0.25})
+    assert personal["density"] == pytest.approx({"mean": 0.3, "p10": 0.2})
+    text = compare_report.text(facts)
+    (head,) = [line for line in text.splitlines() if "own before" in line]
+    assert head.split("  ")[-1].strip() == "p10"
+    assert [word for word in head.replace("own ", "own-").split() if word.startswith("own")] == [
+        "own-before", "own-after", "own-mask", "own-density"
+    ]  # fmt: skip
+    lines = [line.split() for line in text.partition(head)[2].splitlines() if line.startswith("lottery")]
+    assert lines[0][-4:] == ["0.6000", "0.2500", "0.3000", "0.2000"]
+    assert "own mask" not in compare_report.text(compare_report.summed_up(plain, "0.5"))
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family in (sparse, nested) for name in family.TABLES])

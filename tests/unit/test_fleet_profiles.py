@@ -87,6 +87,26 @@ def test_the_published_coefficients_give_the_published_rounds():
     assert one == pytest.approx(5 * (1.2493 + 7.10e-6 * 1000))
 
 
+def test_the_published_coefficients_of_vgg_11_give_its_published_steps():
+    spec = zoo.by_name("vgg-11")
+    (machine,) = fleet.make("pi4-prunefl", 1, spec, STEPS)
+    one = Recipe(batch=20, steps=1)
+    full = fleet.seconds_of_work(machine, spec, order_of(masked(1.0, spec), one), 500)
+    assert full == pytest.approx(31.08, abs=0.01)
+    assert fleet.seconds_of_work(machine, spec, order_of(masked(0.0, spec), one), 500) == pytest.approx(17.37)
+    assert fleet.seconds_of_work(machine, spec, order_of(Structure(), one), 500) == pytest.approx(31.51)
+    # Each layer has its own: the second convolution's 73728 weights are the dearest, the first's and the last's cost nothing.
+    for tensor, seconds in (
+        ("conv1.weight", 0.0),
+        ("conv2.weight", 8.96e-6),
+        ("fc10.weight", 2.43e-7),
+        ("out.weight", 0.0),
+    ):
+        kept = {**masked(0.0, spec).kept, tensor: 1000}
+        took = fleet.seconds_of_work(machine, spec, order_of(Structure(masks="ab" * 32, kept=kept), one), 500)
+        assert took == pytest.approx(17.37 + 1000 * seconds)
+
+
 def test_a_step_of_fewer_samples_takes_its_part():
     (machine,) = fleet.make("pi4-prunefl", 1, CONV2, STEPS)
     order = order_of(Structure(), Recipe(batch=20, epochs=1))

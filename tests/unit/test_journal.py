@@ -57,7 +57,7 @@ EVERY: tuple[Record, ...] = (
     arrived(0),
     refused(1),
     Deadline(12.5),
-    Closed(1, "6" * 64, ("d0",), 3.5, 1000, 2000),
+    Closed(1, "6" * 64, ("d0",), 3.5, 1000, 2000, {"r2": 0.5, "density.fc1.weight": 0.25}),
     Cleared((BLOB.digest,)),
     Evaluated(1, {"accuracy.0": 0.5, "accuracy.4": 0.9}),
     planned(2, 40),

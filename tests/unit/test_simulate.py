@@ -12,7 +12,7 @@ import pytest
 from coordinator.algorithms import by_name
 from coordinator.cli import main
 from coordinator.recipes import merged, recipe_of
-from coordinator.simulate import fleet, flops, weather
+from coordinator.simulate import fleet, flops, report, weather
 from coordinator.simulate.run import Log, play, simulate
 from coordinator.simulate.world import Config, Terms, build
 from wire import zoo
@@ -48,6 +48,27 @@ def test_fedavg_learns_on_even_machines():
     accuracies = [point["accuracy"] for point in result["curve"]]
     assert accuracies[-1] > 0.5
     assert result["bytes_up"] > 3 * 3 * 4 * 16_000
+
+
+def test_a_lottery_is_told_by_the_tickets_of_its_devices():
+    """The joined model is dense; what LotteryFL is about is each device's own, under its own mask."""
+    params = {"recipe.rate": 0.1, "recipe.epochs": 1.0, "recipe.threshold": 0.0, "recipe.prune": 0.5}
+    config = dataclasses.replace(SMALL, algo="lotteryfl", fleet="even", rounds=3, params=params)
+    views = []
+    result = simulate(config, views.append)
+    replies = views[-1].rounds[3].replies
+    for what, metric in (("own", "accuracy.ticket"), ("density", "density")):
+        told = [reply.metrics[metric] for reply in replies.values()]
+        assert result["personal"][what]["mean"] == pytest.approx(np.mean(told))
+        assert result["personal"][what]["p10"] == pytest.approx(np.percentile(told, 10))
+    assert result["personal"]["density"]["mean"] == pytest.approx(0.125, abs=1e-3), "halved three times"
+    assert {row["name"]: row["density"] for row in result["devices"]} == {
+        name: pytest.approx(reply.metrics["density"], abs=1e-6) for name, reply in replies.items()
+    }
+    assert set(result["density_by_layer"].values()) == {1.0}
+    assert "with 0.125 of the weights" in report.text(result)
+    plain = simulate(dataclasses.replace(config, algo="fedavg", params={}))
+    assert plain["personal"]["own"] == plain["personal"]["density"] == {"mean": None, "p10": None}
 
 
 def test_virtual_time_is_that_of_the_slowest(tmp_path):
