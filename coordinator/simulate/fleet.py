@@ -27,6 +27,7 @@ from wire.memory import uniform
 from wire.messages import Order, Recipe
 from wire.schema import Amount, Limit, Name, Natural, Positive, Text, from_plain
 from wire.spec import ModelSpec, Structure
+from wire.work import layers, per_sample
 
 KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Fractions of the channels that the budgets of an uneven fleet are made for."""
@@ -57,7 +58,7 @@ class Coefficients:
         del dense_gradient
         if not structure.masks:
             return self.dense
-        found = flops.layers(spec, structure)
+        found = layers(spec, structure)
         return self.constant + sum(s * layer.kept for s, layer in zip(self.weights, found, strict=True))
 
 
@@ -88,8 +89,8 @@ class Measured:
         """Give the seconds of one step of `batch` samples."""
         if not structure.masks or not self.points:
             return self.dense
-        part = flops.per_sample(spec, structure, dense_gradient=dense_gradient)
-        share = part / flops.per_sample(spec, Structure())
+        part = per_sample(spec, structure, dense_gradient=dense_gradient)
+        share = part / per_sample(spec, Structure())
         return float(np.interp(share, [p.share for p in self.points], [p.seconds for p in self.points]))
 
 
@@ -255,7 +256,7 @@ def _path(profile: str) -> Path:
 
 def _machine(name: str, kind: Kind, spec: ModelSpec, whole: int) -> Machine:
     step = kind.coefficients.get(spec.name) or kind.measured.get(spec.name)
-    if isinstance(step, Coefficients) and len(step.weights) != len(flops.layers(spec, Structure())):
+    if isinstance(step, Coefficients) and len(step.weights) != len(layers(spec, Structure())):
         raise ConfigError(
             f"the fleet has seconds for {len(step.weights)} layers of model {spec.name!r}, which has others"
         )

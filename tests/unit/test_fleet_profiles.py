@@ -13,7 +13,7 @@ from coordinator.recipes import merged, recipe_of
 from coordinator.simulate import fleet, flops, measured
 from tests.house.walk import ROOT
 from tests.support.messages import an_order
-from wire import zoo
+from wire import work, zoo
 from wire.errors import ConfigError
 from wire.masked import maskable
 from wire.memory import predict, uniform
@@ -30,7 +30,7 @@ def order_of(structure: Structure, recipe: Recipe = STEPS):
 
 
 def masked(share: float, spec=CONV2) -> Structure:
-    kept = {layer.tensor: round(share * layer.weights) for layer in flops.layers(spec, Structure())}
+    kept = {layer.tensor: round(share * layer.weights) for layer in work.layers(spec, Structure())}
     return Structure(masks="ab" * 32, kept=kept)
 
 
@@ -72,7 +72,7 @@ def test_machines_take_turns():
 
 def test_the_published_coefficients_give_the_published_rounds():
     (machine,) = fleet.make("pi4-prunefl", 1, CONV2, STEPS)
-    weights = sum(layer.weights for layer in flops.layers(CONV2, Structure()))
+    weights = sum(layer.weights for layer in work.layers(CONV2, Structure()))
     link = machine.seconds_down(4 * weights) + machine.seconds_up(4 * weights)
     assert link / weights == pytest.approx(5.5616e-6, rel=1e-3)
     full = fleet.seconds_of_work(machine, CONV2, order_of(masked(1.0)), 500)
