@@ -8,7 +8,7 @@ a rule or the worker evaluates beside training is not counted.
 from __future__ import annotations
 
 from wire.messages import Order, Recipe
-from wire.spec import ModelSpec
+from wire.spec import ModelSpec, Structure
 from wire.work import per_sample
 
 
@@ -56,13 +56,16 @@ def _passes(recipe: Recipe, samples: int, steps: int) -> int:
     return whole * samples + min(rest * recipe.batch, samples)
 
 
-def widths_of_step(recipe: Recipe, capacity: int) -> dict[int, float]:
-    """Give the widths that a step of an order of this capacity trains, with how often each is in it, on average.
+def widths_of_step(recipe: Recipe, structure: Structure) -> dict[int, float]:
+    """Give the widths that a step of an order trains, with how often each is in it, on average.
 
     Args:
         recipe: Of the order.
-        capacity: Of its structure.
+        structure: Likewise; one that is not cut has its own width alone.
     """
+    capacity = structure.capacity
+    if not structure.widths:
+        return {capacity: 1.0}
     if recipe.rule == "fjord":
         drawn = dict.fromkeys(range(capacity + 1), 1.0 / (capacity + 1))
         return {**drawn, capacity: 1.0} if recipe.knobs.get("distil") else drawn
@@ -86,7 +89,7 @@ def flops(spec: ModelSpec, order: Order, samples: int) -> int:
         return samples * per_sample(spec, structure, backward=False)
     own = samples * int(recipe.knobs.get("personal", 0.0)) * per_sample(spec, structure)
     if structure.widths:
-        often = widths_of_step(recipe, structure.capacity).items()
+        often = widths_of_step(recipe, structure).items()
         each = sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often)
         return round(passes(recipe, samples) * each) + own
     dense = passes_with_all_gradients(recipe, samples)
