@@ -2,7 +2,8 @@
 
 Li et al., "LotteryFL: Personalized and Communication-Efficient Federated Learning with Lottery Ticket Hypothesis on Non-IID
 Datasets", 2020, algorithm 1. Masks, pruning and rewinding are the device's (the rule `lottery`); here
-``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``, and a weight that no device of the round keeps stays as it is.
+``w_j = sum_k m_kj w_kj / sum_k m_kj``: every device counts once, however many samples it has, as in the authors' code. A
+weight that no device of the round keeps stays as it is.
 
 What comes of it is one personal model per device, the joined weights under its own mask: ``accuracy.ticket`` of the answers is
 about these. The joined model itself is what `evaluate` measures.
@@ -73,7 +74,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, _Whole(answers)))
+    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, _Whole(answers), evenly=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -121,9 +121,9 @@ def structure_at(levels: Levels, capacity: int) -> Structure:
 
 
 def masked_mean(
-    spec: ModelSpec, weights: Arrays, answers: Answers | Iterable[Answer]
+    spec: ModelSpec, weights: Arrays, answers: Answers | Iterable[Answer], *, evenly: bool = False
 ) -> dict[str, NDArray[np.float32]]:
-    """Give the mean of what the devices trained, weighted by samples, over those that have a weight.
+    """Give the mean of what the devices trained over those that have a weight, by samples or each counting once.
 
     ``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``; a weight that nobody sent keeps the server's value. Where all devices
     sent the same weights of a tensor this is FedAvg of the masked models, in the same order of sums and so to the same bit.
@@ -132,23 +132,29 @@ def masked_mean(
         spec: The model.
         weights: What the server has, whole, by tensor name; what devices received of it is what they started from.
         answers: The round's; they are gone through twice. A tensor that one did not send at all did not move there.
+        evenly: Whether n_k is 1 for all who have samples, instead of how many.
 
     Returns:
         New arrays; those given, when no answer has any sample.
 
-    Cost: one sum of the model's size; for tensors of which devices sent different weights, a second one.
+    Cost: one sum of the model's size; for tensors of which devices sent different weights, how much has each weight: of a
+    byte or two each, or from 65,536 samples on of a second sum's size.
     """
     samples, uneven = _read(spec, answers)
-    if not sum(samples):
+    counts = [min(count, 1) for count in samples] if evenly else samples
+    everybody = sum(counts)
+    if not everybody:
         return dict(weights)
     total = {name: np.zeros_like(array) for name, array in weights.items()}
-    held = {name: np.zeros_like(weights[name]) for name in uneven}
-    for answer, share in zip(answers, shares(samples), strict=True):
+    kind = np.min_scalar_type(everybody) if everybody < 1 << 16 else np.dtype(np.float32)
+    held = {name: np.zeros(weights[name].shape, kind) for name in uneven}
+    for answer, count, share in zip(answers, counts, shares(counts), strict=True):
         paste_add(spec, total, answer.update, Structure(), share)
-        for name, sum_held in held.items():
-            sum_held[answer.sent.get(name, ...)] += np.float32(share)
-    for name, sum_held in held.items():
-        np.divide(total[name], sum_held, out=total[name], where=sum_held > 0)
+        for name, having in held.items():
+            having[answer.sent.get(name, ...)] += kind.type(count)
+    for name, having in held.items():
+        part = np.divide(having, everybody, dtype=np.float32)
+        np.divide(total[name], part, out=total[name], where=having > 0)
     return {name: np.add(array, total[name], out=total[name]) for name, array in weights.items()}
 
 
