@@ -129,6 +129,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         ratio = state.scalars["ratios"][answer.structure.capacity]
         told[answer.device] = ratios.heard(client, state.round, ratio, answer)
         widest = max(widest, answer.structure.capacity)
+        del answer
     state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
     share = float(params["fade" if params["policy"] == "deadline" else "fade.others"])
     if told and share:

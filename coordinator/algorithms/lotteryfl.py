@@ -15,16 +15,17 @@ Uploads are sparse. The download is *not*, unlike in the paper: the weights of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks.aggregate import Whole
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import merged, recipe_of, scheduled
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("Li et al., 2020", "baseline", "tests/unit/test_lotteryfl.py")
@@ -69,22 +70,9 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`.
 
-    Memory: two sums of the model's size.
+    Memory: one sum of the model's size, and a byte for each weight, or two with more than 255 answers.
 
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, _Whole(answers), evenly=True))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Whole:
-    """Answers that are all about the whole model, as often as one likes."""
-
-    answers: Answers | Iterable[Answer]
-
-    def __iter__(self) -> Iterator[Answer]:
-        for answer in self.answers:
-            if answer.structure != Structure():
-                raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
-            yield answer
+    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, Whole(answers), evenly=True))

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, Arrays, Levels, Masks
-from coordinator.blocks.aggregate import shares
+from coordinator.blocks.aggregate import landed, shares_of, summed
 from wire.errors import NonFinite
 from wire.spec import ModelSpec, Structure
-from wire.structure import masked, paste_add
+from wire.structure import add_scaled, masked
 
 Scores = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
@@ -141,43 +141,47 @@ def masked_mean(
     byte or two each, or from 65,536 samples on of a second sum's size.
     """
     samples, uneven = _read(spec, answers)
-    counts = [min(count, 1) for count in samples] if evenly else samples
-    everybody = sum(counts)
+    counts = {device: min(count, 1) if evenly else count for device, count in samples.items()}
+    everybody = sum(counts.values())
     if not everybody:
         return dict(weights)
-    total = {name: np.zeros_like(array) for name, array in weights.items()}
     kind = np.min_scalar_type(everybody) if everybody < 1 << 16 else np.dtype(np.float32)
     held = {name: np.zeros(weights[name].shape, kind) for name in uneven}
-    for answer, count, share in zip(answers, counts, shares(counts), strict=True):
-        paste_add(spec, total, answer.update, Structure(), share)
+
+    def noted(answer: Answer) -> Answer:
         for name, having in held.items():
-            having[answer.sent.get(name, ...)] += kind.type(count)
-    for name, having in held.items():
-        part = np.divide(having, everybody, dtype=np.float32)
-        np.divide(total[name], part, out=total[name], where=having > 0)
-    return {name: np.add(array, total[name], out=total[name]) for name, array in weights.items()}
+            if name in answer.sent:
+                add_scaled(having, answer.sent[name], counts[answer.device])
+            else:
+                np.add(having, kind.type(counts[answer.device]), out=having)
+        return answer
+
+    def spread(name: str, total: NDArray[np.float32]) -> None:
+        if name in held:
+            having = held.pop(name)
+            np.divide(total, np.divide(having, everybody, dtype=np.float32), out=total, where=having > 0)
+
+    return landed(weights, summed(spec, weights, map(noted, answers), shares_of(counts)), spread)
 
 
-def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[list[int], list[str]]:
-    """Give all samples, and the tensors of which not all that count sent the same weights."""
-    samples: list[int] = []
-    first: Answer | None = None
+def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[dict[str, int], list[str]]:
+    """Give all samples by device, and the tensors of which not all that count sent the same weights."""
+    samples: dict[str, int] = {}
+    first: Masks | None = None
     uneven: dict[str, None] = {}
     for answer in answers:
-        samples.append(answer.samples)
-        if not answer.samples:
-            continue
-        if first is None:
-            first = answer
-            continue
-        for tensor in spec.tensors:
-            if not _same(tensor.name, first, answer):
-                uneven[tensor.name] = None
+        samples[answer.device] = answer.samples
+        sent = answer.sent
+        if answer.samples and first is None:
+            first = sent
+        elif answer.samples and first is not None:
+            uneven |= dict.fromkeys(tensor.name for tensor in spec.tensors if not _same(tensor.name, first, sent))
+        del answer, sent
     return samples, list(uneven)
 
 
-def _same(name: str, a: Answer, b: Answer) -> bool:
-    one, other = a.sent.get(name), b.sent.get(name)
+def _same(name: str, a: Masks, b: Masks) -> bool:
+    one, other = a.get(name), b.get(name)
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
