@@ -159,7 +159,10 @@ class Answer:
 
 
 class Answers(Protocol):
-    """A round's answers in the order of device names: may be gone through again and again, with one in memory at a time."""
+    """A round's answers in the order of device names: may be gone through again and again, with one in memory at a time.
+
+    That is up to who goes through them too: a loop lets go of its answer (``del``) before the next is read.
+    """
 
     def __iter__(self) -> Iterator[Answer]:
         """Start over from the first device."""

@@ -56,22 +56,24 @@ class Answers:
     _open: dict[tuple[str, str], _Read] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Answer]:
-        """Yield one `Answer` at a time; its arrays are valid until the next one."""
+        """Yield one `Answer` at a time; its arrays are valid until the next one, before which a caller lets go of it."""
         for reply in sorted(self.replies, key=lambda r: r.device):
-            if reply.update is None:
-                continue
-            read = self._read(reply.update, reply.structure.masks)
-            yield Answer(
-                device=reply.device,
-                samples=reply.samples,
-                structure=reply.structure,
-                metrics=reply.metrics,
-                usage=reply.usage,
-                update=read.update,
-                sent=read.sent,
-                extras=read.extras,
-                norms=read.norms,
-            )
+            if reply.update is not None:
+                yield self._answer(reply, reply.update)
+
+    def _answer(self, reply: Reply, ref: BlobRef) -> Answer:
+        read = self._read(ref, reply.structure.masks)
+        return Answer(
+            device=reply.device,
+            samples=reply.samples,
+            structure=reply.structure,
+            metrics=reply.metrics,
+            usage=reply.usage,
+            update=read.update,
+            sent=read.sent,
+            extras=read.extras,
+            norms=read.norms,
+        )
 
     def _read(self, ref: BlobRef, about: str) -> _Read:
         known = self._open.get((ref.digest, about))

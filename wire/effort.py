@@ -9,11 +9,13 @@ small passes read all weights and add all gradients again, each time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from wire.segments import Cuts
 from wire.spec import ModelSpec, Structure, node_shapes, parameter_count, tensor_shapes
+from wire.work import products
 
 MULTIPLICATIONS = 45e9
 """Of matrix products and convolutions, each with its addition, per second."""
@@ -86,34 +88,25 @@ def effort(spec: ModelSpec, structure: Structure) -> Effort:
     backward: list[float] = []
     for node in spec.nodes:
         values = prod(shapes[node.name]) + sum(prod(shapes[name]) for name in node.inputs)
-        there, back = of_node(node.op, shapes[node.name], [tensors[name] for name in node.params.values()], values)
+        roles = {role: tensors[name] for role, name in node.params.items()}
+        there, back = of_node(node.op, shapes[node.name], roles, values)
         forward += there
         backward += there if node.inputs == ("input",) else back  # nobody wants a gradient for samples
     return Effort(tuple(forward), tuple(backward), parameter_count(spec, structure) * UNIT)
 
 
 def of_node(
-    op: str, shape: tuple[int, ...], tensors: list[tuple[int, ...]], values: int
+    op: str, shape: tuple[int, ...], roles: Mapping[str, tuple[int, ...]], values: int
 ) -> tuple[tuple[float], tuple[float]]:
     """Give the seconds of one node and one sample, forward and backward.
 
     Args:
         op: What it does.
         shape: Of its output.
-        tensors: The shapes of its weights.
+        roles: The shapes of its weights, as `wire.work.products` takes them.
         values: How many it reads and writes.
     """
     touches = 0.0 if op in _VIEWS else _TOUCHES.get(op, 1.0)
-    seconds = multiplications(op, shape, tensors) / MULTIPLICATIONS + touches * values * _FLOAT / TRAFFIC
+    multiplied = sum(size * places for _, size, places, _ in products(op, shape, roles))
+    seconds = multiplied / MULTIPLICATIONS + touches * values * _FLOAT / TRAFFIC
     return (seconds,), (_BACKWARD * seconds,)
-
-
-def multiplications(op: str, shape: tuple[int, ...], tensors: list[tuple[int, ...]]) -> int:
-    """Count each weight of a matrix or kernel once for every place of the output at which it is used, for one sample.
-
-    An embedding is looked up, and multiplies nothing.
-    """
-    if op == "embedding":
-        return 0
-    places = prod(shape[1:] if op.startswith("conv") else shape[:-1])
-    return places * sum(prod(tensor) for tensor in tensors if len(tensor) > 1)

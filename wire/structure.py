@@ -159,19 +159,24 @@ def paste_add(
         add_scaled(place, value.reshape(place.shape), scale)
 
 
-def add_scaled(place: NDArray[Any], value: NDArray[Any], scale: float) -> None:
+def add_scaled(place: NDArray[Any], value: NDArray[Any], scale: float, where: NDArray[np.bool_] | None = None) -> None:
     """Add ``scale * value`` to an array or a view of one, in place. Memory: one block of products, not an array of them.
 
     Args:
-        place: Of a floating type, in which the product is taken too.
-        value: Of the same shape.
+        place: Of a type in which the product is taken too.
+        value: Of the same shape; finite where entries are left out.
         scale: Factor.
+        where: Of the same shape: the entries that are added; None for all.
     """
+    operands = [place, value] if where is None else [place, value, where]
     modes: list[Any] = ["external_loop", "buffered", "zerosize_ok"]
-    writes: list[Any] = [["readwrite"], ["readonly"]]
-    with np.nditer([place, value], modes, writes, buffersize=_BLOCK) as blocks:
-        for into, part in blocks:
-            np.add(into, np.multiply(part, scale, dtype=place.dtype), out=into)
+    writes: list[Any] = [["readwrite"], *[["readonly"]] * (len(operands) - 1)]
+    with np.nditer(operands, modes, writes, buffersize=_BLOCK) as blocks:
+        for into, part, *those in blocks:
+            product = np.multiply(part, scale, dtype=place.dtype)
+            for kept in those:
+                np.multiply(product, kept, out=product)
+            np.add(into, product, out=into)
 
 
 def _prefix(tensor: TensorSpec, array: NDArray[Any], sizes: Mapping[str, int]) -> NDArray[Any]:

@@ -18,14 +18,13 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import momentum
-from coordinator.blocks.aggregate import counted, moved, shares
+from coordinator.blocks.aggregate import counted, covers_of, moved, shares_of, summed
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.fixed import TRAINING, ask_to_train, joined, recipe_at
 from coordinator.blocks.nesting import whole_of, widths_of
 from coordinator.recipes import merged
 from wire.errors import ConfigError
 from wire.spec import ModelSpec
-from wire.structure import paste_add
 
 ABOUT = About("McMahan et al., AISTATS 2017", "baseline", "tests/unit/test_fedavg.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType({**TRAINING, "width": 1.0, **momentum.MOMENTUM})
@@ -69,10 +68,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     if not state.widths:
         return momentum.carried(state, joined(state, answers))
     whole = whole_of(state)
-    samples = [answer.samples for answer in counted(answers, whole)]
+    samples = {seat.device: seat.samples for seat in covers_of(answers, whole)[0]}
     if not samples:
         return state
-    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    for answer, share in zip(counted(answers, whole), shares(samples), strict=True):
-        paste_add(state.spec, total, answer.update, whole, share)
+    total = summed(state.spec, state.weights, counted(answers, whole), shares_of(samples), structure=whole)
     return momentum.carried(state, moved(state, total))

@@ -8,9 +8,10 @@ Jiang et al., "FedMP: Federated Learning through Adaptive Model Pruning in Heter
 * R2SP: each sub-model is put back among the pruned weights as they were, and the mean over all devices is taken. With x the
   model that is ``x + 1/N sum of (trained - x)`` over the devices that have a coordinate, N being all that answer: no residual
   is stored, and what few devices train moves little.
-* ``policy`` says how ratios are chosen: ``eucb`` as in the paper, a bandit for each device; ``bounded``, the same bandit with
-  a reward that knows how fast the round was; ``deadline``, from a model of each device's measured times; ``uniform``, the same
-  ``ratio`` for all (UP-FL).
+* ``policy`` says how ratios are chosen: ``eucb``, the paper's bandit for each device; ``bounded``, the same bandit with a
+  reward that knows how fast the round was; ``deadline``, from a model of each device's measured times; ``uniform``, the same
+  ``ratio`` for all (UP-FL). The bandits ship with rewards that are bounded and little confidence term; as published, `eucb`
+  has ``padding`` 1, ``quantile`` 0 and ``floor`` 1e-6, the least there is.
 * A device whose memory does not hold its ratio gets the least that fits.
 * With `deadline`, not with the others: what is read of channels that nobody trains fades (`blocks.fade`). As they were drawn
   they make the whole model worse than its own sub-models.
@@ -128,6 +129,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         ratio = state.scalars["ratios"][answer.structure.capacity]
         told[answer.device] = ratios.heard(client, state.round, ratio, answer)
         widest = max(widest, answer.structure.capacity)
+        del answer
     state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
     share = float(params["fade" if params["policy"] == "deadline" else "fade.others"])
     if told and share:

@@ -77,6 +77,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     for answer in answers:
         if asked.get(answer.device) and answer.usage.seconds > 0:
             pace[answer.device] = answer.usage.seconds / asked[answer.device]
+        del answer
     scalars = {**state.scalars, "pace": latest(state.scalars["pace"], pace)}
     return joined(dataclasses.replace(state, scalars=scalars), answers)
 

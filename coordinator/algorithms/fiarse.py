@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Levels, State
+from coordinator.blocks.aggregate import landed, summed
 from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.masks import (
     NEVER,
@@ -106,26 +109,24 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is about other masks than those of its size.
     """
-    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    seats = np.zeros(capacities_of(state.mask_levels), np.int64)
-    for answer in _counted(state, answers):
-        capacity = answer.structure.capacity
-        seats[capacity] += 1
-        for name, array in answer.update.items():
-            level = state.mask_levels.get(name)
-            np.add(total[name], array, out=total[name], where=np.True_ if level is None else level <= capacity)
-    if not seats.any():
+    counts = partial(_counts, [structure_at(state.mask_levels, k) for k in range(capacities_of(state.mask_levels))])
+    seats = dict(map(_seat, filter(counts, answers)))
+    if not seats:
         return state
-    counts = np.ones(NEVER + 1, np.float32)  # by level; where there is none to divide by, nothing has been added
-    counts[: len(seats)] = np.maximum(1, np.cumsum(seats[::-1])[::-1])
-    server = np.float32(state.scalars["params"]["server"])
-    weights = {}
-    for name, array in state.weights.items():
-        level = state.mask_levels.get(name)
-        moved = total.pop(name)
-        np.divide(moved, counts[0] if level is None else counts[level], out=moved)
-        weights[name] = array + server * moved
-    return dataclasses.replace(state, weights=weights)
+    levels, server = state.mask_levels, np.float32(state.scalars["params"]["server"])
+    sizes = np.bincount(list(seats.values()), minlength=capacities_of(levels))
+    by_level = np.ones(NEVER + 1, np.float32)  # where there is none to divide by, nothing has been added
+    by_level[: len(sizes)] = np.maximum(1, np.cumsum(sizes[::-1])[::-1])
+
+    def having(answer: Answer, name: str) -> NDArray[np.bool_] | None:
+        return levels[name] <= answer.structure.capacity if name in levels else None
+
+    def spread(name: str, moved: NDArray[np.float32]) -> None:
+        np.divide(moved, by_level[levels[name]] if name in levels else by_level[0], out=moved)
+        np.multiply(moved, server, out=moved)
+
+    total = summed(state.spec, state.weights, filter(counts, answers), dict.fromkeys(seats, 1.0), cover=having)
+    return dataclasses.replace(state, weights=landed(state.weights, total, spread))
 
 
 def ranked(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> Levels:
@@ -155,17 +156,15 @@ def thresholds(weights: Arrays, levels: Levels) -> list[float]:
     return found
 
 
-def _counted(state: State, answers: Answers | Iterable[Answer]) -> Iterator[Answer]:
-    """Yield the answers that have samples behind them."""
-    known: dict[int, Structure] = {}
-    for answer in answers:
-        capacity = answer.structure.capacity
-        if capacity not in known:
-            known[capacity] = structure_at(state.mask_levels, capacity)
-        if capacity >= capacities_of(state.mask_levels) or answer.structure != known[capacity]:
-            raise Malformed(f"{answer.device} answers about other masks than those of its size")
-        if answer.samples > 0:
-            yield answer
+def _counts(known: Sequence[Structure], answer: Answer) -> bool:
+    """Say whether an answer has samples behind it, and see that it is of a known size."""
+    if answer.structure not in known:
+        raise Malformed(f"{answer.device} answers about other masks than those of its size")
+    return answer.samples > 0
+
+
+def _seat(answer: Answer) -> tuple[str, int]:
+    return answer.device, answer.structure.capacity
 
 
 def _sizes(text: str) -> Sequence[float]:

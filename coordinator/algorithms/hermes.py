@@ -18,22 +18,21 @@ Uploads are sparse. The download is *not*, unlike in the paper: the weights of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks.aggregate import shares
+from coordinator.blocks.aggregate import Whole, landed, shares_of, summed
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.roster import latest
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.channels import Kept, all_kept, channels_of, tensor_masks, to_words
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.spec import ModelSpec, Structure
-from wire.structure import paste_add
 
 ABOUT = About("Li et al., MobiCom 2021", "baseline", "tests/unit/test_hermes.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
@@ -94,23 +93,23 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is not about the whole model.
     """
     seats: dict[str, int] = {}
-    common = all_kept(state.spec)
-    for answer in _whole(answers):
+    common, whole = all_kept(state.spec), Whole(answers)
+    for answer in whole:
         kept = channels_of(state.spec, answer.sent) if answer.samples else None
         if kept is not None:
             seats[answer.device] = answer.samples
             common = {name: flags & kept[name] for name, flags in common.items()}
+        del answer
     if not seats:
         return state
-    total = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    weight = dict(zip(seats, shares(list(seats.values())), strict=True))
-    for answer in _whole(answers):
-        if answer.device in weight:
-            paste_add(state.spec, total, answer.update, Structure(), weight[answer.device])
-    for name, mask in tensor_masks(state.spec, common).items():
-        np.multiply(total[name], mask, out=total[name])
-    weights = {name: array + total[name] for name, array in state.weights.items()}
-    return dataclasses.replace(_remembered(state, seats, common), weights=weights)
+    total = summed(state.spec, state.weights, whole, shares_of(seats))
+    masks = tensor_masks(state.spec, common)
+
+    def shared(name: str, moved: NDArray[np.float32]) -> None:
+        if name in masks:
+            np.multiply(moved, masks[name], out=moved)
+
+    return dataclasses.replace(_remembered(state, seats, common), weights=landed(state.weights, total, shared))
 
 
 def _remembered(state: State, devices: Iterable[str], common: Kept) -> State:
@@ -128,10 +127,3 @@ def _unpacked(state: State, row: int) -> dict[str, NDArray[np.bool_]]:
     sizes = [flags.size for flags in groups.values()]
     line = np.unpackbits(state.arrays[_SHARED][row], count=sum(sizes)).view(np.bool_)
     return dict(zip(groups, np.split(line, np.cumsum(sizes)[:-1]), strict=True))
-
-
-def _whole(answers: Answers | Iterable[Answer]) -> Iterator[Answer]:
-    for answer in answers:
-        if answer.structure != Structure():
-            raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
-        yield answer

@@ -2,7 +2,8 @@
 
 Li et al., "LotteryFL: Personalized and Communication-Efficient Federated Learning with Lottery Ticket Hypothesis on Non-IID
 Datasets", 2020, algorithm 1. Masks, pruning and rewinding are the device's (the rule `lottery`); here
-``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``, and a weight that no device of the round keeps stays as it is.
+``w_j = sum_k m_kj w_kj / sum_k m_kj``: every device counts once, however many samples it has, as in the authors' code. A
+weight that no device of the round keeps stays as it is.
 
 What comes of it is one personal model per device, the joined weights under its own mask: ``accuracy.ticket`` of the answers is
 about these, and so is ``density``; `simulate` and `compare` tell both. The joined model itself is what `evaluate` measures.
@@ -14,16 +15,17 @@ Uploads are sparse. The download is *not*, unlike in the paper: the weights of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
+from coordinator.blocks.aggregate import Whole
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import merged, recipe_of, scheduled
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.spec import ModelSpec, Structure
 
 ABOUT = About("Li et al., 2020", "baseline", "tests/unit/test_lotteryfl.py")
@@ -68,22 +70,9 @@ def plan(
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """See `coordinator.algorithm.Algorithm.close`.
 
-    Memory: two sums of the model's size.
+    Memory: one sum of the model's size, and a byte for each weight, or two with more than 255 answers.
 
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, _Whole(answers)))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Whole:
-    """Answers that are all about the whole model, as often as one likes."""
-
-    answers: Answers | Iterable[Answer]
-
-    def __iter__(self) -> Iterator[Answer]:
-        for answer in self.answers:
-            if answer.structure != Structure():
-                raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
-            yield answer
+    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, Whole(answers), evenly=True))

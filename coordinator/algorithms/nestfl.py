@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -131,7 +132,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     means = [shares([seat.samples for seat in cover]) if cover else [] for cover in covers]
     add_up(state.spec, total, counted(shared, whole), covers, means)
     parts = _parts(learnt(state.spec), total, whole)
-    angles = {answer.device: _angles(learnt(state.spec), parts, answer) for answer in counted(shared, whole)}
+    angles = dict(map(partial(_angles, learnt(state.spec), parts), counted(shared, whole)))
     del parts  # views of the mean, which would keep it beside the new weights
     state = _remembered(state, covers, angles)
     for array in total.values():
@@ -141,8 +142,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     return affines.joined(before, after, answers, by_samples)
 
 
-def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[float]:
-    """Measure the angle between an update and the mean on each partition that it covers."""
+def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> tuple[str, list[float]]:
+    """Measure the angle between a device's update and the mean on each partition that it covers."""
     found = []
     for capacity, part in enumerate(parts[: answer.structure.capacity + 1]):
         dot = square_own = 0.0
@@ -151,7 +152,7 @@ def _angles(spec: ModelSpec, parts: Sequence[_Part], answer: Answer) -> list[flo
             dot += inner_product(target, own)
             square_own += inner_product(own, own)
         found.append(angle(dot, part.square, square_own))
-    return found
+    return answer.device, found
 
 
 def _parts(spec: ModelSpec, mean: Arrays, whole: Structure) -> list[_Part]:

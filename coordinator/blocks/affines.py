@@ -96,6 +96,7 @@ def joined(before: State, after: State, answers: Answers | Iterable[Answer], wei
     for answer in counted(answers, whole):
         for capacity in _trained(answer, names):
             seats.setdefault(capacity, []).append(Seat(answer.device, answer.samples, capacity))
+        del answer
     if not seats:
         return after
     weights = {
@@ -107,6 +108,7 @@ def joined(before: State, after: State, answers: Answers | Iterable[Answer], wei
         for capacity in _trained(answer, names):
             moves = _moves(answer, names, capacity)
             paste_add(spec, totals[capacity], moves, whole.narrowed(capacity), weights[capacity][answer.device])
+        del answer
     sets = {k: dict(held) for k, held in after.norms.items()}
     for capacity, total in totals.items():
         for name, step in to_canonical(spec, total, before.levels).items():
@@ -125,9 +127,11 @@ class _Shared:
     names: frozenset[str]
 
     def __iter__(self) -> Iterator[Answer]:
-        for answer in self.answers:
-            update = {name: array for name, array in answer.update.items() if name not in self.names}
-            yield dataclasses.replace(answer, update=update)
+        return map(self._without, self.answers)
+
+    def _without(self, answer: Answer) -> Answer:
+        update = {name: array for name, array in answer.update.items() if name not in self.names}
+        return dataclasses.replace(answer, update=update)
 
 
 def _apart(state: State) -> frozenset[str]:

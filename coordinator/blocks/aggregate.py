@@ -1,7 +1,10 @@
 """Joining updates: ``x[c] += sum of a_n(c) delta_n[c] over the devices n that have coordinate c``.
 
-All methods of this family differ in ``a_n(c)`` alone. Here it is constant over each partition, that is over what one width
-has beyond the next narrower one. Arrays are in wire order, where a partition is a few boxes of slices.
+All methods differ in ``a_n(c)`` alone. With nested widths it is constant over each partition, that is over what one width has
+beyond the next narrower one (`joined`): arrays are in wire order, where a partition is a few boxes of slices. Where devices
+have single coordinates, by masks or by levels, it is a product, ``u_n v(c)``: `summed` adds up and `landed` does the rest.
+
+Sums are float32. One answer is in memory at a time: whoever goes through answers lets go of one (``del``) before the next.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from coordinator.algorithm import Answer, Answers, State
 from coordinator.blocks.nesting import partition, whole_of
 from wire.errors import Malformed
 from wire.spec import ModelSpec, Structure
-from wire.structure import add_scaled, to_canonical
+from wire.structure import add_scaled, paste_add, to_canonical
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -47,18 +50,92 @@ Weigh = Callable[[Sequence[Seat]], Sequence[float]]
 Owns = Callable[[Answer], NDArray[np.bool_]]
 """Says which rows of the head an answer counts for, ``(rows,)``."""
 
+Cover = Callable[[Answer, str], NDArray[np.bool_] | None]
+"""Says which coordinates of a tensor an answer has; None for all."""
+
+Factor = Callable[[str, NDArray[np.float32]], object]
+"""Multiplies the sums of a tensor in place."""
+
 
 def counted(answers: Answers | Iterable[Answer], whole: Structure) -> Iterator[Answer]:
-    """Yield the answers that have samples behind them.
+    """Give the answers that have samples behind them.
 
     Raises:
         Malformed: One is of another ranking than the round's, or of other widths.
     """
-    for answer in answers:
+
+    def counts(answer: Answer) -> bool:
         if answer.structure != whole.narrowed(answer.structure.capacity):
             raise Malformed(f"{answer.device} answers with a structure of another ranking")
-        if answer.samples > 0:
-            yield answer
+        return answer.samples > 0
+
+    return filter(counts, answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Answers that are all about the whole model, as often as one likes; Malformed says which one is not."""
+
+    answers: Answers | Iterable[Answer]
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Start over."""
+        return filter(_is_whole, self.answers)
+
+
+def _is_whole(answer: Answer) -> bool:
+    if answer.structure != Structure():
+        raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
+    return True
+
+
+def summed(
+    spec: ModelSpec,
+    weights: Arrays,
+    answers: Iterable[Answer],
+    share: Mapping[str, float],
+    *,
+    structure: Structure | None = None,
+    cover: Cover | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Give ``sum of u_n delta_n`` over the devices that have a coordinate.
+
+    Args:
+        spec: The model.
+        weights: Whole arrays; the sums are as these.
+        answers: Gone through once.
+        share: Device to its u; an answer of any other device counts for nothing.
+        structure: What all updates cover; None for the whole model.
+        cover: Which coordinates of a tensor an answer has, where its update is not 0 in all others.
+
+    Memory: the sums, one answer, and what `cover` gives for one tensor.
+    """
+    total = {name: np.zeros_like(array) for name, array in weights.items()}
+    for answer in answers:
+        if answer.device in share and cover is None:
+            paste_add(spec, total, answer.update, structure or Structure(), share[answer.device])
+        elif answer.device in share and cover is not None:
+            for name, array in answer.update.items():
+                add_scaled(total[name], array, share[answer.device], cover(answer, name))
+        del answer
+    return total
+
+
+def landed(
+    weights: Arrays, total: dict[str, NDArray[np.float32]], factor: Factor | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Give the weights moved by ``v(c)`` times the sums, which become the new weights.
+
+    Args:
+        weights: As they were, in the order of `total`.
+        total: See `summed`; changed in place.
+        factor: Multiplies a tensor's sums by v in place; None for 1.
+    """
+    for name, array in weights.items():
+        if factor is not None:
+            factor(name, total[name])
+        np.add(total[name], array, out=total[name])
+    return total
 
 
 def covers_of(answers: Answers | Iterable[Answer], whole: Structure) -> list[list[Seat]]:
@@ -67,8 +144,12 @@ def covers_of(answers: Answers | Iterable[Answer], whole: Structure) -> list[lis
     Raises:
         Malformed: As `counted`.
     """
-    seats = [Seat(a.device, a.samples, a.structure.capacity) for a in counted(answers, whole)]
+    seats = [*map(_seat, counted(answers, whole))]
     return [[seat for seat in seats if seat.capacity >= k] for k in range(whole.capacity + 1)]
+
+
+def _seat(answer: Answer) -> Seat:
+    return Seat(answer.device, answer.samples, answer.structure.capacity)
 
 
 def joined(state: State, answers: Answers | Iterable[Answer], weigh: Weigh) -> State:
@@ -130,7 +211,7 @@ def joined_by_rows(
         add_partitions(body, total, answer.update, structure, [weights[k][device] for k in own])
         for k in own:
             _add_rows(ends, total, answer, k, row_weights[k][device])
-        del answer  # its file need not be mapped while the weights move
+        del answer
     return moved(state, total)
 
 
@@ -191,12 +272,18 @@ def add_up(
     for answer in answers:
         own = [of[k][answer.device] for k in range(answer.structure.capacity + 1)]
         add_partitions(spec, total, answer.update, answer.structure, own)
+        del answer
 
 
 def shares(samples: Sequence[int]) -> list[float]:
     """Give ``D_n / sum of D`` (McMahan et al., AISTATS 2017, algorithm 1); not all samples may be zero."""
     total = sum(samples)
     return [count / total for count in samples]
+
+
+def shares_of(samples: Mapping[str, int]) -> dict[str, float]:
+    """Give `shares` by device."""
+    return dict(zip(samples, shares(list(samples.values())), strict=True))
 
 
 def by_samples(cover: Sequence[Seat]) -> list[float]:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,8 @@ from coordinator.fitting import Means
 from coordinator.fitting import fit as fitted
 from wire.memory import uniform
 from wire.messages import Recipe
-from wire.spec import ModelSpec, Node, group_sizes, node_shapes, parameter_count, tensor_shape
+from wire.spec import ModelSpec, parameter_count
+from wire.work import multiplications
 
 Numbers = NDArray[np.float64]
 
@@ -44,7 +44,7 @@ class Load:
     """What turns at the ratios 0, 1/GRID, 2/GRID and so on consist of, below 1.
 
     Attributes:
-        work: Multiplications of a sample.
+        work: Multiplications of a sample (`wire.work`).
         size: Weights.
     """
 
@@ -73,17 +73,9 @@ def load_of(spec: ModelSpec) -> Load:
     works, sizes = [], []
     for place in range(GRID):
         structure = uniform(spec, 1.0 - place / GRID)
-        shapes, counts = node_shapes(spec, structure), group_sizes(spec, structure)
-        tensors = {t.name: tensor_shape(t, counts) for t in spec.tensors}
-        works.append(sum(_work(node, tensors, shapes[node.name]) for node in spec.nodes))
+        works.append(multiplications(spec, structure))
         sizes.append(parameter_count(spec, structure))
     return Load(tuple(works), tuple(sizes))
-
-
-def _work(node: Node, tensors: Mapping[str, Sequence[int]], output: Sequence[int]) -> int:
-    """Count a sample's multiplications: each weight of a matrix or kernel once for every place of the output."""
-    places = prod(output[1:]) if node.op.startswith("conv") else prod(output[:-1])
-    return sum(places * prod(tensors[name]) for name in node.params.values() if len(tensors[name]) > 1)
 
 
 def seconds_of(load: Load, turns: Sequence[Sequence[float]], trust: float) -> Numbers:

@@ -77,6 +77,7 @@ def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
                 f"{answer.device} answers about another part of the model, or other masks, than it was asked for"
             )
         samples += answer.samples
+        del answer
     if not samples:
         return state
     return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers))

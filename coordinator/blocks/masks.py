@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, Arrays, Levels, Masks
-from coordinator.blocks.aggregate import shares
+from coordinator.blocks.aggregate import landed, shares_of, summed
 from wire.errors import NonFinite
 from wire.spec import ModelSpec, Structure
-from wire.structure import masked, paste_add
+from wire.structure import add_scaled, masked
 
 Scores = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
@@ -121,9 +121,9 @@ def structure_at(levels: Levels, capacity: int) -> Structure:
 
 
 def masked_mean(
-    spec: ModelSpec, weights: Arrays, answers: Answers | Iterable[Answer]
+    spec: ModelSpec, weights: Arrays, answers: Answers | Iterable[Answer], *, evenly: bool = False
 ) -> dict[str, NDArray[np.float32]]:
-    """Give the mean of what the devices trained, weighted by samples, over those that have a weight.
+    """Give the mean of what the devices trained over those that have a weight, by samples or each counting once.
 
     ``w_j = sum_k n_k m_kj w_kj / sum_k n_k m_kj``; a weight that nobody sent keeps the server's value. Where all devices
     sent the same weights of a tensor this is FedAvg of the masked models, in the same order of sums and so to the same bit.
@@ -132,46 +132,56 @@ def masked_mean(
         spec: The model.
         weights: What the server has, whole, by tensor name; what devices received of it is what they started from.
         answers: The round's; they are gone through twice. A tensor that one did not send at all did not move there.
+        evenly: Whether n_k is 1 for all who have samples, instead of how many.
 
     Returns:
         New arrays; those given, when no answer has any sample.
 
-    Cost: one sum of the model's size; for tensors of which devices sent different weights, a second one.
+    Cost: one sum of the model's size; for tensors of which devices sent different weights, how much has each weight: of a
+    byte or two each, or from 65,536 samples on of a second sum's size.
     """
     samples, uneven = _read(spec, answers)
-    if not sum(samples):
+    counts = {device: min(count, 1) if evenly else count for device, count in samples.items()}
+    everybody = sum(counts.values())
+    if not everybody:
         return dict(weights)
-    total = {name: np.zeros_like(array) for name, array in weights.items()}
-    held = {name: np.zeros_like(weights[name]) for name in uneven}
-    for answer, share in zip(answers, shares(samples), strict=True):
-        paste_add(spec, total, answer.update, Structure(), share)
-        for name, sum_held in held.items():
-            sum_held[answer.sent.get(name, ...)] += np.float32(share)
-    for name, sum_held in held.items():
-        np.divide(total[name], sum_held, out=total[name], where=sum_held > 0)
-    return {name: np.add(array, total[name], out=total[name]) for name, array in weights.items()}
+    kind = np.min_scalar_type(everybody) if everybody < 1 << 16 else np.dtype(np.float32)
+    held = {name: np.zeros(weights[name].shape, kind) for name in uneven}
+
+    def noted(answer: Answer) -> Answer:
+        for name, having in held.items():
+            if name in answer.sent:
+                add_scaled(having, answer.sent[name], counts[answer.device])
+            else:
+                np.add(having, kind.type(counts[answer.device]), out=having)
+        return answer
+
+    def spread(name: str, total: NDArray[np.float32]) -> None:
+        if name in held:
+            having = held.pop(name)
+            np.divide(total, np.divide(having, everybody, dtype=np.float32), out=total, where=having > 0)
+
+    return landed(weights, summed(spec, weights, map(noted, answers), shares_of(counts)), spread)
 
 
-def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[list[int], list[str]]:
-    """Give all samples, and the tensors of which not all that count sent the same weights."""
-    samples: list[int] = []
-    first: Answer | None = None
+def _read(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> tuple[dict[str, int], list[str]]:
+    """Give all samples by device, and the tensors of which not all that count sent the same weights."""
+    samples: dict[str, int] = {}
+    first: Masks | None = None
     uneven: dict[str, None] = {}
     for answer in answers:
-        samples.append(answer.samples)
-        if not answer.samples:
-            continue
-        if first is None:
-            first = answer
-            continue
-        for tensor in spec.tensors:
-            if not _same(tensor.name, first, answer):
-                uneven[tensor.name] = None
+        samples[answer.device] = answer.samples
+        sent = answer.sent
+        if answer.samples and first is None:
+            first = sent
+        elif answer.samples and first is not None:
+            uneven |= dict.fromkeys(tensor.name for tensor in spec.tensors if not _same(tensor.name, first, sent))
+        del answer, sent
     return samples, list(uneven)
 
 
-def _same(name: str, a: Answer, b: Answer) -> bool:
-    one, other = a.sent.get(name), b.sent.get(name)
+def _same(name: str, a: Masks, b: Masks) -> bool:
+    one, other = a.get(name), b.get(name)
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 

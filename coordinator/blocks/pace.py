@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from coordinator.blocks.roster import latest
 from coordinator.blocks.widths import structures_of
 from coordinator.fitting import Means, Plan, fit
 from wire.messages import Recipe
-from wire.spec import ModelSpec, Structure, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Structure
+from wire.work import multiplications
 
 TURNS = 8
 """Measured turns that are remembered of a device."""
@@ -42,9 +42,9 @@ def loads(spec: ModelSpec, structures: Sequence[Structure], widths: int = 0) -> 
     Raises:
         SpecError: The model cannot be run.
 
-    Cost: one walk over the model for each width.
+    Cost: one walk over the model for each width; of the same widths again, a look at each.
     """
-    alone = [_multiplications(spec, structure) for structure in structures]
+    alone = [multiplications(spec, structure) for structure in structures]
     found = [float(alone[0])]
     for capacity in range(1, len(alone)):
         between = alone[1:capacity]
@@ -137,13 +137,3 @@ def settled(scalars: Mapping[str, Any], devices: Sequence[DeviceView]) -> dict[s
             new = [due.pop(device.name), float(device.seconds_turn)]
             news[device.name] = [*turns.get(device.name, ()), new][-TURNS:]
     return {**scalars, "turns": latest(turns, news), "due": due}
-
-
-def _multiplications(spec: ModelSpec, structure: Structure) -> int:
-    """Count each weight of a matrix or kernel once for every place of the output at which it is used."""
-    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
-    total = 0
-    for node in spec.nodes:
-        places = prod(shapes[node.name][1:] if node.op.startswith("conv") else shapes[node.name][:-1])
-        total += places * sum(prod(tensors[name]) for name in node.params.values() if len(tensors[name]) > 1)
-    return total

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wire.errors import ConfigError
-from wire.spec import ModelSpec, Structure, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Structure
+from wire.work import layers
 
 Matrix = NDArray[np.float64]
 
@@ -79,10 +80,9 @@ def arithmetic(spec: ModelSpec, tensors: Sequence[str]) -> Line:
 
     A linear layer uses a weight once per sample, a convolution once per place of its output.
     """
-    shapes, sizes = node_shapes(spec, Structure()), tensor_shapes(spec, Structure())
-    places = {node.params["weight"]: prod(shapes[node.name][1:]) for node in spec.nodes if "weight" in node.params}
-    full = sum(places[name] * prod(sizes[name]) for name in tensors)
-    return Line(OVERHEAD * full, tuple(float(places[name]) for name in tensors))
+    of = {layer.tensor: layer for layer in layers(spec, Structure())}
+    full = sum(of[name].places * of[name].weights for name in tensors)
+    return Line(OVERHEAD * full, tuple(float(of[name].places) for name in tensors))
 
 
 def measured(line: Line, seconds: Mapping[str, float], kept: Mapping[str, int]) -> Line:

@@ -5,8 +5,10 @@ machines that take turns. How long an order takes on a machine is said in one of
 for the model:
 
 * coefficients as PruneFL publishes them: seconds of a step, and seconds more per kept weight of each layer;
-* a table of measured seconds, by the share of the dense step's operations that a step has;
+* a table of measured seconds, by the share of the dense step's operations that a masked step has;
 * operations per second.
+
+Measured is the whole model: a narrower width takes as much of its seconds as of its operations.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from wire.memory import uniform
 from wire.messages import Order, Recipe
 from wire.schema import Amount, Limit, Name, Natural, Positive, Text, from_plain
 from wire.spec import ModelSpec, Structure
+from wire.work import layers, per_sample
 
 KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Fractions of the channels that the budgets of an uneven fleet are made for."""
@@ -41,7 +44,8 @@ class Coefficients:
     """Seconds of a training step, linear in the kept weights: ``constant + sum(seconds * kept)`` over the layers.
 
     Attributes:
-        dense: Seconds of a step of the model without masks, in its dense form.
+        dense: Seconds of a step of the whole model without masks, in its dense form; a width takes the share of them that its
+            operations are of the whole model's.
         constant: Seconds of a step that keeps nothing.
         weights: Seconds more for each kept weight, by layer in the order of the model.
         batch: Samples of that step; more or fewer take proportionally longer or shorter.
@@ -56,8 +60,8 @@ class Coefficients:
         """Give the seconds of one step of `batch` samples; a dense gradient is in the published constant."""
         del dense_gradient
         if not structure.masks:
-            return self.dense
-        found = flops.layers(spec, structure)
+            return self.dense * _share(spec, structure)
+        found = layers(spec, structure)
         return self.constant + sum(s * layer.kept for s, layer in zip(self.weights, found, strict=True))
 
 
@@ -74,7 +78,7 @@ class Measured:
     """Measured seconds of a training step.
 
     Attributes:
-        dense: Of the model without masks.
+        dense: Of the whole model without masks; a width takes the share of them that its operations are.
         points: Of masked ones, by ascending share; between two of them the seconds are interpolated, beyond the ends they
             stay. Where masks keep the same fraction everywhere, the share is that density.
         batch: Samples of that step; more or fewer take proportionally longer or shorter.
@@ -86,11 +90,17 @@ class Measured:
 
     def seconds(self, spec: ModelSpec, structure: Structure, *, dense_gradient: bool) -> float:
         """Give the seconds of one step of `batch` samples."""
-        if not structure.masks or not self.points:
+        if not structure.masks:
+            return self.dense * _share(spec, structure)
+        if not self.points:
             return self.dense
-        part = flops.per_sample(spec, structure, dense_gradient=dense_gradient)
-        share = part / flops.per_sample(spec, Structure())
+        share = _share(spec, structure, dense_gradient=dense_gradient)
         return float(np.interp(share, [p.share for p in self.points], [p.seconds for p in self.points]))
+
+
+def _share(spec: ModelSpec, structure: Structure, *, dense_gradient: bool = False) -> float:
+    """Give what part of the whole model's operations a structure takes in a step."""
+    return per_sample(spec, structure, dense_gradient=dense_gradient) / per_sample(spec, Structure())
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +168,22 @@ class Machine:
 
 
 def seconds_of_work(machine: Machine, spec: ModelSpec, order: Order, samples: int) -> float:
-    """Give the time that an order takes on a machine that holds so many training samples, transfers apart."""
+    """Give the time that an order takes on a machine that holds so many training samples, transfers apart.
+
+    A step that trains several widths takes what they take one after the other (`flops.widths_of_step`).
+    """
     if machine.step is None or order.verb not in ("train", "score"):
         return flops.flops(spec, order, samples) / machine.flops
-    seconds = partial(machine.step.seconds, spec, order.structures[0])
-    dense = flops.passes_with_all_gradients(order.recipe, samples)
-    rest = flops.passes(order.recipe, samples) - dense + samples * int(order.recipe.knobs.get("personal", 0.0))
-    return (
-        rest * seconds(dense_gradient=False) + (dense and dense * seconds(dense_gradient=True))
-    ) / machine.step.batch
+    structure, recipe = order.structures[0], order.recipe
+    seconds = partial(machine.step.seconds, spec)
+    often = flops.widths_of_step(recipe, structure).items()
+    each = sum(n * seconds(structure.narrowed(k), dense_gradient=False) for k, n in often)
+    dense = flops.passes_with_all_gradients(recipe, samples)
+    found = (flops.passes(recipe, samples) - dense) * each
+    found += dense and dense * seconds(structure, dense_gradient=True)
+    own = samples * int(recipe.knobs.get("personal", 0.0))
+    found += own and own * seconds(structure, dense_gradient=False)
+    return found / machine.step.batch
 
 
 def bytes_down(order: Order, held: Collection[str]) -> int:
@@ -255,7 +272,7 @@ def _path(profile: str) -> Path:
 
 def _machine(name: str, kind: Kind, spec: ModelSpec, whole: int) -> Machine:
     step = kind.coefficients.get(spec.name) or kind.measured.get(spec.name)
-    if isinstance(step, Coefficients) and len(step.weights) != len(flops.layers(spec, Structure())):
+    if isinstance(step, Coefficients) and len(step.weights) != len(layers(spec, Structure())):
         raise ConfigError(
             f"the fleet has seconds for {len(step.weights)} layers of model {spec.name!r}, which has others"
         )

@@ -1,94 +1,15 @@
-"""What an order computes: multiplications and additions, one each, of its layers: linear, convolutions, recurrent, attention.
+"""What an order computes: multiplications and additions, one each, of its layers (`wire.work` counts a sample's).
 
-A layer of ``n`` weights, ``k`` of them kept, that is used at ``p`` places of a sample takes, for every sample, ``2 k p`` for
-its outputs, ``2 k p`` for the gradient of its inputs (not for a layer that nothing trained stands before) and ``2 k p`` for
-the gradient of its kept weights, or ``2 n p`` in a step whose rule reads the gradient of all weights. For a layer of ``ni``
-inputs and ``no`` outputs, density ``d`` and batch ``B`` that is ``6 d B ni no``, or ``(2 + 4 d) B ni no`` with the dense
-gradient (PruneFL, on complexity); dense it is ``6 B ni no``. A recurrent layer uses its weights at every step. Attention over
-``T`` steps of ``E`` values also multiplies queries with keys and odds with values, ``4 T^2 E`` forward and twice that back.
-What is element by element (activations, norms, pools, look-ups, the update itself) is not counted, nor what a rule or the
-worker evaluates beside training. Where a step trains several widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is
-counted as often as it is drawn on average. The passes by which a device makes its model its own (the knob ``personal``) are of
-the order's width alone.
+Where a step trains several widths (the knob ``widths`` of rule `sgd`, rule `fjord`), each is counted as often as it is drawn,
+on average. The passes by which a device makes its model its own (the knob ``personal``) are of the order's width alone. What
+a rule or the worker evaluates beside training is not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
-
 from wire.messages import Order, Recipe
-from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
-
-WEIGHTED: Mapping[str, tuple[tuple[str, bool], ...]] = {
-    "linear": (("weight", False),),
-    "conv2d": (("weight", False),),
-    "conv1d": (("weight", False),),
-    "lstm": (("weight_ih", False), ("weight_hh", True)),
-    "gru": (("weight_ih", False), ("weight_hh", True)),
-    "attention": (("weight_in", False), ("weight_out", True)),
-}
-"""The ops that are counted: the roles of their weights, and whether what these read is made within the op itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """The weights of one layer.
-
-    Attributes:
-        tensor: Their name; of attention's products, which have no weights, the node's.
-        weights: How many there are.
-        kept: How many of them are kept.
-        places: At how many places of a sample they are used: the output's pixels in a convolution, the steps of a sequence, 1
-            otherwise.
-        first: Whether nothing trained stands before it, so that nobody asks for the gradient of its inputs.
-    """
-
-    tensor: str
-    weights: int
-    kept: int
-    places: int
-    first: bool
-
-    def flops(self, *, backward: bool, dense_gradient: bool) -> int:
-        """Count for one sample."""
-        if not backward:
-            return 2 * self.places * self.kept
-        gradient = self.weights if dense_gradient else self.kept
-        return 2 * self.places * (self.kept * (1 if self.first else 2) + gradient)
-
-
-def layers(spec: ModelSpec, structure: Structure) -> tuple[Layer, ...]:
-    """List what is counted, in the order in which it runs. Cost: one walk over the graph.
-
-    Raises:
-        SpecError: The model cannot be run.
-    """
-    shapes, tensors = node_shapes(spec, structure), tensor_shapes(spec, structure)
-    trained: set[str] = set()
-    found = []
-    for node in spec.nodes:
-        first = trained.isdisjoint(node.inputs)
-        if node.params or not first:
-            trained.add(node.name)
-        for role, inside in WEIGHTED.get(node.op, ()):
-            name, size = node.params[role], prod(tensors[node.params[role]])
-            kept = structure.kept.get(name, size)
-            found.append(Layer(name, size, kept, _places(node, shapes[node.name]), first and not inside))
-        if node.op == "attention":
-            steps, width = shapes[node.name][0], tensors[node.params["weight_out"]][1]
-            found.append(Layer(node.name, 2 * steps * width, 2 * steps * width, steps, first=False))
-    return tuple(found)
-
-
-def _places(node: Node, output: tuple[int, ...]) -> int:
-    return prod(output[1:]) if node.op in ("conv2d", "conv1d") else prod(output[:-1])
-
-
-def per_sample(spec: ModelSpec, structure: Structure, *, backward: bool = True, dense_gradient: bool = False) -> int:
-    """Count what one sample takes in one step, or in evaluation without `backward`."""
-    return sum(layer.flops(backward=backward, dense_gradient=dense_gradient) for layer in layers(spec, structure))
+from wire.spec import ModelSpec, Structure
+from wire.work import per_sample
 
 
 def passes(recipe: Recipe, samples: int) -> int:
@@ -135,13 +56,16 @@ def _passes(recipe: Recipe, samples: int, steps: int) -> int:
     return whole * samples + min(rest * recipe.batch, samples)
 
 
-def widths_of_step(recipe: Recipe, capacity: int) -> dict[int, float]:
-    """Give the widths that a step of an order of this capacity trains, with how often each is in it, on average.
+def widths_of_step(recipe: Recipe, structure: Structure) -> dict[int, float]:
+    """Give the widths that a step of an order trains, with how often each is in it, on average.
 
     Args:
         recipe: Of the order.
-        capacity: Of its structure.
+        structure: Likewise; one that is not cut has its own width alone.
     """
+    capacity = structure.capacity
+    if not structure.widths:
+        return {capacity: 1.0}
     if recipe.rule == "fjord":
         drawn = dict.fromkeys(range(capacity + 1), 1.0 / (capacity + 1))
         return {**drawn, capacity: 1.0} if recipe.knobs.get("distil") else drawn
@@ -165,7 +89,7 @@ def flops(spec: ModelSpec, order: Order, samples: int) -> int:
         return samples * per_sample(spec, structure, backward=False)
     own = samples * int(recipe.knobs.get("personal", 0.0)) * per_sample(spec, structure)
     if structure.widths:
-        often = widths_of_step(recipe, structure.capacity).items()
+        often = widths_of_step(recipe, structure).items()
         each = sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often)
         return round(passes(recipe, samples) * each) + own
     dense = passes_with_all_gradients(recipe, samples)

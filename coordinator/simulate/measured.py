@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.simulate import flops
 from coordinator.simulate.fleet import Kind, Measured, Point, Profile, kinds
 from wire import zoo
 from wire.schema import to_plain
 from wire.spec import Structure
+from wire.work import per_sample
 
 BATCH = 20
 """Samples of a step in that bench."""
@@ -35,7 +35,7 @@ def profile(results: Sequence[dict[str, Any]]) -> Profile:
             if row["measure"].startswith("step, "):
                 seconds.setdefault(row["case"], {})[row["measure"]] = row["value"] / 1e3
     measured = {model: _measured(found) for model, found in seconds.items()}
-    speeds = [BATCH * flops.per_sample(zoo.by_name(m), Structure()) / found.dense for m, found in measured.items()]
+    speeds = [BATCH * per_sample(zoo.by_name(m), Structure()) / found.dense for m, found in measured.items()]
     (pi,) = kinds("pi4")
     kind = Kind(pi.bytes_budget, round(statistics.median(speeds)), pi.bandwidth_down, pi.bandwidth_up, {}, measured)
     where = results[-1]["machine"]

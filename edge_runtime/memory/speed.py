@@ -67,5 +67,6 @@ def _expected(layer: Mapping[str, Any]) -> float:
             (side + 2 * padding - kernel) // stride + 1 for side, kernel in zip(before[1:], shape[2:], strict=True)
         ]
     values = prod(before) + prod(after)
-    alone = effort.Effort(*effort.of_node(layer["op"], tuple(after), [tuple(shape)], values), prod(shape) * effort.UNIT)
+    there, back = effort.of_node(layer["op"], tuple(after), {"weight": tuple(shape)}, values)
+    alone = effort.Effort(there, back, prod(shape) * effort.UNIT)
     return alone.step(batch, batch) if layer["input_gradient"] else alone.step(batch, batch) - batch * alone.forward[0]

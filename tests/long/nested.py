@@ -37,7 +37,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "fjord-plain": {"recipe.distil": "0"},
     "fiarse": {"sizes": "0.04 0.16 0.36 0.64 1"},
     "perfedavg-hf-20": {"recipe.hf": "1", "recipe.alpha": "0.01"},
-    "eucb": {"policy": "eucb"},
+    "eucb": {"policy": "eucb", "padding": "1", "quantile": "0", "floor": "1e-6"},
+    "eucb-clipped": {"policy": "eucb"},
     "bounded": {"policy": "bounded"},
     **{label: {"run.rounds": str(rounds)} for label, rounds in ALONE.items()},
     "fedmp": {"run.rounds": "75"},
@@ -106,7 +107,9 @@ class Table:
 
 _MNIST = {"steps": "10", "batch": "20"}
 _HAR = {"epochs": "1", "batch": "32"}
-_FEDMP = ",".join(["fedmp", "eucb=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)])
+_FEDMP = ",".join(
+    ["fedmp", "eucb=fedmp", "eucb-clipped=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)]
+)
 _SAME = {f"{label}.beta": "0.7" for label in ("nestfl", "heterofl", "fjord", "fedavg-20")}
 _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjord")}
 """The momentum that fledge ships with for its rivals too, at the rates that the table `digits` chose for them."""

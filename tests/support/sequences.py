@@ -125,6 +125,29 @@ def windows(hidden: int = 64, shape: tuple[int, int] = (9, 128), classes: int = 
     return check(ModelSpec("har-lstm", shape, classes, groups, tensors, nodes))
 
 
+def language(words: int = 5000, width: int = 32, steps: int = 20) -> ModelSpec:
+    """Words that are looked up, an LSTM over them, and a linear layer that says which word is next: the LSTM can be cut."""
+    rows = Axis("units", outer=GATES["lstm"])
+    tensors = (
+        TensorSpec("look.weight", (Axis(inner=words), Axis(inner=width)), "fan", width),
+        *(
+            TensorSpec("lstm.ih", (rows, Axis(inner=width)), "fan", width),
+            TensorSpec("lstm.bih", (rows,), "fan", width),
+        ),
+        *(TensorSpec("lstm.hh", (rows, Axis("units")), "fan", width), TensorSpec("lstm.bhh", (rows,), "fan", width)),
+        *(TensorSpec("out.weight", (Axis("c"), Axis("units")), "fan", width), TensorSpec("out.bias", (Axis("c"),))),
+    )
+    roles = {"weight_ih": "lstm.ih", "weight_hh": "lstm.hh", "bias_ih": "lstm.bih", "bias_hh": "lstm.bhh"}
+    nodes = (
+        Node("look", "embedding", ("input",), {"weight": "look.weight"}),
+        Node("lstm", "lstm", ("look",), roles),
+        Node("last", "last", ("lstm",)),
+        Node("out", "linear", ("last",), {"weight": "out.weight", "bias": "out.bias"}),
+    )
+    groups = (AxisGroup("units", width), AxisGroup("c", 10, prunable=False))
+    return check(ModelSpec("language", (steps,), 10, groups, tensors, nodes))
+
+
 MODELS = {
     "lstm": (recurrent("lstm"), {"a": (3, 5, 8), "b": (2, 4, 6)}),
     "gru": (recurrent("gru"), {"a": (3, 5, 8), "b": (2, 4, 6)}),

@@ -1,8 +1,6 @@
 """Joining updates: by hand, and every method's weights against a loop over single coordinates."""
 
 import dataclasses
-import math
-import operator
 
 import numpy as np
 import pytest
@@ -10,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.algorithm import Answer, State
-from coordinator.algorithms import fedavg, nestfl
+from coordinator.algorithms import fedavg
 from coordinator.blocks.aggregate import add_partitions, joined, joined_by_rows, shares
 from coordinator.blocks.nesting import whole_of
+from tests.support import coordinates as loop
 from tests.support.models import random_arrays, small_cnn
 from wire.errors import Malformed
 from wire.messages import Usage
@@ -62,8 +61,8 @@ def test_weights_must_match_the_capacity():
         add_partitions(line(), {"w": np.zeros(4)}, {"w": np.ones(1)}, Structure(0, {"h": (1, 4)}, ""), [1.0, 1.0])
 
 
-# What follows holds the kernel against the one formula that all methods share: a loop over single coordinates, with the
-# devices that have each as a Python set, in double precision.
+# What follows holds the kernel against the one formula that all methods share (`tests.support.coordinates`); every method's
+# own `close` is held against it in test_one_kernel.py.
 
 SPEC = small_cnn()
 WIDTHS = {"a": (2, 4, 6), "b": (3, 8, 12)}
@@ -91,70 +90,38 @@ def fleet(state, seed, full=False):
     )
 
 
-def coordinates(state, answer):
-    """Give every coordinate of the whole model that an update has, with its value."""
-    orders = {
-        g: sorted(range(len(levels)), key=lambda i, levels=levels: (levels[i], i)) for g, levels in state.levels.items()
-    }
-    found = {}
-    for tensor in SPEC.tensors:
-        for index, value in np.ndenumerate(answer.update[tensor.name]):
-            place = []
-            for i, axis in zip(index, tensor.axes, strict=True):
-                channel, inner = divmod(i, axis.inner)
-                place.append(orders.get(axis.group, range(channel + 1))[channel] * axis.inner + inner)
-            found[tensor.name, tuple(place)] = float(value)
-    return found
-
-
-def looped(state, answers, weight):
-    """``x[c] += sum of a_n(c) delta_n[c]``, `weight` being a(n, cover of c, c)."""
-    held = {a.device: coordinates(state, a) for a in answers}
-    weights = {name: array.astype(np.float64) for name, array in state.weights.items()}
-    for name, array in weights.items():
-        for index in np.ndindex(array.shape):
-            cover = {device for device, values in held.items() if (name, index) in values}
-            for device in sorted(cover):
-                array[index] += weight(device, frozenset(cover), (name, index)) * held[device][name, index]
-    return weights
-
-
 def agree(state, wanted, limit=1e-6):
     assert max(float(np.abs(state.weights[name] - array).max()) for name, array in wanted.items()) <= limit
 
 
 def by_share(answers):
-    """FjORD and, where all are whole, FedAvg: ``D_n / sum of D`` over the cover."""
-    samples = {a.device: a.samples for a in answers}
-    return (
-        lambda cover: shares([seat.samples for seat in cover]),
-        lambda n, cover, _: samples[n] / sum(samples[m] for m in cover),
-    )
+    """FjORD and, where all are whole, FedAvg."""
+    return lambda cover: shares([seat.samples for seat in cover]), loop.by_share(answers)
 
 
 def by_count(answers):
-    """HeteroFL and FedRolex, NeFL's consistent weights, LotteryFL: ``1 / |cover|``."""
-    return lambda cover: [1 / len(cover)] * len(cover), lambda n, cover, _: 1 / len(cover)
+    """HeteroFL and FedRolex, NeFL's consistent weights, fledge."""
+    return lambda cover: [1 / len(cover)] * len(cover), loop.by_count(answers)
 
 
 def by_all(answers):
-    """FedMP's R2SP: ``1 / N``, N being all that answer."""
-    return lambda cover: [1 / len(answers)] * len(cover), lambda n, cover, _: 1 / len(answers)
+    """FedMP's R2SP."""
+    return lambda cover: [1 / len(answers)] * len(cover), loop.by_all(answers)
 
 
 def by_common(answers):
-    """Hermes: ``D_n / D`` where all have the coordinate, and nothing elsewhere."""
-    total, samples = sum(a.samples for a in answers), {a.device: a.samples for a in answers}
+    """Hermes, were its devices nested."""
+    total = sum(a.samples for a in answers)
     return (
         lambda cover: [seat.samples / total if len(cover) == len(answers) else 0.0 for seat in cover],
-        lambda n, cover, _: samples[n] / total if cover == samples.keys() else 0.0,
+        loop.by_common(answers),
     )
 
 
 def by_fedavg(answers):
-    """FedAvg: ``D_n / D``, which is the mean where all are whole."""
-    total, samples = sum(a.samples for a in answers), {a.device: a.samples for a in answers}
-    return lambda cover: [seat.samples / total for seat in cover], lambda n, cover, _: samples[n] / total
+    """FedAvg, which is the mean where all are whole."""
+    total = sum(a.samples for a in answers)
+    return lambda cover: [seat.samples / total for seat in cover], loop.by_fedavg(answers)
 
 
 ROWS = [by_share, by_count, by_all, by_common, by_fedavg]
@@ -167,7 +134,7 @@ def test_every_method_is_the_loop_over_coordinates_in_any_order_of_answers(row, 
     state = nested(seed)
     answers = fleet(state, seed)
     weigh, weight = row(answers)
-    wanted = looped(state, answers, weight)
+    wanted = loop.looped(state, answers, weight)
     agree(joined(state, answers, weigh), wanted)
     shuffled = [answers[i] for i in np.random.default_rng(seed).permutation(len(answers))]
     agree(joined(state, shuffled, weigh), wanted)
@@ -187,45 +154,7 @@ def test_rows_of_the_head_are_shared_among_their_owners_alone(seed):
         owners = {d for d in cover if owned[d][index[0]]} if name in head else cover
         return 1 / len(owners) if device in owners else 0.0
 
-    agree(joined_by_rows(state, answers, weigh, head, lambda a: owned[a.device]), looped(state, answers, weight))
-
-
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6))
-def test_angle_weights_are_the_loop_too(seed):
-    """NestFL: ``D_n exp(f(theta))`` over the cover's sum, theta being that of a partition; FedAdp's f by hand."""
-    state = nested(seed)
-    state = dataclasses.replace(state, scalars={"params": {"angle": 5.0, "deadline": 0.0}, "clients": []})
-    answers = fleet(state, seed)
-    held, samples = {a.device: coordinates(state, a) for a in answers}, {a.device: a.samples for a in answers}
-    factors = {}
-    for cover in {frozenset(d for d in held if key in held[d]) for values in held.values() for key in values}:
-        keys = [key for d in sorted(cover) for key in held[d] if {e for e in held if key in held[e]} == set(cover)]
-        by_level = {}
-        for key in dict.fromkeys(keys):
-            by_level.setdefault(level_of(state, key), []).append(key)
-        for level, mine in by_level.items():
-            mean = [sum(samples[d] * held[d][key] for d in cover) / sum(samples[d] for d in cover) for key in mine]
-            for d in cover:
-                own = [held[d][key] for key in mine]
-                length = math.hypot(*mean) * math.hypot(*own)
-                theta = math.acos(max(-1.0, min(1.0, math.fsum(map(operator.mul, mean, own)) / length)))
-                theta = theta if len(cover) > 1 else 0.0
-                factors[d, level] = samples[d] * math.exp(5 * (1 - math.exp(-math.exp(-5 * (theta - 1)))))
-
-    def weight(device, cover, coordinate):
-        level = level_of(state, coordinate)
-        return factors[device, level] / sum(factors[d, level] for d in cover)
-
-    agree(nestfl.close(state, answers), looped(state, answers, weight), 2e-6)
-
-
-def level_of(state, coordinate):
-    """Give the narrowest width that has a coordinate."""
-    name, index = coordinate
-    axes = next(t for t in SPEC.tensors if t.name == name).axes
-    pairs = [(axis, i) for axis, i in zip(axes, index, strict=True) if axis.group in state.levels]
-    return max((int(state.levels[axis.group][i // axis.inner]) for axis, i in pairs), default=0)
+    agree(joined_by_rows(state, answers, weigh, head, lambda a: owned[a.device]), loop.looped(state, answers, weight))
 
 
 def test_the_worked_example_of_nefl():
@@ -247,7 +176,7 @@ def test_the_worked_example_of_nefl():
     for name, array in state.weights.items():
         for index in np.ndindex(array.shape):
             moved = float(after.weights[name][index]) - float(array[index])
-            assert moved == pytest.approx(mean[level_of(state, (name, index))], abs=1e-5)
+            assert moved == pytest.approx(mean[loop.level_of(state, (name, index))], abs=1e-5)
 
 
 @settings(max_examples=8, deadline=None)
@@ -276,7 +205,7 @@ def test_a_client_that_did_not_move_slows_what_it_covers(seed, capacity):
         )
         for name, array in state.weights.items():
             for index in np.ndindex(array.shape):
-                level = level_of(state, (name, index))
+                level = loop.level_of(state, (name, index))
                 cover = [a for a in answers if a.structure.capacity >= level]
                 counted = {"count": len(cover), "samples": sum(a.samples for a in cover), "all": len(answers)}[by]
                 more = {"count": 1, "samples": 30, "all": 1}[by] if by == "all" or level <= capacity else 0
@@ -311,7 +240,7 @@ def test_what_nobody_covers_stays_to_the_bit():
     for name, array in state.weights.items():
         for index in np.ndindex(array.shape):
             same = after.weights[name][index].tobytes() == array[index].tobytes()
-            assert same == (level_of(state, (name, index)) == TOP)
+            assert same == (loop.level_of(state, (name, index)) == TOP)
 
 
 def test_nobody_leaves_the_state_and_another_ranking_is_refused():

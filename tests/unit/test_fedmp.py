@@ -8,9 +8,10 @@ import pytest
 
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, fedmp
-from coordinator.blocks import ratios
+from coordinator.blocks import bandit, ratios
 from coordinator.blocks.nesting import whole_of
 from edge_runtime.engines import open_engine
+from tests.long import nested
 from tests.support.models import linear, random_arrays, small_cnn
 from tests.support.sequences import STEPS, WIDTH, recurrent
 from wire.errors import ConfigError, Malformed
@@ -203,6 +204,39 @@ def test_the_papers_reward_by_hand():
     assert clients["d0"].rewards[-1] == pytest.approx((1.5 - 1.2) / (0.1 * 2.0)), "then last round's less this one's"
     assert clients["d0"].ratios[-1] in state.scalars["ratios"] or clients["d0"].ratios[-1] < 0.9
     assert [turn.seconds for turn in clients["d0"].turns] == [1.0, 2.0]
+
+
+def told(label, **more):
+    """Start as the committed tables do."""
+    return start(**{n: text if n == "policy" else float(text) for n, text in nested.OWN[label].items()}, **more)
+
+
+def test_the_table_as_published_is_the_bandit_as_published():
+    """Rewards as they are, however large where times are all but equal, and the whole confidence term of the textbook."""
+    state = told("eucb", granularity=0.9)
+    state = settle(state, [{"loss.first": 2.0, "loss": 1.5}, {"loss.first": 2.0, "loss": 2.6}], [1.0, 1.002])
+    state = settle(state, [{"loss.first": 2.0, "loss": 1.2}, {"loss.first": 2.0, "loss": 2.0}], [3.0, 1.0])
+    clients, terms = ratios.read(state), fedmp._terms(state.scalars["params"])
+    for name, earned in (("d0", (0.5 / 0.001, 0.3 / 1.0)), ("d1", (-0.6 / 0.001, 0.6 / 1.0))):
+        one = clients[name].bandit
+        assert one.rewards == pytest.approx(earned, rel=1e-6)
+        discount = state.scalars["params"]["discount"]
+        by_leaf = {}
+        for age, (ratio, reward) in enumerate(zip(reversed(one.ratios), reversed(one.rewards), strict=True)):
+            leaf = max(edge for edge in one.edges[:-1] if edge <= ratio)
+            by_leaf.setdefault(leaf, []).append((discount**age, reward))
+        plays = 1.0 + discount
+        wanted = [
+            sum(n * reward for n, reward in by_leaf[leaf]) / (count := sum(n for n, _ in by_leaf[leaf]))
+            + math.sqrt(2.0 * math.log(plays) / count)
+            if leaf in by_leaf
+            else math.inf
+            for leaf in one.edges[:-1]
+        ]
+        assert bandit.indices(one, terms) == pytest.approx(wanted)
+    tuned = fedmp._terms(told("eucb-clipped").scalars["params"])
+    assert (tuned.padding, tuned.clip) == (0.1, 0.95)
+    assert {"eucb=fedmp", "eucb-clipped=fedmp"} <= set(nested.TABLES["ratios"].algos.split(","))
 
 
 def test_the_bounded_reward_by_hand():

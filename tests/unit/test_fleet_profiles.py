@@ -13,7 +13,7 @@ from coordinator.recipes import merged, recipe_of
 from coordinator.simulate import fleet, flops, measured
 from tests.house.walk import ROOT
 from tests.support.messages import an_order
-from wire import zoo
+from wire import work, zoo
 from wire.errors import ConfigError
 from wire.masked import maskable
 from wire.memory import predict, uniform
@@ -30,7 +30,7 @@ def order_of(structure: Structure, recipe: Recipe = STEPS):
 
 
 def masked(share: float, spec=CONV2) -> Structure:
-    kept = {layer.tensor: round(share * layer.weights) for layer in flops.layers(spec, Structure())}
+    kept = {layer.tensor: round(share * layer.weights) for layer in work.layers(spec, Structure())}
     return Structure(masks="ab" * 32, kept=kept)
 
 
@@ -72,7 +72,7 @@ def test_machines_take_turns():
 
 def test_the_published_coefficients_give_the_published_rounds():
     (machine,) = fleet.make("pi4-prunefl", 1, CONV2, STEPS)
-    weights = sum(layer.weights for layer in flops.layers(CONV2, Structure()))
+    weights = sum(layer.weights for layer in work.layers(CONV2, Structure()))
     link = machine.seconds_down(4 * weights) + machine.seconds_up(4 * weights)
     assert link / weights == pytest.approx(5.5616e-6, rel=1e-3)
     full = fleet.seconds_of_work(machine, CONV2, order_of(masked(1.0)), 500)
@@ -111,6 +111,58 @@ def test_a_step_of_fewer_samples_takes_its_part():
     (machine,) = fleet.make("pi4-prunefl", 1, CONV2, STEPS)
     order = order_of(Structure(), Recipe(batch=20, epochs=1))
     assert fleet.seconds_of_work(machine, CONV2, order, 30) == pytest.approx(1.5 * 2.249)
+
+
+WIDTHS = {"fc1": (30, 150, 300), "fc2": (10, 50, 100)}
+"""Of lenet-300-100: a tenth, half and all of it."""
+NESTED = Structure(2, WIDTHS, "ab" * 32)
+
+
+def operations(one, two):
+    """Of a step of lenet-300-100 with so many channels, by hand: nobody asks for the gradient of the pictures."""
+    return 4 * 784 * one + 6 * one * two + 6 * two * 10
+
+
+def test_a_narrower_width_takes_its_share_of_the_measured_seconds():
+    spec = zoo.by_name("lenet-300-100")
+    (machine,) = fleet.make("this-machine", 1, spec, STEPS)
+    took = [fleet.seconds_of_work(machine, spec, order_of(NESTED.narrowed(k)), 500) for k in range(3)]
+    by_hand = [operations(one, two) / operations(300, 100) for one, two in zip(*WIDTHS.values(), strict=True)]
+    assert took == pytest.approx([5 * machine.step.dense * share for share in by_hand])
+    assert took[2] == fleet.seconds_of_work(machine, spec, order_of(Structure()), 500)
+    assert took[0] < 0.1 * took[2] < took[1] < 0.5 * took[2]
+
+
+def test_so_it_does_of_the_published_seconds_of_a_model_without_masks():
+    (machine,) = fleet.make("pi4-prunefl", 1, CONV2, STEPS)
+    half = Structure(0, {g.name: (g.size // 2,) for g in CONV2.groups if g.prunable}, "ab" * 32)
+    share = work.per_sample(CONV2, half) / work.per_sample(CONV2, Structure())
+    assert 0.2 < share < 0.4, "a half by a half, but for the first and the last layer"
+    assert fleet.seconds_of_work(machine, CONV2, order_of(half), 500) == pytest.approx(5 * 2.249 * share)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "often"),
+    [
+        (Recipe(batch=20, steps=5), (0, 0, 1)),
+        (Recipe(batch=20, steps=5, knobs={"widths": 1.0}), (1, 1, 1)),
+        (Recipe(rule="fjord", batch=20, steps=5), (1 / 3, 1 / 3, 1 / 3)),
+        (Recipe(rule="fjord", batch=20, steps=5, knobs={"distil": 1.0}), (1 / 3, 1 / 3, 1)),
+    ],
+)
+def test_all_widths_of_a_step_take_their_time(recipe, often):
+    spec = zoo.by_name("lenet-300-100")
+    (machine,) = fleet.make("this-machine", 1, spec, STEPS)
+    alone = [fleet.seconds_of_work(machine, spec, order_of(NESTED.narrowed(k)), 500) for k in range(3)]
+    wanted = sum(n * seconds for n, seconds in zip(often, alone, strict=True))
+    assert fleet.seconds_of_work(machine, spec, order_of(NESTED, recipe), 500) == pytest.approx(wanted)
+    # The passes by which a device makes its model its own are of its own width alone: 500 samples are 25 steps of 20.
+    more = replace(recipe, knobs={**recipe.knobs, "personal": 2.0})
+    extra = fleet.seconds_of_work(machine, spec, order_of(NESTED, more), 500) - wanted
+    assert extra == pytest.approx(2 * 5 * alone[2])
+    # A model that is not cut has one width, whatever the rule says.
+    whole = fleet.seconds_of_work(machine, spec, order_of(Structure(), recipe), 500)
+    assert whole == pytest.approx(alone[2])
 
 
 def a_file(path, **changes):

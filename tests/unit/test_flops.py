@@ -14,7 +14,7 @@ from edge_runtime.engines import open_engine
 from edge_runtime.rules import maml
 from tests.support import sequences
 from tests.support.messages import an_order
-from wire import zoo
+from wire import work, zoo
 from wire.messages import Recipe
 from wire.spec import Structure, node_shapes, tensor_shapes
 
@@ -28,14 +28,14 @@ def masked(kept: dict[str, int]) -> Structure:
     return Structure(masks="ab" * 32, kept=kept)
 
 
-def second(structure: Structure) -> flops.Layer:
-    return flops.layers(HIDDEN, structure)[1]
+def second(structure: Structure) -> work.Layer:
+    return work.layers(HIDDEN, structure)[1]
 
 
 def test_dense_is_six_and_the_first_layer_four():
     layer = second(Structure())
     assert BATCH * layer.flops(backward=True, dense_gradient=False) == 6 * BATCH * NI * NO
-    first = flops.layers(HIDDEN, Structure())[0]
+    first = work.layers(HIDDEN, Structure())[0]
     assert first.first
     assert first.flops(backward=True, dense_gradient=False) == 4 * 12 * NI
     assert first.flops(backward=False, dense_gradient=False) == 2 * 12 * NI
@@ -60,18 +60,18 @@ def test_every_multiplication_of_a_convolution_is_counted_once():
             counted["forward"] += 2
             counted["inputs"] += 0 if node == "conv1" else 2
     linear = 2 * shapes["flatten"][0] * 3
-    assert flops.per_sample(spec, Structure(), backward=False) == counted["forward"] + linear
-    assert flops.per_sample(spec, Structure()) == 2 * counted["forward"] + counted["inputs"] + 3 * linear
+    assert work.per_sample(spec, Structure(), backward=False) == counted["forward"] + linear
+    assert work.per_sample(spec, Structure()) == 2 * counted["forward"] + counted["inputs"] + 3 * linear
 
 
 def test_conv_2_is_two_gigaflops_a_step():
-    assert 20 * flops.per_sample(zoo.by_name("conv-2"), Structure()) == pytest.approx(2.04e9, rel=0.02)
+    assert 20 * work.per_sample(zoo.by_name("conv-2"), Structure()) == pytest.approx(2.04e9, rel=0.02)
 
 
 def test_a_width_counts_what_it_has():
     spec = zoo.mlp("wide", (10,), 4, (8,))
     narrow = Structure(0, {"fc1": (2, 8)}, "ab" * 32)
-    assert flops.per_sample(spec, narrow, backward=False) == 2 * (10 * 2 + 2 * 4)
+    assert work.per_sample(spec, narrow, backward=False) == 2 * (10 * 2 + 2 * 4)
 
 
 def naive_passes(recipe: Recipe, samples: int, last: int = 0) -> int:
@@ -119,23 +119,23 @@ def test_recurrent_layers_and_attention_by_hand():
     lstm = sequences.recurrent("lstm", 8, 6)
     weights = [4 * 8 * 6, 4 * 8 * 8, 4 * 6 * 8, 4 * 6 * 6]
     forward = 5 * sum(weights) + 6 * 3
-    assert flops.per_sample(lstm, Structure(), backward=False) == 2 * forward
+    assert work.per_sample(lstm, Structure(), backward=False) == 2 * forward
     # Nobody asks for the gradient of the samples; that of each step's state is asked for in the first layer too.
-    assert flops.per_sample(lstm, Structure()) == 2 * (3 * forward - 5 * weights[0])
+    assert work.per_sample(lstm, Structure()) == 2 * (3 * forward - 5 * weights[0])
     narrow = Structure(0, {"a": (2,), "b": (3,)}, "ab" * 32)
     cut = 5 * (8 * 6 + 8 * 2 + 12 * 2 + 12 * 3) + 3 * 3
-    assert flops.per_sample(lstm, narrow, backward=False) == 2 * cut
+    assert work.per_sample(lstm, narrow, backward=False) == 2 * cut
     # Five steps of 8 values, 4 heads of 3: in, out, and 25 pairs for queries with keys and odds with values.
     attended = 5 * 6 * 8 + 5 * (36 * 8 + 8 * 12) + 2 * 25 * 12 + 40 * 3
-    assert flops.per_sample(sequences.attended(), Structure(), backward=False) == 2 * attended
-    assert flops.per_sample(sequences.attended(), Structure()) == 2 * (3 * attended - 5 * 6 * 8)
+    assert work.per_sample(sequences.attended(), Structure(), backward=False) == 2 * attended
+    assert work.per_sample(sequences.attended(), Structure()) == 2 * (3 * attended - 5 * 6 * 8)
 
 
 def test_widths_of_a_step_are_counted_as_often_as_they_are_drawn():
     spec = zoo.by_name("digits-mlp")
     groups = {group.name: (10, 30, 60, 96) for group in spec.groups if group.prunable}
     nested = Structure(3, groups, "ab" * 32)
-    each = [flops.per_sample(spec, nested.narrowed(k)) for k in range(4)]
+    each = [work.per_sample(spec, nested.narrowed(k)) for k in range(4)]
 
     def of(capacity, **how):
         order = replace(ORDER, recipe=Recipe(batch=10, **how), structures=(nested.narrowed(capacity),))

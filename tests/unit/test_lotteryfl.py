@@ -31,15 +31,34 @@ def test_the_overlap_mean_by_hand():
     keeps = ([[1], [0], [1], [0]], [[1], [1], [0], [0]])
     sent = [{"o.weight": np.array(rows, bool)} for rows in keeps]
     after = lotteryfl.close(state, (answer("a", 3, a, sent[0]), answer("b", 1, b, sent[1])))
-    # both keep the first: 1 + (3 * 1 + 1 * 5) / 4; b alone the second, a alone the third; nobody the fourth
-    np.testing.assert_allclose(after.weights["o.weight"].ravel(), [3.0, 6.0, 5.0, 4.0], rtol=1e-6)
-    np.testing.assert_allclose(after.weights["o.bias"], [0.75] * 4)
+    # both keep the first: 1 + (1 + 5) / 2; b alone the second, a alone the third; nobody the fourth; nobody prunes biases
+    np.testing.assert_allclose(after.weights["o.weight"].ravel(), [4.0, 6.0, 5.0, 4.0], rtol=1e-6)
+    np.testing.assert_allclose(after.weights["o.bias"], [0.5] * 4)
 
 
-def test_without_masks_it_is_fedavg_to_the_bit():
+def test_a_device_counts_once_however_many_samples_it_has_and_not_at_all_without_any():
+    spec = linear(1, 3)
+    state = State(spec, 1, {"o.weight": np.zeros((3, 1), np.float32), "o.bias": np.zeros(3, np.float32)})
+
+    def said(device, samples, rows, values):
+        update = {"o.weight": np.array(values, np.float32).reshape(3, 1), "o.bias": np.zeros(3, np.float32)}
+        return answer(device, samples, update, {"o.weight": np.array(rows, bool).reshape(3, 1)})
+
+    answers = (
+        said("a", 70_000, (1, 1, 0), (3, 6, 0)),
+        said("b", 1, (1, 0, 0), (9, 0, 0)),
+        said("c", 5, (1, 1, 0), (6, 2, 0)),
+        said("d", 0, (1, 1, 1), (100, 100, 100)),
+    )
+    after = lotteryfl.close(state, answers)
+    assert after.weights["o.weight"].ravel().tolist() == [6.0, 4.0, 0.0]
+
+
+def test_without_masks_it_is_fedavg_of_devices_with_as_many_samples_to_the_bit():
     weights = random_arrays(SPEC, Structure(), 9)
     answers = tuple(answer(f"d{i}", n, random_arrays(SPEC, Structure(), i)) for i, n in enumerate((5, 1, 10)))
-    plain = fedavg.close(fedavg.init(SPEC, weights, {}), answers)
+    alike = tuple(answer(a.device, 4, a.update) for a in answers)
+    plain = fedavg.close(fedavg.init(SPEC, weights, {}), alike)
     found = lotteryfl.close(lotteryfl.init(SPEC, weights, {}), answers)
     for name, array in plain.weights.items():
         np.testing.assert_array_equal(found.weights[name], array)
@@ -75,8 +94,8 @@ def test_rounds_of_real_tickets_meet_the_definition():
             masks[draft.device] = {n: trained.own.get(f"mask/{n}", np.ones_like(a)) for n, a in engine.params.items()}
         after = lotteryfl.close(state, answers)
         for name, array in state.weights.items():
-            held = sum(a.samples * masks[a.device][name] for a in answers)
-            total = sum(a.samples * masks[a.device][name] * local[a.device][name] for a in answers)
+            held = sum(masks[a.device][name] for a in answers)
+            total = sum(masks[a.device][name] * local[a.device][name] for a in answers)
             wanted = np.where(held > 0, total / np.maximum(held, 1), array)
             np.testing.assert_allclose(after.weights[name], wanted, atol=2e-6)
         state = after

@@ -17,7 +17,7 @@ from coordinator.blocks import norms
 from coordinator.blocks.nesting import whole_of
 from coordinator.journal import RunStarted
 from coordinator.simulate import run
-from coordinator.simulate.flops import flops, per_sample
+from coordinator.simulate.flops import flops
 from coordinator.simulate.world import Config, build, named
 from coordinator.standing import Standing
 from edge_runtime import personal
@@ -36,6 +36,7 @@ from wire.spec import Axis, AxisGroup, ModelSpec, Node, Structure, TensorSpec, c
 from wire.spool import Spool
 from wire.structure import cut, to_wire
 from wire.tensor import open_blob, write_blob
+from wire.work import per_sample
 
 pytestmark = pytest.mark.usefixtures("every_engine")
 

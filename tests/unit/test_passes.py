@@ -22,7 +22,7 @@ from wire.builders import Conv, cnn
 from wire.job import Failed, Job
 from wire.messages import BlobRef, Order, Recipe
 from wire.passes import Passes, options, passes
-from wire.spec import Structure, node_shapes
+from wire.spec import Structure
 
 WHOLE = Structure()
 NORMS = cnn("norms", (1, 16, 16), 4, tuple(Conv(16, norm="batch") for _ in range(8)), (8,))
@@ -103,11 +103,15 @@ def test_time_grows_with_passes_and_with_what_runs_again(name: str) -> None:
 
 def test_multiplications_by_hand() -> None:
     spec = small_cnn()
-    shapes = node_shapes(spec, WHOLE)
-    assert effort.multiplications("conv2d", shapes["c"], [(6, 1, 3, 3), (6,)]) == 6 * 6 * 6 * 9
-    assert effort.multiplications("linear", shapes["f"], [(12, 54), (12,)]) == 12 * 54
-    assert effort.multiplications("linear", (5, 12), [(12, 54)]) == 5 * 12 * 54
-    assert effort.multiplications("embedding", (5, 12), [(9000, 12)]) == 0
+    for op, shape, roles, count in (
+        ("conv2d", (6, 6, 6), {"weight": (6, 1, 3, 3), "bias": (6,)}, 6 * 6 * 6 * 9),
+        ("linear", (12,), {"weight": (12, 54), "bias": (12,)}, 12 * 54),
+        ("linear", (5, 12), {"weight": (12, 54)}, 5 * 12 * 54),
+        ("embedding", (5, 12), {"weight": (9000, 12)}, 0),
+        ("attention", (5, 8), {"weight_in": (36, 8), "weight_out": (8, 12)}, 5 * (36 * 8 + 8 * 12) + 2 * 5 * 5 * 12),
+    ):
+        ((seconds,), _) = effort.of_node(op, shape, roles, 0)
+        assert seconds == count / effort.MULTIPLICATIONS
     took = effort.effort(spec, WHOLE)
     assert took.backward[0] == took.forward[0], "nobody wants a gradient for samples"
     assert took.backward[4] == 2 * took.forward[4]
@@ -152,9 +156,11 @@ def entry(seconds: object, op: str = "linear", threads: int = 1) -> tuple[str, d
 def test_speed_is_the_median_of_timed_layers(tmp_path: Path) -> None:
     path = tmp_path / "timings.json"
     assert speed.known(path, 1) is None
-    alone = effort.Effort(*effort.of_node("linear", (64,), [(64, 32)], 96), 64 * 32 * effort.UNIT).step(20, 20)
+    alone = effort.Effort(*effort.of_node("linear", (64,), {"weight": (64, 32)}, 96), 64 * 32 * effort.UNIT).step(
+        20, 20
+    )
     conv = effort.Effort(
-        *effort.of_node("conv2d", (8, 7, 7), [(8, 4, 3, 3)], 4 * 256 + 8 * 49), 8 * 36 * effort.UNIT
+        *effort.of_node("conv2d", (8, 7, 7), {"weight": (8, 4, 3, 3)}, 4 * 256 + 8 * 49), 8 * 36 * effort.UNIT
     ).step(20, 20)
     entries = dict([entry(2 * alone), entry(3 * alone), entry(9 * conv, "conv2d"), entry(50.0, threads=4)])
     entries["cpu | t1 step abc"] = {"seconds": {"0": 1.0}, "asked": ["0"]}

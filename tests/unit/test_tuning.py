@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.simulate.flops import flops, per_sample
+from coordinator.simulate.flops import flops
 from edge_runtime import personal
 from edge_runtime.tuning import passes, shares
 from edge_runtime.worker import perform
@@ -23,6 +23,7 @@ from wire.memory import predict
 from wire.messages import Recipe
 from wire.spec import Structure
 from wire.tensor import open_blob
+from wire.work import per_sample
 from wire.zoo import by_name
 
 pytestmark = pytest.mark.usefixtures("every_engine")
