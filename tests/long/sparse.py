@@ -28,6 +28,21 @@ CHOSEN = {
         "iterative": {"recipe.rate": "0.5"},
         "fixed": {"recipe.rate": "1"},
     },
+    ("lenet-5", "mnist"): {
+        "fedavg": {"recipe.rate": "0.2"},
+        "prunefl": {"recipe.rate": "0.5"},
+        "feddip": {"recipe.rate": "0.5"},
+        "taper": {"recipe.rate": "0.2"},
+        "snip": {"recipe.rate": "0.5"},
+        "synflow": {"recipe.rate": "0.5"},
+        "iterative": {"recipe.rate": "0.5"},
+        "fixed": {"recipe.rate": "1"},
+    },
+    ("lenet-5", "fashion-mnist"): {
+        "fedavg": {"recipe.rate": "0.2"},
+        "feddip": {"recipe.rate": "0.2", "horizon": "75"},
+        "taper": {"recipe.rate": "0.2"},
+    },
     ("conv-2", "mnist"): {
         "fedavg": {"recipe.rate": "0.2"},
         "prunefl": {"recipe.rate": "0.2"},
@@ -39,6 +54,7 @@ CHOSEN = {
 OWN = {
     "prunefl": PRUNEFL,
     "prunefl-both": {"every": "10"},
+    "prunefl-initial": {"stages": "initial"},
     "prunefl-all": {**PRUNEFL, "window": "all_rounds"},
     "prunefl-free": {
         **PRUNEFL,
@@ -48,6 +64,7 @@ OWN = {
     },
     "feddip": {"mask": "round"},
     "dpf": {"every": "4"},
+    "prunetrain-50": {"share": "0.5"},
     "snip": {"saliency": "mean"},
     "snip-one": {"saliency": "one"},
     "fedavgm": {"start": "1", "first": "erk"},
@@ -130,13 +147,15 @@ TABLES = {
     "rates-fashion": dataclasses.replace(_CLOTHES, tuned="sparse-fashion-configs.json"),
     "fashion": dataclasses.replace(_CLOTHES, densities=".1,.05", seeds="0,1,2"),
     "more": Table(
-        "prunefl-both=prunefl,prunefl-all=prunefl,dpf,snip-one=snip,online,prunetrain,lotteryfl",
+        "prunefl-both=prunefl,prunefl-initial=prunefl,prunefl-all=prunefl,dpf,snip-one=snip,online,"
+        "prunetrain,prunetrain-50=prunetrain,lotteryfl",
         ".05",
         "0,1,2",
         rounds=200,
         target="0.9345",
         tuned=_RATES,
     ),
+    "extreme": Table("feddip,iterative,taper", ".02,.01,.005,.002", "0,1,2", rounds=200, rate="0.5", target="0.9345"),
     "momentum": Table("fedavgm=taper", "1", "0,1,2", rounds=200, target="0.9345", tuned=_RATES),
 }
 
