@@ -35,7 +35,7 @@ from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
 from wire.masks import unpacked
 from wire.messages import BlobRef, Order, Recipe, Reply
 from wire.norms import OWN
-from wire.schema import Name, Natural
+from wire.schema import Amount, Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
 
@@ -52,11 +52,11 @@ class Task:
         recipe: The operator's changes to its recipe.
         seed: Of the run.
         state: Digest of the state to go on from; empty at the very start.
-        closing: Whether a round is to be closed.
-        replies: Its counted replies.
+        replies: Counted replies of the round that is to be closed; none when there is no such round.
         round: Number of the round to plan.
         devices: Whom to plan it for; none to rank and encode the weights only.
         weights: Digest of what to start from (see `coordinator.weights`); empty for weights by chance.
+        turns: Device to the seconds from the issue of the closed round to its reply; who is missing here is not known.
     """
 
     spool: str
@@ -66,11 +66,16 @@ class Task:
     recipe: Mapping[Name, float | str]
     seed: Natural
     state: str
-    closing: bool
     replies: tuple[Reply, ...]
     round: Natural
     devices: tuple[DeviceView, ...]
     weights: str = ""
+    turns: Mapping[Name, Amount] = field(default_factory=dict)
+
+    @property
+    def closing(self) -> bool:
+        """Whether a round is to be closed: one that closes has a reply."""
+        return bool(self.replies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +186,8 @@ def advance(task: Task) -> Outcome:
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
         note = norms.advice(state)
     if task.closing:
-        state, note = _closed(
-            algorithm, state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state))
-        )
+        held, sizes = held_by(spec, state), sizes_of(spec, state)
+        state, note = _closed(algorithm, state, Answers(spool, spec, task.replies, held, sizes, task.turns))
     state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
     if state.mask_levels:
         structures = structures_of(state)

@@ -145,6 +145,7 @@ class Answer:
         extras: What the rule tells beside the update (importance, saliency), by name of the tensor that it is about:
             positions in C order, ascending, and the values there.
         norms: What an order to calibrate has observed, as ``CAPACITY/TENSOR``: compact, of that capacity, in wire order.
+        seconds_turn: From the order's issue to this answer's arrival, as in `DeviceView`; 0 where that is not known.
     """
 
     device: str
@@ -156,6 +157,7 @@ class Answer:
     sent: Masks = field(default_factory=dict)
     extras: Mapping[str, tuple[Places, Floats]] = field(default_factory=dict)
     norms: Arrays = field(default_factory=dict)
+    seconds_turn: float = 0.0
 
 
 class Answers(Protocol):

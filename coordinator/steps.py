@@ -116,6 +116,8 @@ class Steps:
         enough = len(here) >= config.round.devices and number <= config.rounds
         draw = self._vain[1] if self._vain[0] == number else 0
         names = choose(config.round.select, [d.name for d in here], seed=config.seed, round_number=number, draw=draw)
+        replies = current.replies if closing and current is not None else ()
+        known = (fleet.devices.get(reply.device) for reply in replies)
         return Task(
             spool=str(self._store.spool.root),
             spec=self._store.spec_ref.digest,
@@ -124,11 +126,11 @@ class Steps:
             recipe=config.recipe,
             seed=config.seed,
             state=standing.state,
-            closing=closing,
-            replies=current.replies if closing and current is not None else (),
+            replies=replies,
             round=number,
             devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
             weights=self._store.weights,
+            turns={device.name: device.seconds_turn for device in known if device is not None},
         )
 
     def _ended(self, task: Task, outcome: Outcome) -> Step:

@@ -20,9 +20,10 @@ change at no other time, so that between two of them values alone travel.
 * `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
   none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
   be pruned, more may be. The round in which it gets there reconfigures too.
-* `time`: ``fit``, learnt from the seconds of all rounds so far; ``fit devices``, a line for every device, a round taking as
-  long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2 ...``, and after semicolons those of slower
-  devices. `link`: bytes per second by which 8 bytes for every kept weight are charged as well; 0 for not at all.
+* `time`: ``fit``, learnt from all rounds so far, training and transfers (`coordinator.blocks.roundtime`); ``fit devices``, a
+  line for every device, a round taking as long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2
+  ...``, and after semicolons those of slower devices. `link`: bytes per second by which 8 bytes for every kept weight are
+  charged beside the training, instead of what transfers took; with 0 nothing is added to what was measured or given.
 * `regrown`: ``zero``, or ``stale`` for the value from before pruning (public code). `initial.regrow`: ``yes``; or ``no``, as
   the public code does, where initial pruning only shrinks.
 """
@@ -38,7 +39,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
-from coordinator.blocks import timecost
+from coordinator.blocks import roundtime, timecost
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
@@ -102,17 +103,11 @@ _CHOICES = {
     "cap": ("exact", "stop"),
     "regrown": ("zero", "stale"),
 }
-_SEEN = 200
-"""Measured rounds (or with ``fit devices`` answers) that are remembered."""
-
 _HISTORY, _LINES = 12, 4
 """Reconfigurations whose facts are remembered, and kinds of devices in each of them."""
 
 _PATIENCE = 3
 """Orders of initial pruning that a device may leave unanswered before another one is asked."""
-
-_SPEED = 4e9
-"""Operations per second that the prior assumes until a round was measured; it matters beside a known `link` alone."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -186,18 +181,20 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is about other masks.
     """
-    structure, notes = _structure(state), []
+    structure, turns, accuracy = _structure(state), [], 0.0
     for answer in answers:
         if answer.structure != structure:
             raise Malformed(f"{answer.device} answers with another part of the model than it was asked for")
         if answer.samples:
-            notes.append(dataclasses.replace(answer, update={}, sent={}, extras={}))
-    if not notes:
+            turns.append(roundtime.took(state.spec, answer, _shortened(state, answer.samples)))
+            accuracy = answer.metrics.get("accuracy.train", 0.0)
+    if not turns:
         return state
-    state = _timed(dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers)), notes)
-    params = state.scalars["params"]
-    if state.scalars["prunefl"]["stage"] == "initial":
-        return _initial(state, notes[0].metrics.get("accuracy.train", 0.0), answers)
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    timed = roundtime.remembered(state.spec, params, memo, _kept(state), turns)
+    state = _noted(dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers)), **timed)
+    if memo["stage"] == "initial":
+        return _initial(state, accuracy, answers)
     if not _due(state):
         return state
     share = float(params["prunable"]) * 0.5 ** (state.round / float(params["half_life"]))
@@ -206,6 +203,22 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
 
 def _structure(state: State) -> Structure:
     return masked(state.masks) if state.masks else Structure()
+
+
+def _kept(state: State) -> list[int]:
+    """Count what is kept of each layer."""
+    masks, names = state.masks, maskable(state.spec)
+    return [int(np.count_nonzero(masks[n])) if n in masks else state.weights[n].size for n in names]
+
+
+def _shortened(state: State, samples: int) -> float:
+    """Give the steps of a round of further pruning over those of this round's order, at a device of so many samples."""
+    params, recipe = state.scalars["params"], recipe_of(state.scalars["params"])
+    if state.scalars["prunefl"]["stage"] != "initial":
+        return 1.0
+    few = min(samples, int(params["initial.samples"]) or samples)
+    made = int(params["initial.passes"]) * -(-few // recipe.batch)
+    return (recipe.steps or recipe.epochs * -(-samples // recipe.batch)) / made
 
 
 def _noted(state: State, **facts: Any) -> State:
@@ -277,7 +290,7 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
     if not heard.devices:
         return state
     params = state.scalars["params"]
-    lines, explained = _lines(state)
+    lines, explained = roundtime.lines(state.spec, params, state.scalars["prunefl"])
     names, total = list(heard.lower), sum(line.size for line in heard.lower.values())
     kept = {
         n: state.masks[n].reshape(-1) if n in state.masks else np.ones(state.weights[n].size, np.bool_) for n in names
@@ -346,55 +359,3 @@ def _remembered(
     weights = masked_weights(state.weights, masks) if params["regrown"] == "zero" else state.weights
     whole = all(mask.all() for mask in masks.values())
     return dataclasses.replace(state, masks={} if whole else masks, weights=weights)
-
-
-def _timed(state: State, answers: Iterable[Answer]) -> State:
-    """Remember how long this round took, as if it had had the steps of a round of further pruning."""
-    params, memo = state.scalars["params"], state.scalars["prunefl"]
-    recipe, took, layers = recipe_of(params), [], memo["layers"]
-    kept = [
-        int(np.count_nonzero(state.masks[n])) if n in state.masks else state.weights[n].size
-        for n in maskable(state.spec)
-    ]
-    for answer in answers:
-        per_pass = -(-answer.samples // recipe.batch)
-        steps = recipe.steps or recipe.epochs * per_pass
-        made = steps
-        if memo["stage"] == "initial":
-            few = min(answer.samples, int(params["initial.samples"]) or answer.samples)
-            made = int(params["initial.passes"]) * -(-few // recipe.batch)
-        if answer.usage.seconds > 0.0:
-            took.append((answer.device, answer.usage.seconds * steps / made))
-        told_seconds = {n: answer.metrics.get(f"seconds.{n}", 0.0) for n in maskable(state.spec)}
-        if all(told_seconds.values()):
-            layers = {"seconds": told_seconds, "kept": kept}
-    if params["time"] == "fit" and took:
-        took = [("", max(seconds for _, seconds in took))]
-    seen = [*memo["seen"], *([device, seconds, *kept] for device, seconds in took)][-_SEEN:]
-    return _noted(state, seen=seen, layers=layers) if params["time"] in ("fit", "fit devices") else state
-
-
-def _lines(state: State) -> tuple[tuple[timecost.Line, ...], float]:
-    """Give the seconds of a round, a line for each kind of device, and R squared (the mean over lines)."""
-    params, memo, names = state.scalars["params"], state.scalars["prunefl"], maskable(state.spec)
-    recipe = recipe_of(params)
-    steps, each = recipe.steps or recipe.epochs, _link(params)
-    if params["time"] not in ("fit", "fit devices"):
-        lines = timecost.read(str(params["time"]), len(names))
-        return tuple(line.scaled(steps, each) for line in lines), 0.0
-    prior = timecost.arithmetic(state.spec, names).scaled(6.0 * recipe.batch * steps / _SPEED)
-    if memo["layers"]:
-        known = memo["layers"]
-        prior = timecost.measured(prior, known["seconds"], dict(zip(names, known["kept"], strict=True)))
-    found, explained = [], []
-    for device in sorted({row[0] for row in memo["seen"]}) or [""]:
-        rows = [row for row in memo["seen"] if row[0] == device]
-        line, r2 = timecost.fit([row[2:] for row in rows], [row[1] for row in rows], prior, float(params["trust"]))
-        found.append(line.scaled(1.0, each))
-        explained.append(r2)
-    return tuple(found), sum(explained) / len(explained)
-
-
-def _link(params: Params) -> float:
-    """Give the seconds that a kept weight's value takes down and up again."""
-    return 8.0 / float(params["link"]) if params["link"] else 0.0

@@ -43,6 +43,12 @@ class Line:
         """Give ``factor`` times this, and `each` more for every weight and `more` for a round."""
         return Line(factor * self.constant + more, tuple(factor * t + each for t in self.weights))
 
+    def plus(self, other: Line) -> Line:
+        """Give the seconds of both, one after the other."""
+        return Line(
+            self.constant + other.constant, tuple(a + b for a, b in zip(self.weights, other.weights, strict=True))
+        )
+
 
 def slowest(lines: Sequence[Line], kept: Sequence[int]) -> float:
     """Give the seconds of the slowest: monotone, and with two or more lines no longer linear."""

@@ -301,7 +301,7 @@ def _performed(
 
 def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
     """Close the round that has ended, if it is to be closed, and plan the next one."""
-    config, closing = world.config, ended is not None and ended.phase == "closed"
+    config, replies = world.config, ended.replies if ended is not None and ended.phase == "closed" else ()
     planned = outcome
     for draw in range(_DRAWS):  # of few devices that are drawn, perhaps none can hold what there is
         names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number, draw=draw)
@@ -315,11 +315,11 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
                 recipe={},
                 seed=config.seed,
                 state=outcome.state,
-                closing=closing,
-                replies=ended.replies if ended is not None and closing else (),
+                replies=replies,
                 round=number,
                 devices=views,
                 weights=log.weights,
+                turns={reply.device: log.seconds[reply.device][1] for reply in replies},
             )
         )
         if planned.drafts or len(names) == len(world.clients):

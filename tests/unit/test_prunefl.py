@@ -13,52 +13,14 @@ from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, prunefl
 from coordinator.blocks.importance import Base, Layer, solve
 from coordinator.blocks.masks import density
-from tests.support.models import random_arrays, small_cnn
+from tests.support.models import random_arrays
+from tests.support.prunefl import DEVICES, NAMES, SPEC, answer, asked, planned, start
 from wire import zoo
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import Structure
 from wire.structure import masked
-
-SPEC = small_cnn()
-NAMES = maskable(SPEC)
-GREAT = 1 << 40
-DEVICES = (DeviceView("a", GREAT, 30), DeviceView("b", GREAT, 50))
-TIME = "1 0.001 0.001 0.001"
-
-
-def start(**params):
-    known = {name.replace("__", "."): value for name, value in params.items()}
-    return prunefl.init(SPEC, random_arrays(SPEC, Structure(), 9), {"time": TIME, **known})
-
-
-def planned(state, number, devices=DEVICES):
-    return prunefl.plan(state, number, devices, rng_of(0, number))
-
-
-def answer(state, device="a", samples=10, seed=0, z=None, seconds=0.0, top=None, **metrics):
-    """An answer whose importance is given, or random where `z` says ``random``; without, it told none."""
-    rng = np.random.default_rng([seed, samples])
-    update = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    for name, array in update.items():
-        kept = state.masks.get(name, np.ones(array.shape, bool))
-        array[kept] = 0.01 * rng.standard_normal(int(kept.sum()))
-    extras = {}
-    if z is not None:
-        for name in NAMES:
-            line = rng.exponential(size=state.weights[name].size).astype(np.float32) if z == "random" else z[name]
-            places = np.arange(line.size)
-            if top is not None and name in top and top[name] < line.size:
-                places = np.sort(np.argsort(-line, kind="stable")[: top[name]])
-            extras[name] = (places, line[places])
-            metrics[f"theta.{name}"] = float(line[places].min()) if len(places) < line.size else 0.0
-    structure = masked(state.masks) if state.masks else Structure()
-    return Answer(device, samples, structure, metrics, Usage(seconds=seconds), update, {}, extras)
-
-
-def asked(draft):
-    return {n.removeprefix("top."): int(v) for n, v in draft.recipe.knobs.items() if n.startswith("top.")}
 
 
 def test_further_reconfigures_every_so_many_rounds_and_only_then():
@@ -315,49 +277,6 @@ def test_stale_values_may_return():
     for name, mask in grown.items():
         assert state.weights[name][mask].tolist() == before.weights[name][mask].tolist()
         assert (state.weights[name][mask] != 0).all()
-
-
-def seconds_of(state, factor=1.0):
-    kept = [int(state.masks[n].sum()) if n in state.masks else state.weights[n].size for n in NAMES]
-    return factor * (0.5 + 1e-3 * kept[0] + 2e-4 * kept[1] + 5e-4 * kept[2])
-
-
-@pytest.mark.parametrize("time_model", ["fit", "fit devices"])
-def test_the_time_model_is_learnt_from_rounds(time_model):
-    state = start(stages="further", every=1.0, time=time_model, trust=1e-6, target=0.3, horizon=12.0)
-    for number in range(1, 16):
-        state, _ = planned(state, number)
-        told = [
-            answer(state, "a", 10, number, "random", seconds=seconds_of(state)),
-            answer(state, "b", 10, number, "random", seconds=seconds_of(state, 0.3)),
-        ]
-        state = prunefl.close(state, told)
-    fact = state.scalars["prunefl"]["history"][-1]
-    assert fact["r2"] > 0.99
-    assert len(fact["seconds"]) == (1 if time_model == "fit" else 2)
-    kept = [100, 20, 40]
-    constant, *each = fact["seconds"][0]
-    wanted = 0.5 + 0.1 + 2e-4 * 20 + 5e-4 * 40
-    assert constant + sum(t * n for t, n in zip(each, kept, strict=True)) == pytest.approx(wanted, rel=0.25)
-    assert fact["undecided"] == (0 if time_model == "fit" else -1)
-
-
-def test_slow_devices_of_another_kind_are_algorithm_3s():
-    state = start(stages="further", every=1.0, time="1 0.01 0 0; 1 0 0.01 0.01")
-    state, _ = planned(state, 1)
-    state = prunefl.close(state, [answer(state, z="random")])
-    fact = state.scalars["prunefl"]["history"][-1]
-    assert (fact["undecided"], len(fact["seconds"])) == (-1, 2)
-
-
-def test_a_link_makes_weights_dearer():
-    ends = []
-    for link in (0.0, 1e4):
-        state = start(stages="further", every=1.0, link=link, time="1 0.0001 0.0001 0.0001")
-        state, _ = planned(state, 1)
-        ends.append(prunefl.close(state, [answer(state, z="random")]))
-    assert density(ends[1].masks) < density(ends[0].masks)
-    assert ends[1].scalars["prunefl"]["history"][0]["seconds"][0][1:] == pytest.approx([5e-4 + 8e-4] * 3)
 
 
 def test_wrong_parameters_are_explained():

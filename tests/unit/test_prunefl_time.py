@@ -1,0 +1,68 @@
+"""PruneFL's seconds of a round: what they are learnt from, and what they make it keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.algorithms import prunefl
+from coordinator.blocks.masks import density
+from tests.support.prunefl import NAMES, answer, planned, start
+
+
+def seconds_of(state, factor=1.0):
+    kept = [int(state.masks[n].sum()) if n in state.masks else state.weights[n].size for n in NAMES]
+    return factor * (0.5 + 1e-3 * kept[0] + 2e-4 * kept[1] + 5e-4 * kept[2])
+
+
+@pytest.mark.parametrize("time_model", ["fit", "fit devices"])
+def test_the_time_model_is_learnt_from_rounds(time_model):
+    state = start(stages="further", every=1.0, time=time_model, trust=1e-6, target=0.3, horizon=12.0)
+    for number in range(1, 16):
+        state, _ = planned(state, number)
+        told = [
+            answer(state, "a", 10, number, "random", took=(seconds_of(state), 0.0)),
+            answer(state, "b", 10, number, "random", took=(seconds_of(state, 0.3), 0.0)),
+        ]
+        state = prunefl.close(state, told)
+    fact = state.scalars["prunefl"]["history"][-1]
+    assert fact["r2"] > 0.99
+    assert len(fact["seconds"]) == (1 if time_model == "fit" else 2)
+    kept = [100, 20, 40]
+    constant, *each = fact["seconds"][0]
+    wanted = 0.5 + 0.1 + 2e-4 * 20 + 5e-4 * 40
+    assert constant + sum(t * n for t, n in zip(each, kept, strict=True)) == pytest.approx(wanted, rel=0.25)
+    assert fact["undecided"] == (0 if time_model == "fit" else -1)
+
+
+def test_slow_devices_of_another_kind_are_algorithm_3s():
+    state = start(stages="further", every=1.0, time="1 0.01 0 0; 1 0 0.01 0.01")
+    state, _ = planned(state, 1)
+    state = prunefl.close(state, [answer(state, z="random")])
+    fact = state.scalars["prunefl"]["history"][-1]
+    assert (fact["undecided"], len(fact["seconds"])) == (-1, 2)
+
+
+def test_a_link_makes_weights_dearer():
+    ends = []
+    for link in (0.0, 1e4):
+        state = start(stages="further", every=1.0, link=link, time="1 0.0001 0.0001 0.0001")
+        state, _ = planned(state, 1)
+        ends.append(prunefl.close(state, [answer(state, z="random")]))
+    assert density(ends[1].masks) < density(ends[0].masks)
+    assert ends[1].scalars["prunefl"]["history"][0]["seconds"][0][1:] == pytest.approx([5e-4 + 8e-4] * 3)
+
+
+def test_turns_that_are_mostly_transfers_make_weights_dearer():
+    ends = []
+    for more in (0.0, 30.0):
+        state = start(stages="further", every=3.0, time="fit")
+        for number in (1, 2, 3):
+            state, _ = planned(state, number)
+            told = "random" if number == 3 else None
+            turn = 1.0 + (90.0 if told else more) if more else 0.0
+            state = prunefl.close(state, [answer(state, z=told, took=(1.0, turn))])
+        ends.append(state)
+    assert density(ends[1].masks) < density(ends[0].masks)
+    lines = [end.scalars["prunefl"]["history"][0]["seconds"][0] for end in ends]
+    sizes = [1, *(array.size for name, array in ends[0].weights.items() if name in NAMES)]
+    assert [sum(t * n for t, n in zip(line, sizes, strict=True)) for line in lines] == pytest.approx([1.0, 31.0])
