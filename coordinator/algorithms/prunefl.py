@@ -14,9 +14,10 @@ change at no other time, so that between two of them values alone travel.
 
 * `window`: ``all_rounds``, devices sum squared gradients after every local step and keep the sums; or
   ``reconfiguration_round``, only the (last `last`) steps of that round count, and no device ever holds a dense vector.
-* `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor, and a bound on
-  the rest, from which follows how many choices are not certain; if that is more than `doubt` of what is kept, they tell twice
-  as many the next time. The mask is the one of the lower bounds. All, where that were a quarter. Or ``dense``.
+* `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor (all, where that
+  were a quarter), and a bound on the rest, from which follows how many choices are not certain. Are these more than `doubt`
+  of what would be kept, nothing changes, and the next round asks for twice as many: with 0 every mask is the one that all
+  importance gives. Or ``dense``, as it is wherever nothing follows: with ``cap = stop`` and more than one line of `time`.
 * `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
   none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
   be pruned, more may be. The round in which it gets there reconfigures too.
@@ -72,7 +73,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "last": 0.0,
         "importance": "top",
         "top": 1.0,
-        "doubt": 0.01,
+        "doubt": 0.0,
         "target": 0.0,
         "target.from": 1.0,
         "horizon": 200.0,
@@ -253,15 +254,25 @@ def _further(state: State, recipe: Recipe) -> Recipe:
 
 def _importance(state: State, recipe: Recipe, *, send: bool, **knobs: float) -> Recipe:
     """Ask for importance along with training (rule `importance`)."""
-    params, memo = state.scalars["params"], state.scalars["prunefl"]
     knobs |= {"send": float(send), "gradients": float(not state.masks)}
-    if send and params["importance"] == "top":
-        for name, mask in state.masks.items():
-            count = math.ceil(float(params["top"]) * memo["widen"] * int(np.count_nonzero(mask)))
-            if 4 * count < mask.size:  # beyond that to find them takes more memory than all do
-                knobs[f"top.{name}"] = float(max(1, count))
+    if send:
+        knobs |= {f"top.{name}": float(count) for name, count in _tops(state).items()}
     knobs = {name: value for name, value in knobs.items() if value}
     return dataclasses.replace(recipe, rule="importance", knobs={**recipe.knobs, **knobs})
+
+
+def _tops(state: State) -> dict[str, int]:
+    """Give how many of the largest values are asked for, by tensor; of a tensor that is not named, all."""
+    params, widen = state.scalars["params"], state.scalars["prunefl"]["widen"]
+    several = params["time"] == "fit devices" or ";" in str(params["time"])
+    if params["importance"] == "dense" or params["cap"] == "stop" or several:
+        return {}
+    counts = {
+        name: math.ceil(float(params["top"]) * widen * max(1, int(np.count_nonzero(mask))))
+        for name, mask in state.masks.items()
+    }
+    # Beyond a quarter to find them takes more memory than all do.
+    return {name: count for name, count in counts.items() if 4 * count < state.masks[name].size}
 
 
 def _told(state: State, answers: Answers | Iterable[Answer]) -> Told:
@@ -286,7 +297,7 @@ def _initial(state: State, accuracy: float, answers: Answers | Iterable[Answer])
 
 
 def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> State:
-    """Decide on new masks; as it is, when nobody told anything."""
+    """Decide on new masks; as it is, when nobody told anything, or too little: then more is asked for the next time."""
     if not heard.devices:
         return state
     params = state.scalars["params"]
@@ -313,6 +324,8 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
     ]
     most = max(0, room - sum(int(np.count_nonzero(stays)) for stays in fixed)) if params["target"] else None
     chosen, doubtful = _choice(layers, heard, lines, most, stops=params["cap"] == "stop")
+    if doubtful > float(params["doubt"]) * sum(map(np.count_nonzero, chosen.masks)) and _tops(state):
+        return _noted(state, widen=2.0 * state.scalars["prunefl"]["widen"])
     masks = {n: mask.reshape(state.weights[n].shape) for n, mask in zip(names, chosen.masks, strict=True)}
     return _remembered(state, masks, chosen, doubtful, (lines, explained))
 
@@ -320,18 +333,20 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
 def _choice(
     layers: list[Layer], heard: Told, lines: tuple[timecost.Line, ...], most: int | None, *, stops: bool
 ) -> tuple[Chosen, int]:
-    """Choose, and count what is not certain; -1 where nothing is known about that."""
+    """Choose, and count what is not certain: nothing where all was told, and -1 where else nothing is known about that."""
+    whole = all(heard.upper[name] is lower for name, lower in heard.lower.items())
     starts = []
     for line in lines:
         timed = [dataclasses.replace(layer, seconds=t) for layer, t in zip(layers, line.weights, strict=True)]
         base = Base(line.constant, heard.rest)
         chosen = stopped(timed, base, most) if stops else solve(timed, base, most)
         if len(lines) == 1:
-            sure = -1 if stops else undecided(timed, list(heard.upper.values()), base, chosen, most)
-            return chosen, sure
+            if whole or stops:
+                return chosen, 0 if whole else -1
+            return chosen, undecided(timed, list(heard.upper.values()), base, chosen, most)
         starts.append([int(np.count_nonzero(mask & one.free)) for mask, one in zip(chosen.masks, layers, strict=True)])
     found = [climb(layers, lambda kept: timecost.slowest(lines, kept), heard.rest, most, start) for start in starts]
-    return max(found, key=lambda one: one.ratio), -1
+    return max(found, key=lambda one: one.ratio), 0 if whole else -1
 
 
 def _remembered(
@@ -340,20 +355,17 @@ def _remembered(
     """Put new masks into force and note what is to be told about them."""
     lines, explained = model
     params, memo = state.scalars["params"], state.scalars["prunefl"]
-    held = sum(int(np.count_nonzero(mask)) for mask in masks.values())
     fact = {"round": state.round, "density": density(masks), "layers": densities(masks), "gamma": chosen.ratio}
     fact |= {
         "undecided": doubtful,
         "r2": explained,
         "seconds": [[line.constant, *line.weights] for line in lines][:_LINES],
     }
-    widen = memo["widen"] * (2.0 if doubtful > float(params["doubt"]) * held else 1.0)
     state = _noted(
         state,
         last=state.round,
         reconfigured=memo["reconfigured"] + 1,
         certified=memo["certified"] + (doubtful == 0),
-        widen=widen,
         history=[*memo["history"], fact][-_HISTORY:],
     )
     weights = masked_weights(state.weights, masks) if params["regrown"] == "zero" else state.weights

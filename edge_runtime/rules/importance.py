@@ -7,13 +7,13 @@ are held then.
 
 Knobs of the recipe:
 
-* ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until they are
-  sent; with 1 only this order's steps count, and of each layer whichever is smaller is held until its end: the sum, or what
-  passed through the layer in those steps, from which the sum follows in blocks of rows.
+* ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until the
+  coordinator has decided (`since`); with 1 only this order's steps count, and of each layer whichever is smaller is held until
+  its end: the sum, or what passed through the layer in those steps, from which the sum follows in blocks of rows.
 * ``last`` (whole number, default 0): with window 1, how many of the order's last steps count; 0 for all.
 * ``since`` (whole number, default 0): when the coordinator last decided by such sums, in rounds; with window 0, sums that were
   begun for another decision, which a device has that sat one out, count no more.
-* ``send`` (0 or 1, default 0): tell the sums, and begin again at 0.
+* ``send`` (0 or 1, default 0): tell the sums. They go on: what was told may not have been enough to decide by.
 * ``top.TENSOR`` (whole number, at least 1): tell only so many of the largest of that tensor, and no zeros; without it, all.
 * ``samples`` (whole number, default 0): train on the first so many samples; 0 for all.
 * ``measure`` (0 or 1, default 0): tell the accuracy on those samples after training.
@@ -83,7 +83,7 @@ def train(task: Task) -> Trained:
         for name in sums.nodes:
             extras[name], metrics[f"theta.{name}"] = _told(sums, name, knobs.top.get(name))
     own: dict[str, Floats] = {}
-    if not knobs.window and not knobs.send:
+    if not knobs.window:
         own = {**sums.z, _REST: np.array([sums.rest], np.float32), _SINCE: np.array([knobs.since], np.float32)}
     return dataclasses.replace(trained, extras=extras, metrics=metrics, own=own)
 

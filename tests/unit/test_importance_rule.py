@@ -96,7 +96,7 @@ def test_importance_is_autograds_of_the_dense_masked_model(window, way, micro):
         np.testing.assert_allclose(engine.read(name), twin.params[name][masks[name]], atol=1e-5)
         assert result.metrics[f"theta.{name}"] == 0.0
     assert result.metrics["rest"] == pytest.approx(rest, rel=1e-3)
-    assert result.own == {}
+    assert set(result.own) == (set() if window else {*NAMES, "rest", "since"})
     assert result.steps == 5
 
 
@@ -144,7 +144,7 @@ def test_the_largest_and_a_bound_on_the_rest(window):
     assert whole(result, "o.weight").tolist() == whole(dense, "o.weight").tolist()
 
 
-def test_sums_go_on_until_they_are_sent():
+def test_sums_go_on_even_after_they_were_told():
     masks, other = masks_of(), masks_of(seed=6)
     _, first = trained(recipe(), masks)
     assert first.extras == {}
@@ -156,7 +156,9 @@ def test_sums_go_on_until_they_are_sent():
         np.testing.assert_allclose(whole(second, name), first.own[name] + whole(alone, name), rtol=1e-5, atol=1e-7)
         assert whole(second, name) is own[name], "of what it was given, without a copy"
     assert second.metrics["rest"] == pytest.approx(float(own["rest"][0]) + alone.metrics["rest"], rel=1e-5)
-    assert second.own == {}
+    _, third = trained(recipe(knobs={"send": 1.0}), masks, own={name: a.copy() for name, a in second.own.items()})
+    for name in NAMES:
+        np.testing.assert_allclose(whole(third, name), whole(second, name) + first.own[name], rtol=1e-5, atol=1e-7)
 
 
 def test_sums_for_a_decision_that_was_taken_without_this_device_count_no_more():
