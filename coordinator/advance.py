@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import Algorithm, DeviceView, Draft, Floats, State, rng_of
-from coordinator.algorithms import by_name
+from coordinator.algorithms import by_name, wanted_by
 from coordinator.answers import Answers
 from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
@@ -54,7 +54,8 @@ class Task:
         state: Digest of the state to go on from; empty at the very start.
         replies: Counted replies of the round that is to be closed; none when there is no such round.
         round: Number of the round to plan.
-        devices: Whom to plan it for; none to rank and encode the weights only.
+        devices: Whom to plan it for; none to rank and encode the weights only. With an algorithm that has ``wanted`` all that
+            are known, those among them that were drawn being marked.
         weights: Digest of what to start from (see `coordinator.weights`); empty for weights by chance.
         turns: Device to the seconds from the issue of the closed round to its reply; who is missing here is not known.
     """
@@ -188,7 +189,7 @@ def advance(task: Task) -> Outcome:
     if task.closing:
         held, sizes = held_by(spec, state), sizes_of(spec, state)
         state, note = _closed(algorithm, state, Answers(spool, spec, task.replies, held, sizes, task.turns))
-    state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
+    state, drafts = algorithm.plan(state, task.round, _asked(task, state), rng_of(task.seed, task.round))
     if state.mask_levels:
         structures = structures_of(state)
         sized = tuple(_sized(spool, spec, state, structure.capacity) for structure in structures)
@@ -196,6 +197,13 @@ def advance(task: Task) -> Outcome:
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
     return Outcome(save_state(spool, state).digest, tuple(drafts), shells, shell_of, structures, masks, note=note)
+
+
+def _asked(task: Task, state: State) -> tuple[DeviceView, ...]:
+    """Give the devices that were drawn, and those that the algorithm wants."""
+    wanted = wanted_by(task.algo)
+    names = wanted(state) if wanted is not None else ()
+    return tuple(device for device in task.devices if device.drawn or device.name in names)
 
 
 def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State, str]:

@@ -81,6 +81,7 @@ class DeviceView:
         seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise. 0
             when that is not known: it never answered, or the coordinator was started anew in between.
         engines: Engines that it may train on, the best first; empty for torch.
+        drawn: Whether it was selected for this round. One that was not is asked only by an algorithm that wants it.
     """
 
     name: Name
@@ -90,6 +91,7 @@ class DeviceView:
     seconds: Amount = 0.0
     seconds_turn: Amount = 0.0
     engines: Annotated[tuple[Name, ...], Limit(0, 8)] = ()
+    drawn: bool = True
 
     @property
     def means(self) -> Means:
@@ -97,7 +99,7 @@ class DeviceView:
         return Means(self.bytes_budget, self.memory_scale, self.engines)
 
     @staticmethod
-    def of(device: Device) -> DeviceView:
+    def of(device: Device, *, drawn: bool = True) -> DeviceView:
         """Take a view of a device of the fleet."""
         return DeviceView(
             name=device.name,
@@ -107,6 +109,7 @@ class DeviceView:
             seconds=0.0 if device.usage is None else device.usage.seconds,
             seconds_turn=device.seconds_turn,
             engines=() if device.caps is None else device.caps.engines,
+            drawn=drawn,
         )
 
 
@@ -183,7 +186,12 @@ class About:
 
 
 class Algorithm(Protocol):
-    """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``."""
+    """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``.
+
+    A module may have a fourth, ``wanted(state) -> tuple[str, ...]``: names of devices that `plan` is to see in any case, drawn
+    or not, and here or not. An order to one that is away waits for it, until the round's time is over. The state is the one
+    that `plan` is about to get.
+    """
 
     @property
     def ABOUT(self) -> About:  # noqa: N802 - a module's constant
@@ -213,7 +221,7 @@ class Algorithm(Protocol):
         Args:
             state: After the last close.
             round_number: From 1.
-            devices: Who is here and was selected, by name.
+            devices: Who is here and was selected, and who was wanted as far as such a device is known, by name.
             rng: Of this run's seed and this round.
         """
 

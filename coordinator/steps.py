@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from coordinator.advance import Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView
+from coordinator.algorithms import wanted_by
 from coordinator.config import Config
 from coordinator.fleet import Fleet
 from coordinator.journal import Journal
@@ -128,7 +129,7 @@ class Steps:
             state=standing.state,
             replies=replies,
             round=number,
-            devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
+            devices=_views(fleet, set(names), config.algo) if enough and names else (),
             weights=self._store.weights,
             turns={device.name: device.seconds_turn for device in known if device is not None},
         )
@@ -139,6 +140,14 @@ class Steps:
         if task.devices and not outcome.drafts:  # others may hold a part of the model
             self._vain = (task.round, self._vain[1] + 1 if self._vain[0] == task.round else 1)
         return task, outcome
+
+
+def _views(fleet: Fleet, drawn: set[str], algo: str) -> tuple[DeviceView, ...]:
+    """Give the devices that were drawn, and where the algorithm may want others all that ever said what they bring."""
+    if wanted_by(algo) is None:
+        return tuple(DeviceView.of(device) for device in fleet.online() if device.name in drawn)
+    known = sorted((d for d in fleet.devices.values() if d.caps is not None), key=lambda d: d.name)
+    return tuple(DeviceView.of(device, drawn=device.name in drawn) for device in known)
 
 
 def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:

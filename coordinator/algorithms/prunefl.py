@@ -5,7 +5,8 @@ Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Device
 * *Initial pruning*: one device trains alone on a few of its samples (`initial.samples`), an order being the `initial.passes`
   over them between two reconfigurations, at most `initial.rounds` orders. Reconfiguring starts once the accuracy there is
   `initial.start` times chance, and the stage ends when `initial.calm` of them in a row have moved the density by at most
-  `initial.stop` of itself. The device is the same as long as it is among those that were selected, and answers.
+  `initial.stop` of itself. The device stays the same whoever else is drawn, unless it leaves three orders in a row unanswered;
+  one that is away is waited for.
 * *Further pruning*: federated averaging of the masked model, reconfigured every `every` rounds. `stages` has the ablation.
 
 A reconfiguration keeps what maximises importance per second (`coordinator.blocks.importance`), among the weights that are not
@@ -41,7 +42,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
 from coordinator.blocks import roundtime, timecost
-from coordinator.blocks.drafts import drafted
+from coordinator.blocks.drafts import drafted, ranked_from
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
 from coordinator.blocks.masks import densities, density, masked_mean, masked_weights, top_global
@@ -158,7 +159,7 @@ def plan(
         return state, drafted(state.spec, structure, recipe, devices, rng)
     recipe = _importance(state, recipe, send=True, window=1.0, measure=1.0, samples=float(params["initial.samples"]))
     recipe = dataclasses.replace(recipe, epochs=int(params["initial.passes"]), steps=0)
-    for device in _candidates(devices, memo["client"], passed_over=memo["unanswered"] >= _PATIENCE):
+    for device in ranked_from(devices, memo["client"], after=memo["unanswered"] >= _PATIENCE):
         drafts = drafted(state.spec, structure, recipe, (device,), rng)
         if drafts:
             before = memo["unanswered"] if device.name == memo["client"] else 0
@@ -166,12 +167,10 @@ def plan(
     return state, ()
 
 
-def _candidates(devices: tuple[DeviceView, ...], client: str, *, passed_over: bool) -> list[DeviceView]:
-    """Rank devices for initial pruning: most samples first, but from the client on, or from the one after it."""
-    ranked = sorted(devices, key=lambda d: (-d.samples, d.name))
-    names = [device.name for device in ranked]
-    first = names.index(client) + passed_over if client in names else 0
-    return ranked[first:] + ranked[:first]
+def wanted(state: State) -> tuple[str, ...]:
+    """See `coordinator.algorithm.Algorithm`: the device of initial pruning, once there is one."""
+    memo = state.scalars["prunefl"]
+    return (memo["client"],) if memo["stage"] == "initial" and memo["client"] else ()
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:

@@ -276,3 +276,14 @@ def test_prunefl_learns_that_a_slow_link_is_most_of_a_round(tmp_path):
         took = constant + sum(t * n for t, n in zip(each, kept, strict=True))
         assert beyond > 0.0 or took == pytest.approx(work + rest, rel=0.1)
     assert fact["r2"] > 0.95
+
+
+def test_the_device_of_initial_pruning_stays_whoever_is_drawn(tmp_path):
+    begin = {"initial.rounds": 4.0, "initial.passes": 1.0, "initial.start": 99.0, "recipe.steps": 1.0}
+    config = dataclasses.replace(SMALL, algo="prunefl", fleet="even", devices=5, rounds=9, seed=3, params=begin)
+    world, log = build(dataclasses.replace(config, terms=Terms(select="random:2")), tmp_path), Log()
+    list(play(world, log))
+    asked = [sorted(entry.orders) for _, entry in sorted(log.view.rounds.items())]
+    assert asked[:4] == [asked[0]] * 4
+    assert [len(names) for names in asked] == [1] * 4 + [2] * 5
+    assert len({name for names in asked[4:] for name in names}) > 2

@@ -66,3 +66,29 @@ def test_closing_is_told_what_every_turn_took(tmp_path):
         task, _ = steps.begin(Standing(), current, fleet, closing=True)
         assert task.turns == {"d1": 7.5, "d2": 0.0}
         assert steps.begin(Standing(), current, fleet, closing=False)[0].turns == {}
+
+
+def test_the_device_of_initial_pruning_is_waited_for_and_another_one_found_at_last(tmp_path):
+    spec, fleet = zoo.load("digits-mlp"), Fleet()
+    for name in NAMES:
+        presence = a_presence(name, 1)
+        caps = replace(presence.caps, bytes_budget=1 << 30)
+        fleet, _ = fleet.present(replace(presence, caps=caps), 0.0)
+    spool, standing, asked = Spool(tmp_path / "spool"), Standing(), []
+    with closing(Journal(tmp_path / "journal")) as journal:
+        config = Config(algo="prunefl", model=spec.name, rounds=30, seed=4, round=RoundConfig(select="random:1"))
+        for number in range(1, 9):
+            store = Store(spool, journal, spec, spool.add_bytes(encode(spec)))
+            task, outcome = Steps(config, store, print).begin(standing, None, fleet, closing=False)
+            (draft,) = outcome.drafts
+            asked.append(draft.device)
+            assert sum(view.drawn for view in task.devices) == 1
+            assert {view.name for view in task.devices} == set(NAMES), "the algorithm may want any of them"
+            standing = replace(standing, state=outcome.state, done=number)  # as after a round that was abandoned
+            if number == 2:
+                fleet, _ = fleet.present(a_presence(asked[0], 1, "lost"), 0.0)
+                assert asked[0] not in [device.name for device in fleet.online()]
+    assert asked[:3] == asked[:1] * 3
+    assert asked[3:6] == asked[3:4] * 3
+    assert asked[3] != asked[0]
+    assert asked[6:] == asked[6:7] * 2
