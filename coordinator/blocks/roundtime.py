@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from statistics import median
 from typing import Any
 
 from coordinator.algorithm import Answer
@@ -76,17 +77,29 @@ def remembered(
 
     With parameter time ``fit`` a round is as long as its slowest device, with ``fit devices`` each has a line of its own.
     """
-    layers, names = memo["layers"], maskable(spec)
     if params["time"] not in ("fit", "fit devices"):
-        return {"seen": memo["seen"], "layers": layers}
-    for turn in turns:
-        if all(turn.layers.values()):
-            layers = {"seconds": {name: turn.layers[name] for name in names}, "kept": list(kept)}
+        return {"seen": memo["seen"], "layers": memo["layers"]}
+    found = _middle(dict(zip(maskable(spec), kept, strict=True)), turns)
+    layers = {"seconds": found, "kept": list(kept)} if found else memo["layers"]
     rows: list[Row] = [[t.device, t.seconds, t.rest, t.beyond, *kept] for t in turns if t.seconds > 0.0]
     if params["time"] == "fit" and rows:
         known, across = [row for row in rows if row[2] >= 0.0] or rows, _across(spec)
         rows = [["", *max(known, key=lambda row: float(row[1]) + max(0.0, _rest(row, across)))[1:]]]
     return {"seen": [*memo["seen"], *rows][-SEEN:], "layers": layers}
+
+
+def _middle(kept: Mapping[str, int], turns: Sequence[Took]) -> dict[str, float]:
+    """Give the seconds of a step in each layer that keeps anything: of the devices that timed all of them the median share.
+
+    Nothing where no device did. Devices are not equally fast: shares are compared, then scaled by the median of their sums.
+    """
+    names = [name for name, count in kept.items() if count]
+    timed = [turn.layers for turn in turns if names and all(turn.layers[name] for name in names)]
+    if not timed:
+        return {}
+    totals = [sum(layers[name] for name in names) for layers in timed]
+    middle = median(totals)
+    return {n: middle * median(layers[n] / total for layers, total in zip(timed, totals, strict=True)) for n in names}
 
 
 def lines(spec: ModelSpec, params: Params, memo: Mapping[str, Any]) -> tuple[tuple[Line, ...], float]:

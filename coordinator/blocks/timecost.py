@@ -83,16 +83,22 @@ def read(text: str, layers: int) -> tuple[Line, ...]:
 def arithmetic(spec: ModelSpec, tensors: Sequence[str]) -> Line:
     """Give the prior: multiplications of a sample, by kept weight, and `OVERHEAD` of all; the unit is arbitrary.
 
-    A linear layer uses a weight once per sample, a convolution once per place of its output.
+    A linear layer uses a weight once for every step of its sample, a convolution once for every place of its output.
     """
     shapes, sizes = node_shapes(spec, Structure()), tensor_shapes(spec, Structure())
-    places = {node.params["weight"]: prod(shapes[node.name][1:]) for node in spec.nodes if "weight" in node.params}
+    places = {
+        node.params["weight"]: prod(shapes[node.name][1:] if node.op.startswith("conv") else shapes[node.name][:-1])
+        for node in spec.nodes
+        if "weight" in node.params
+    }
     full = sum(places[name] * prod(sizes[name]) for name in tensors)
     return Line(OVERHEAD * full, tuple(float(places[name]) for name in tensors))
 
 
 def measured(line: Line, seconds: Mapping[str, float], kept: Mapping[str, int]) -> Line:
     """Correct a prior by what layers took: where all of them have seconds, their shares are the measured ones.
+
+    A layer that keeps nothing took nothing, but would if it kept something: the prior's share, as the others keep theirs.
 
     Args:
         line: The prior, whose layers are those of `kept`, in order.
@@ -105,9 +111,15 @@ def measured(line: Line, seconds: Mapping[str, float], kept: Mapping[str, int]) 
     if not all(seconds.get(name, 0.0) > 0.0 for name, count in kept.items() if count):
         return line
     total = sum(seconds[name] for name, count in kept.items() if count)
+    foreseen = sum(t * count for t, count in zip(line.weights, kept.values(), strict=True))
+    if not total or not foreseen:
+        return line
     share = OVERHEAD / (1.0 + OVERHEAD)
-    each = tuple((1.0 - share) * seconds[name] / count if count else 0.0 for name, count in kept.items())
-    return Line(share * total, each) if total else line
+    took = (
+        seconds[name] / count if count else t * total / foreseen
+        for t, (name, count) in zip(line.weights, kept.items(), strict=True)
+    )
+    return Line(share * total, tuple((1.0 - share) * t for t in took))
 
 
 def nnls(matrix: Matrix, target: Matrix) -> Matrix:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from coordinator.algorithms import prunefl
@@ -50,6 +53,17 @@ def test_a_link_makes_weights_dearer():
         ends.append(prunefl.close(state, [answer(state, z="random")]))
     assert density(ends[1].masks) < density(ends[0].masks)
     assert ends[1].scalars["prunefl"]["history"][0]["seconds"][0][1:] == pytest.approx([5e-4 + 8e-4] * 3)
+
+
+def test_a_layer_that_keeps_nothing_does_not_grow_for_nothing():
+    state = start(stages="further", every=1.0, time="fit", prunable=0.9)
+    masks = {name: np.ones(state.weights[name].shape, bool) for name in NAMES}
+    masks["c.weight"][:] = False
+    state, _ = planned(dataclasses.replace(state, masks=masks), 1)
+    z = {name: np.full(state.weights[name].size, 0.01 if name == "c.weight" else 9.0, np.float32) for name in NAMES}
+    state = prunefl.close(state, [answer(state, z=z, took=(1.0, 0.0), **{f"seconds.{n}": 0.1 for n in NAMES[1:]})])
+    assert state.scalars["prunefl"]["layers"]["kept"] == [0, 648, 48]
+    assert state.scalars["prunefl"]["history"][0]["layers"]["c.weight"] == 0.0
 
 
 def test_turns_that_are_mostly_transfers_make_weights_dearer():

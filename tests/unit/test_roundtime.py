@@ -107,6 +107,23 @@ def test_a_round_is_as_long_as_the_slowest_turn_or_every_device_has_its_line():
     assert len(many["seen"]) == SEEN
 
 
+def test_layers_share_time_as_the_devices_in_the_middle_say():
+    shares = ((0.1, 0.6, 0.3), (0.2, 0.5, 0.3), (0.7, 0.2, 0.1))
+    told = [
+        Took(name, speed, -1.0, 0.0, {n: speed * share for n, share in zip(NAMES, parts, strict=True)})
+        for name, speed, parts in zip("abc", (1.0, 8.0, 2.0), shares, strict=True)
+    ]
+    part = Took("d", 1.0, -1.0, 0.0, {**UNTIMED, "c.weight": 9.0})
+    memo = remembered(SPEC, params(), NOTHING, SIZES, [*told, part])
+    assert memo["layers"]["seconds"] == pytest.approx(dict(zip(NAMES, (2 * 0.2, 2 * 0.5, 2 * 0.3), strict=True)))
+    assert memo["layers"]["kept"] == list(SIZES)
+    assert remembered(SPEC, params(), memo, SIZES, [part])["layers"] == memo["layers"], "nobody timed all of them"
+    part = Took("d", 1.0, -1.0, 0.0, {**UNTIMED, "c.weight": 9.0, "f.weight": 1.0})
+    assert remembered(SPEC, params(), memo, (54, 648, 0), [part])["layers"]["seconds"] == pytest.approx(
+        {"c.weight": 9.0, "f.weight": 1.0}
+    )
+
+
 def test_what_an_answer_says_of_time():
     extras = {"c.weight": (np.arange(54), np.ones(54, np.float32)), "f.weight": (np.arange(8), np.ones(8, np.float32))}
     metrics = {f"theta.{name}": 0.0 for name in NAMES} | {"seconds.c.weight": 2.0}
