@@ -108,6 +108,9 @@ _CHOICES = {
 _HISTORY, _LINES = 12, 4
 """Reconfigurations whose facts are remembered, and kinds of devices in each of them."""
 
+_STARTS = 3
+"""Kinds of devices, the slowest, from whose best set the search for all of them begins."""
+
 _PATIENCE = 3
 """Orders of initial pruning that a device may leave unanswered before another one is asked."""
 
@@ -334,8 +337,8 @@ def _choice(
 ) -> tuple[Chosen, int]:
     """Choose, and count what is not certain: nothing where all was told, and -1 where else nothing is known about that."""
     whole = all(heard.upper[name] is lower for name, lower in heard.lower.items())
-    starts = []
-    for line in lines:
+    starts, always = [], [int(np.count_nonzero(layer.fixed)) for layer in layers]
+    for line in sorted(lines, key=lambda one: -one.seconds(always))[:_STARTS]:
         timed = [dataclasses.replace(layer, seconds=t) for layer, t in zip(layers, line.weights, strict=True)]
         base = Base(line.constant, heard.rest)
         chosen = stopped(timed, base, most) if stops else solve(timed, base, most)

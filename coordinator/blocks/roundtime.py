@@ -103,13 +103,13 @@ def _middle(kept: Mapping[str, int], turns: Sequence[Took]) -> dict[str, float]:
 
 
 def lines(spec: ModelSpec, params: Params, memo: Mapping[str, Any]) -> tuple[tuple[Line, ...], float]:
-    """Give the seconds of a round, a line for each kind of device, and R squared (the mean over lines)."""
+    """Give the seconds of a round, a line for each kind of device that may be slowest, and R squared (the mean over all)."""
     names, recipe = maskable(spec), recipe_of(params)
     steps, link = recipe.steps or recipe.epochs, float(params["link"])
     each = _BYTES / link if link else 0.0
     if params["time"] not in ("fit", "fit devices"):
         given = timecost.read(str(params["time"]), len(names))
-        return tuple(line.scaled(steps, each) for line in given), 0.0
+        return timecost.undominated([line.scaled(steps, each) for line in given]), 0.0
     prior = timecost.arithmetic(spec, names).scaled(6.0 * recipe.batch * steps / _SPEED)
     if memo["layers"]:
         known = memo["layers"]
@@ -124,7 +124,7 @@ def lines(spec: ModelSpec, params: Params, memo: Mapping[str, Any]) -> tuple[tup
             line, r2 = _with_transfers(line, r2, rows, _across(spec), trust)
         found.append(line)
         explained.append(r2)
-    return tuple(found), sum(explained) / len(explained)
+    return timecost.undominated(found), sum(explained) / len(explained)
 
 
 def _with_transfers(

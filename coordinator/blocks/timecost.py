@@ -55,6 +55,18 @@ def slowest(lines: Sequence[Line], kept: Sequence[int]) -> float:
     return max(line.seconds(kept) for line in lines)
 
 
+def undominated(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Give the lines that may be the slowest for some masks, the largest sum of coefficients first.
+
+    A line is left out if another has every coefficient at least as large; of equal ones one stays. Cost: quadratic in lines.
+    """
+    found: list[tuple[float, ...]] = []
+    for line in sorted(((line.constant, *line.weights) for line in lines), key=lambda one: (-sum(one), one)):
+        if not any(all(a >= b for a, b in zip(other, line, strict=True)) for other in found):
+            found.append(line)
+    return tuple(Line(constant, tuple(weights)) for constant, *weights in found)
+
+
 def read(text: str, layers: int) -> tuple[Line, ...]:
     """Read coefficients: ``c t1 t2 ...``, and after a semicolon those of another kind of device.
 

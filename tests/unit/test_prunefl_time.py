@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from coordinator.algorithms import prunefl
+from coordinator.blocks.importance import climb, solve
 from coordinator.blocks.masks import density
 from tests.support.prunefl import NAMES, answer, planned, start
 
@@ -29,7 +30,7 @@ def test_the_time_model_is_learnt_from_rounds(time_model):
         state = prunefl.close(state, told)
     fact = state.scalars["prunefl"]["history"][-1]
     assert fact["r2"] > 0.99
-    assert len(fact["seconds"]) == (1 if time_model == "fit" else 2)
+    assert len(fact["seconds"]) == 1, "the device that is faster at everything does not matter"
     kept = [100, 20, 40]
     constant, *each = fact["seconds"][0]
     wanted = 0.5 + 0.1 + 2e-4 * 20 + 5e-4 * 40
@@ -43,6 +44,20 @@ def test_slow_devices_of_another_kind_are_algorithm_3s():
     state = prunefl.close(state, [answer(state, z="random")])
     fact = state.scalars["prunefl"]["history"][-1]
     assert (fact["undecided"], len(fact["seconds"])) == (0, 2)
+
+
+def test_many_kinds_of_devices_take_few_searches(monkeypatch):
+    asked, searched = [], []
+    rng = np.random.default_rng(3)
+    lines = [f"1 {a:.6f} {(1 - a) ** 2:.6f} {0.01 + a * (1 - a):.6f}" for a in rng.random(60)]
+    state = start(stages="further", every=1.0, time=";".join([*lines, "1 0 0 0"]))
+    monkeypatch.setattr(prunefl, "solve", lambda *told: (asked.append(told[1].seconds), solve(*told))[1])
+    monkeypatch.setattr(prunefl, "climb", lambda *told: (searched.append(told), climb(*told))[1])
+    state, _ = planned(state, 1)
+    state = prunefl.close(state, [answer(state, z="random")])
+    assert len(asked) == len(searched) == 3
+    clock = searched[0][1]
+    assert clock([1, 1, 1]) == pytest.approx(max(5 * sum(map(float, line.split())) for line in lines))
 
 
 def test_a_link_makes_weights_dearer():

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.blocks.timecost import OVERHEAD, Line, arithmetic, fit, measured, nnls, r_squared, read, slowest
+from coordinator.blocks.timecost import (
+    OVERHEAD,
+    Line,
+    arithmetic,
+    fit,
+    measured,
+    nnls,
+    r_squared,
+    read,
+    slowest,
+    undominated,
+)
 from tests.support.models import small_cnn
 from wire.errors import ConfigError
 from wire.spec import Axis, AxisGroup, ModelSpec, Node, TensorSpec, check
@@ -57,6 +68,20 @@ def test_lines_are_read_scaled_and_compared():
     for wrong in ("", "1 2", "1 -2 3", "0 0 0", "1 nan 1", "1 2 3;", "fast"):
         with pytest.raises(ConfigError, match="time"):
             read(wrong, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 12), layers=st.integers(1, 3))
+def test_lines_that_another_dominates_never_decide(seed, count, layers):
+    rng = np.random.default_rng(seed)
+    lines = [Line(float(c), tuple(map(float, t))) for c, *t in rng.integers(0, 5, (count, layers + 1))]
+    found = undominated(lines)
+    for kept in rng.integers(0, 1000, (20, layers)):
+        assert slowest(found, kept) == slowest(lines, kept)
+    for line in found:
+        others = [(other.constant, *other.weights) for other in found if other is not line]
+        assert line in lines
+        assert not any(np.greater_equal(other, (line.constant, *line.weights)).all() for other in others)
 
 
 def test_the_prior_counts_multiplications():
