@@ -196,6 +196,32 @@ def test_who_tells_nothing_does_not_calm_the_initial_stage():
     assert state.scalars["prunefl"]["calm"] == 0
 
 
+def pruned(state, before):
+    return [int(np.count_nonzero(before[n])) - int(np.count_nonzero(state.masks[n])) for n in NAMES]
+
+
+@pytest.mark.parametrize(("half_life", "share"), [(10000.0, 0.15), (1e12, 0.3), (5000.0, 0.075)])
+def test_what_may_be_pruned_halves_in_every_half_life(half_life, share):
+    state = start(stages="further", every=1.0, half_life=half_life, time="1 1 1 1")
+    state, _ = planned(state, 10000)
+    whole = {name: np.ones(state.weights[name].shape, bool) for name in NAMES}
+    z = {name: np.zeros(state.weights[name].size, np.float32) for name in NAMES}  # nothing is worth its time
+    state = prunefl.close(state, [answer(state, z=z)])
+    assert pruned(state, whole) == [int(share * whole[name].size) for name in NAMES]
+
+
+@pytest.mark.parametrize("prunable", [0.3, 0.6])
+def test_what_initial_pruning_may_prune_does_not_fall(prunable):
+    state = start(initial__start=0.0, initial__prunable=prunable, initial__calm=9.0, half_life=1.0, time="1 1 1 1")
+    before = {name: np.ones(state.weights[name].shape, bool) for name in NAMES}
+    for number in (1, 40):
+        state, (draft,) = planned(state, number)
+        z = {name: np.zeros(state.weights[name].size, np.float32) for name in NAMES}
+        state = prunefl.close(state, [answer(state, draft.device, z=z)])
+        assert pruned(state, before) == [int(prunable * np.count_nonzero(before[name])) for name in NAMES]
+        before = state.masks
+
+
 @pytest.mark.parametrize("regrow", ["yes", "no"])
 def test_initial_may_regrow_or_only_shrink(regrow):
     state = start(initial__start=0.0, initial__regrow=regrow, initial__calm=9.0, time="1 0.01 0.01 0.01")
