@@ -256,7 +256,9 @@ def _further(state: State, recipe: Recipe) -> Recipe:
 
 def _importance(state: State, recipe: Recipe, *, send: bool, **knobs: float) -> Recipe:
     """Ask for importance along with training (rule `importance`)."""
-    knobs |= {"send": float(send), "gradients": float(not state.masks)}
+    names = maskable(state.spec)
+    more = any(node.params and node.params.get("weight") not in names for node in state.spec.nodes)  # such as norms
+    knobs |= {"send": float(send), "gradients": float(more or not state.masks)}
     if send:
         knobs |= {f"top.{name}": float(count) for name, count in _tops(state).items()}
     knobs = {name: value for name, value in knobs.items() if value}

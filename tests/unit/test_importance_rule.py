@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import Choice
+from edge_runtime.engines import Choice, Update
 from edge_runtime.kernels.choose import Layer, Timing
 from edge_runtime.rules import importance, sgd
 from tests.support.engines import make as MAKE
+from tests.support.exact import Exact
 from tests.support.models import batch, random_arrays, small_cnn
+from tests.support.sequences import attended, normed
 from wire import memory
 from wire.errors import NonFinite, SpecError
 from wire.masked import maskable
@@ -114,6 +116,38 @@ def test_a_model_without_masks_tells_the_same(window, micro):
     assert unclipped.metrics["rest"] == pytest.approx(rest, rel=1e-3)
     with pytest.raises(SpecError, match="gradients"):
         trained(recipe())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("spec", [normed(), attended()], ids=lambda spec: spec.name)
+def test_norms_and_layers_that_cannot_be_masked_count_with_what_is_never_pruned(spec, whole):
+    names, how = maskable(spec), recipe(knobs={"send": 1.0, "window": 1.0, "gradients": 1.0}, rate=0.1)
+    weights, (x, y) = random_arrays(spec, Structure(), 3), batch(spec, 10)
+    weights |= {tensor.name: np.ones_like(weights[tensor.name]) for tensor in spec.tensors if tensor.init == "ones"}
+    rng = np.random.default_rng(5)
+    masks = {} if whole else {name: rng.random(weights[name].shape) < 0.6 for name in names}
+    engine = MAKE()
+    engine.load(
+        spec, Structure(), {n: array.copy() for n, array in weights.items()}, masks, Choice(ways={"": "sparse"})
+    )
+    result = importance.train(rules.Task(how, engine, x, y, 2, how.batch, lambda *_: None, masks))
+    exact = Exact(spec, Structure(), weights, masks)
+    z, rest, order, rng = dict.fromkeys(names, 0.0), 0.0, [], np.random.default_rng([how.seed, 2])
+    for _ in range(how.steps):
+        order = order or list(np.array_split(rng.permutation(10), [4, 8]))
+        rows = order.pop(0)
+        exact.forward_backward(x[rows], y[rows])
+        for name in exact.grads():
+            square = exact.params[name].grad.numpy() ** 2
+            if name in z:
+                z[name] = z[name] + square
+            else:
+                rest += square.sum()
+        exact.move(Update(how.rate, 0.0, 0.0))
+    assert set(result.extras) == set(names), "what cannot be masked is told of no more"
+    for name in names:
+        np.testing.assert_allclose(result.extras[name].values.reshape(z[name].shape), z[name], rtol=2e-3, atol=1e-5)
+    assert result.metrics["rest"] == pytest.approx(rest, rel=1e-3)
 
 
 @pytest.mark.parametrize("last", [1, 2, 5, 9])

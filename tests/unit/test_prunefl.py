@@ -15,6 +15,7 @@ from coordinator.blocks.importance import Base, Layer, solve
 from coordinator.blocks.masks import density
 from tests.support.models import random_arrays
 from tests.support.prunefl import DEVICES, NAMES, SPEC, answer, planned, start
+from tests.support.sequences import normed
 from wire import zoo
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
@@ -120,6 +121,17 @@ def test_masked_rounds_are_fedavg_of_the_masked_model_to_the_bit():
     )
     for name, array in plain.weights.items():
         assert after.weights[name].tobytes() == array.tobytes()
+
+
+def test_gradients_are_held_where_more_than_masked_layers_learns():
+    for spec, held in ((SPEC, False), (normed(), True)):
+        state = prunefl.init(spec, random_arrays(spec, Structure(), 9), {"stages": "further", "every": 1.0})
+        masks = {
+            name: np.arange(state.weights[name].size).reshape(state.weights[name].shape) % 2 > 0
+            for name in maskable(spec)
+        }
+        state, drafts = prunefl.plan(dataclasses.replace(state, masks=masks), 1, DEVICES, rng_of(0, 1))
+        assert [draft.recipe.knobs.get("gradients", 0.0) for draft in drafts] == [float(held)] * 2
 
 
 def test_initial_starts_with_accuracy_and_stops_when_the_density_is_calm():
