@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import Algorithm, DeviceView, Draft, Floats, State, rng_of
-from coordinator.algorithms import by_name
+from coordinator.algorithms import by_name, wanted_by
 from coordinator.answers import Answers
 from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
@@ -36,7 +36,7 @@ from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
 from wire.masks import unpacked
 from wire.messages import BlobRef, Order, Recipe, Reply
 from wire.norms import OWN
-from wire.schema import Name, Natural
+from wire.schema import Amount, Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
 
@@ -53,11 +53,12 @@ class Task:
         recipe: The operator's changes to its recipe.
         seed: Of the run.
         state: Digest of the state to go on from; empty at the very start.
-        closing: Whether a round is to be closed.
-        replies: Its counted replies.
+        replies: Counted replies of the round that is to be closed; none when there is no such round.
         round: Number of the round to plan.
-        devices: Whom to plan it for; none to rank and encode the weights only.
+        devices: Whom to plan it for; none to rank and encode the weights only. With an algorithm that has ``wanted`` all that
+            are known, those among them that were drawn being marked.
         weights: Digest of what to start from (see `coordinator.weights`); empty for weights by chance.
+        turns: Device to the seconds from the issue of the closed round to its reply; who is missing here is not known.
     """
 
     spool: str
@@ -67,11 +68,16 @@ class Task:
     recipe: Mapping[Name, float | str]
     seed: Natural
     state: str
-    closing: bool
     replies: tuple[Reply, ...]
     round: Natural
     devices: tuple[DeviceView, ...]
     weights: str = ""
+    turns: Mapping[Name, Amount] = field(default_factory=dict)
+
+    @property
+    def closing(self) -> bool:
+        """Whether a round is to be closed: one that closes has a reply."""
+        return bool(self.replies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +190,10 @@ def advance(task: Task) -> Outcome:
         state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
         note = norms.advice(state)
     if task.closing:
-        state, note = _closed(
-            algorithm, state, Answers(spool, spec, task.replies, held_by(spec, state), sizes_of(spec, state))
-        )
+        held, sizes = held_by(spec, state), sizes_of(spec, state)
+        state, note = _closed(algorithm, state, Answers(spool, spec, task.replies, held, sizes, task.turns))
         facts = facts_of(algorithm, state)
-    state, drafts = algorithm.plan(state, task.round, task.devices, rng_of(task.seed, task.round))
+    state, drafts = algorithm.plan(state, task.round, _asked(task, state), rng_of(task.seed, task.round))
     outcome = Outcome(save_state(spool, state).digest, tuple(drafts), note=note, facts=facts)
     if state.mask_levels:
         structures = structures_of(state)
@@ -197,6 +202,13 @@ def advance(task: Task) -> Outcome:
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
     return dataclasses.replace(outcome, shells=shells, shell_of=shell_of, structures=structures, masks=masks)
+
+
+def _asked(task: Task, state: State) -> tuple[DeviceView, ...]:
+    """Give the devices that were drawn, and those that the algorithm wants."""
+    wanted = wanted_by(task.algo)
+    names = wanted(state) if wanted is not None else ()
+    return tuple(device for device in task.devices if device.drawn or device.name in names)
 
 
 def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State, str]:

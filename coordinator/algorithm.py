@@ -81,6 +81,7 @@ class DeviceView:
         seconds_turn: From the issue of that order to the answer's arrival: both transfers and the work. Measured likewise. 0
             when that is not known: it never answered, or the coordinator was started anew in between.
         engines: Engines that it may train on, the best first; empty for torch.
+        drawn: Whether it was selected for this round. One that was not is asked only by an algorithm that wants it.
     """
 
     name: Name
@@ -90,6 +91,7 @@ class DeviceView:
     seconds: Amount = 0.0
     seconds_turn: Amount = 0.0
     engines: Annotated[tuple[Name, ...], Limit(0, 8)] = ()
+    drawn: bool = True
 
     @property
     def means(self) -> Means:
@@ -97,7 +99,7 @@ class DeviceView:
         return Means(self.bytes_budget, self.memory_scale, self.engines)
 
     @staticmethod
-    def of(device: Device) -> DeviceView:
+    def of(device: Device, *, drawn: bool = True) -> DeviceView:
         """Take a view of a device of the fleet."""
         return DeviceView(
             name=device.name,
@@ -107,6 +109,7 @@ class DeviceView:
             seconds=0.0 if device.usage is None else device.usage.seconds,
             seconds_turn=device.seconds_turn,
             engines=() if device.caps is None else device.caps.engines,
+            drawn=drawn,
         )
 
 
@@ -145,6 +148,7 @@ class Answer:
         extras: What the rule tells beside the update (importance, saliency), by name of the tensor that it is about:
             positions in C order, ascending, and the values there.
         norms: What an order to calibrate has observed, as ``CAPACITY/TENSOR``: compact, of that capacity, in wire order.
+        seconds_turn: From the order's issue to this answer's arrival, as in `DeviceView`; 0 where that is not known.
     """
 
     device: str
@@ -156,6 +160,7 @@ class Answer:
     sent: Masks = field(default_factory=dict)
     extras: Mapping[str, tuple[Places, Floats]] = field(default_factory=dict)
     norms: Arrays = field(default_factory=dict)
+    seconds_turn: float = 0.0
 
 
 class Answers(Protocol):
@@ -186,9 +191,11 @@ class About:
 class Algorithm(Protocol):
     """The three functions; a module in `coordinator.algorithms` has them and its parameters' defaults in ``PARAMS``.
 
-    It may have a fourth, ``facts(state) -> Mapping[str, float]``: a few numbers that are worth reading after a round, such as
+    It may have two more. ``facts(state) -> Mapping[str, float]``: a few numbers that are worth reading after a round, such as
     how well a fit explains what was measured. They go into the journal with the closed round and into the points of a curve;
-    nothing else depends on them (`coordinator.facts`). Densities of masks are told for every algorithm.
+    nothing else depends on them (`coordinator.facts`). Densities of masks are told for every algorithm. And
+    ``wanted(state) -> tuple[str, ...]``: names of devices that `plan` is to see in any case, drawn or not, and here or not. An
+    order to one that is away waits for it, until the round's time is over. The state is the one that `plan` is about to get.
     """
 
     @property
@@ -219,7 +226,7 @@ class Algorithm(Protocol):
         Args:
             state: After the last close.
             round_number: From 1.
-            devices: Who is here and was selected, by name.
+            devices: Who is here and was selected, and who was wanted as far as such a device is known, by name.
             rng: Of this run's seed and this round.
         """
 

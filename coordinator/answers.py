@@ -46,6 +46,7 @@ class Answers:
         replies: Of the round.
         held: The masks that all of them are about.
         sizes: With nested masks: by the digest that a reply's structure names, those that it is about instead.
+        turns: Device to `coordinator.algorithm.Answer.seconds_turn`, where that is known.
     """
 
     spool: Spool
@@ -53,6 +54,7 @@ class Answers:
     replies: tuple[Reply, ...]
     held: Held = WHOLE
     sizes: Mapping[str, Held] = field(default_factory=dict)
+    turns: Mapping[str, float] = field(default_factory=dict)
     _open: dict[tuple[str, str], _Read] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Answer]:
@@ -73,6 +75,7 @@ class Answers:
             sent=read.sent,
             extras=read.extras,
             norms=read.norms,
+            seconds_turn=self.turns.get(reply.device, 0.0),
         )
 
     def _read(self, ref: BlobRef, about: str) -> _Read:

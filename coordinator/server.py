@@ -108,8 +108,6 @@ class Server:
                 self._measured(self._evaluator.take(event))
             case Said() | Ended():
                 self._outcome(self._steps.take(event))
-            case _:
-                pass
 
     def _message(self, message: link.Message) -> None:
         place = topics.parse(message.topic)
@@ -242,11 +240,11 @@ class Server:
         now = time.monotonic()
         if self._mail.is_up:
             self._fleet, lost = self._fleet.expire(now, self._config.round.keepalive)
-            for event in lost:
-                self._say(f"device {event.device} has fallen silent")
-                self._happen(event)
-        for refused in departed(self._round, self._mail.hears):
-            self._happen(refused)
+            for silent in lost:
+                self._say(f"device {silent.device} has fallen silent")
+                self._happen(silent)
+        for gone in departed(self._round, self._mail.hears):
+            self._happen(gone)
         if self._round is not None and now >= self._pace.deadline:
             self._pace.deadline = float("inf")
             self._happen(ev.Deadline(now))

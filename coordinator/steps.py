@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from coordinator.advance import Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView
+from coordinator.algorithms import wanted_by
 from coordinator.config import Config
 from coordinator.fleet import Fleet
 from coordinator.journal import Journal
@@ -116,6 +117,8 @@ class Steps:
         enough = len(here) >= config.round.devices and number <= config.rounds
         draw = self._vain[1] if self._vain[0] == number else 0
         names = choose(config.round.select, [d.name for d in here], seed=config.seed, round_number=number, draw=draw)
+        replies = current.replies if closing and current is not None else ()
+        known = (fleet.devices.get(reply.device) for reply in replies)
         return Task(
             spool=str(self._store.spool.root),
             spec=self._store.spec_ref.digest,
@@ -124,11 +127,11 @@ class Steps:
             recipe=config.recipe,
             seed=config.seed,
             state=standing.state,
-            closing=closing,
-            replies=current.replies if closing and current is not None else (),
+            replies=replies,
             round=number,
-            devices=tuple(DeviceView.of(d) for d in here if d.name in set(names)) if enough else (),
+            devices=_views(fleet, set(names), config.algo) if enough and names else (),
             weights=self._store.weights,
+            turns={device.name: device.seconds_turn for device in known if device is not None},
         )
 
     def _ended(self, task: Task, outcome: Outcome) -> Step:
@@ -137,6 +140,14 @@ class Steps:
         if task.devices and not outcome.drafts:  # others may hold a part of the model
             self._vain = (task.round, self._vain[1] + 1 if self._vain[0] == task.round else 1)
         return task, outcome
+
+
+def _views(fleet: Fleet, drawn: set[str], algo: str) -> tuple[DeviceView, ...]:
+    """Give the devices that were drawn, and where the algorithm may want others all that ever said what they bring."""
+    if wanted_by(algo) is None:
+        return tuple(DeviceView.of(device) for device in fleet.online() if device.name in drawn)
+    known = sorted((d for d in fleet.devices.values() if d.caps is not None), key=lambda d: d.name)
+    return tuple(DeviceView.of(device, drawn=device.name in drawn) for device in known)
 
 
 def orders_of(config: Config, store: Store, run: str, step: Step) -> tuple[Order, ...]:

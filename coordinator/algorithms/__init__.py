@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
-from coordinator.algorithm import Algorithm
+from coordinator.algorithm import Algorithm, State
 from wire.errors import ConfigError
 
 ALGORITHMS: dict[str, str] = {
@@ -45,6 +46,11 @@ def by_name(name: str) -> Algorithm:
         ConfigError: There is none of that name.
     """
     return cast("Algorithm", _module(name))
+
+
+def wanted_by(name: str) -> Callable[[State], tuple[str, ...]] | None:
+    """Give an algorithm's ``wanted`` (see `coordinator.algorithm.Algorithm`); None for most, who ask whoever was drawn."""
+    return getattr(_module(name), "wanted", None)
 
 
 def describe() -> dict[str, dict[str, Any]]:

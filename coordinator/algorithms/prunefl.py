@@ -5,7 +5,8 @@ Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Device
 * *Initial pruning*: one device trains alone on a few of its samples (`initial.samples`), an order being the `initial.passes`
   over them between two reconfigurations, at most `initial.rounds` orders. Reconfiguring starts once the accuracy there is
   `initial.start` times chance, and the stage ends when `initial.calm` of them in a row have moved the density by at most
-  `initial.stop` of itself. The device is the same as long as it is among those that were selected, and answers.
+  `initial.stop` of itself. The device stays the same whoever else is drawn, unless it leaves three orders in a row unanswered;
+  one that is away is waited for.
 * *Further pruning*: federated averaging of the masked model, reconfigured every `every` rounds. `stages` has the ablation.
 
 A reconfiguration keeps what maximises importance per second (`coordinator.blocks.importance`), among the weights that are not
@@ -14,15 +15,17 @@ change at no other time, so that between two of them values alone travel.
 
 * `window`: ``all_rounds``, devices sum squared gradients after every local step and keep the sums; or
   ``reconfiguration_round``, only the (last `last`) steps of that round count, and no device ever holds a dense vector.
-* `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor, and a bound on
-  the rest, from which follows how many choices are not certain; if that is more than `doubt` of what is kept, they tell twice
-  as many the next time. The mask is the one of the lower bounds. All, where that were a quarter. Or ``dense``.
+* `importance`: ``top``, devices tell their largest values only, `top` times as many as are kept of a tensor (all, where that
+  were a quarter), and a bound on the rest, from which follows how many choices are not certain. Are these more than `doubt`
+  of what would be kept, nothing changes, and the next round asks for twice as many: with 0 every mask is the one that all
+  importance gives. Or ``dense``, as it is wherever nothing follows: with ``cap = stop`` and more than one line of `time`.
 * `target`: at most this density, from `target.from` in a straight line over the fraction `ramp` of `horizon` rounds; 0 for
   none. `cap`: ``exact``, or ``stop`` for the paper's sorted pass that ends early. Where the cap falls faster than weights may
   be pruned, more may be. The round in which it gets there reconfigures too.
-* `time`: ``fit``, learnt from the seconds of all rounds so far; ``fit devices``, a line for every device, a round taking as
-  long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2 ...``, and after semicolons those of slower
-  devices. `link`: bytes per second by which 8 bytes for every kept weight are charged as well; 0 for not at all.
+* `time`: ``fit``, learnt from all rounds so far, training and transfers (`coordinator.blocks.roundtime`); ``fit devices``, a
+  line for every device, a round taking as long as the slowest (algorithm 3); or the seconds of a step themselves, ``c t1 t2
+  ...``, and after semicolons those of slower devices. `link`: bytes per second by which 8 bytes for every kept weight are
+  charged beside the training, instead of what transfers took; with 0 nothing is added to what was measured or given.
 * `regrown`: ``zero``, or ``stale`` for the value from before pruning (public code). `initial.regrow`: ``yes``; or ``no``, as
   the public code does, where initial pruning only shrinks.
 """
@@ -38,8 +41,8 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
-from coordinator.blocks import timecost
-from coordinator.blocks.drafts import drafted
+from coordinator.blocks import roundtime, timecost
+from coordinator.blocks.drafts import drafted, ranked_from
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
 from coordinator.blocks.masks import densities, density, masked_mean, masked_weights, top_global
@@ -71,7 +74,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "last": 0.0,
         "importance": "top",
         "top": 1.0,
-        "doubt": 0.01,
+        "doubt": 0.0,
         "target": 0.0,
         "target.from": 1.0,
         "horizon": 200.0,
@@ -102,17 +105,14 @@ _CHOICES = {
     "cap": ("exact", "stop"),
     "regrown": ("zero", "stale"),
 }
-_SEEN = 200
-"""Measured rounds (or with ``fit devices`` answers) that are remembered."""
-
 _HISTORY, _LINES = 12, 4
 """Reconfigurations whose facts are remembered, and kinds of devices in each of them."""
 
+_STARTS = 3
+"""Kinds of devices, the slowest, from whose best set the search for all of them begins."""
+
 _PATIENCE = 3
 """Orders of initial pruning that a device may leave unanswered before another one is asked."""
-
-_SPEED = 4e9
-"""Operations per second that the prior assumes until a round was measured; it matters beside a known `link` alone."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -157,7 +157,7 @@ def plan(
         return state, drafted(state.spec, structure, recipe, devices, rng)
     recipe = _importance(state, recipe, send=True, window=1.0, measure=1.0, samples=float(params["initial.samples"]))
     recipe = dataclasses.replace(recipe, epochs=int(params["initial.passes"]), steps=0)
-    for device in _candidates(devices, memo["client"], passed_over=memo["unanswered"] >= _PATIENCE):
+    for device in ranked_from(devices, memo["client"], after=memo["unanswered"] >= _PATIENCE):
         drafts = drafted(state.spec, structure, recipe, (device,), rng)
         if drafts:
             before = memo["unanswered"] if device.name == memo["client"] else 0
@@ -165,12 +165,10 @@ def plan(
     return state, ()
 
 
-def _candidates(devices: tuple[DeviceView, ...], client: str, *, passed_over: bool) -> list[DeviceView]:
-    """Rank devices for initial pruning: most samples first, but from the client on, or from the one after it."""
-    ranked = sorted(devices, key=lambda d: (-d.samples, d.name))
-    names = [device.name for device in ranked]
-    first = names.index(client) + passed_over if client in names else 0
-    return ranked[first:] + ranked[:first]
+def wanted(state: State) -> tuple[str, ...]:
+    """See `coordinator.algorithm.Algorithm`: the device of initial pruning, once there is one."""
+    memo = state.scalars["prunefl"]
+    return (memo["client"],) if memo["stage"] == "initial" and memo["client"] else ()
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -181,18 +179,20 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is about other masks.
     """
-    structure, notes = _structure(state), []
+    structure, turns, accuracy = _structure(state), [], 0.0
     for answer in answers:
         if answer.structure != structure:
             raise Malformed(f"{answer.device} answers with another part of the model than it was asked for")
         if answer.samples:
-            notes.append(dataclasses.replace(answer, update={}, sent={}, extras={}))
-    if not notes:
+            turns.append(roundtime.took(state.spec, answer, _shortened(state, answer.samples)))
+            accuracy = answer.metrics.get("accuracy.train", 0.0)
+    if not turns:
         return state
-    state = _timed(dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers)), notes)
-    params = state.scalars["params"]
-    if state.scalars["prunefl"]["stage"] == "initial":
-        return _initial(state, notes[0].metrics.get("accuracy.train", 0.0), answers)
+    params, memo = state.scalars["params"], state.scalars["prunefl"]
+    timed = roundtime.remembered(state.spec, params, memo, _kept(state), turns)
+    state = _noted(dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers)), **timed)
+    if memo["stage"] == "initial":
+        return _initial(state, accuracy, answers)
     if not _due(state):
         return state
     share = float(params["prunable"]) * 0.5 ** (state.round / float(params["half_life"]))
@@ -201,6 +201,22 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
 
 def _structure(state: State) -> Structure:
     return masked(state.masks) if state.masks else Structure()
+
+
+def _kept(state: State) -> list[int]:
+    """Count what is kept of each layer."""
+    masks, names = state.masks, maskable(state.spec)
+    return [int(np.count_nonzero(masks[n])) if n in masks else state.weights[n].size for n in names]
+
+
+def _shortened(state: State, samples: int) -> float:
+    """Give the steps of a round of further pruning over those of this round's order, at a device of so many samples."""
+    params, recipe = state.scalars["params"], recipe_of(state.scalars["params"])
+    if state.scalars["prunefl"]["stage"] != "initial":
+        return 1.0
+    few = min(samples, int(params["initial.samples"]) or samples)
+    made = int(params["initial.passes"]) * -(-few // recipe.batch)
+    return (recipe.steps or recipe.epochs * -(-samples // recipe.batch)) / made
 
 
 def _noted(state: State, **facts: Any) -> State:
@@ -235,15 +251,27 @@ def _further(state: State, recipe: Recipe) -> Recipe:
 
 def _importance(state: State, recipe: Recipe, *, send: bool, **knobs: float) -> Recipe:
     """Ask for importance along with training (rule `importance`)."""
-    params, memo = state.scalars["params"], state.scalars["prunefl"]
-    knobs |= {"send": float(send), "gradients": float(not state.masks)}
-    if send and params["importance"] == "top":
-        for name, mask in state.masks.items():
-            count = math.ceil(float(params["top"]) * memo["widen"] * int(np.count_nonzero(mask)))
-            if 4 * count < mask.size:  # beyond that to find them takes more memory than all do
-                knobs[f"top.{name}"] = float(max(1, count))
+    names = maskable(state.spec)
+    more = any(node.params and node.params.get("weight") not in names for node in state.spec.nodes)  # such as norms
+    knobs |= {"send": float(send), "gradients": float(more or not state.masks)}
+    if send:
+        knobs |= {f"top.{name}": float(count) for name, count in _tops(state).items()}
     knobs = {name: value for name, value in knobs.items() if value}
     return dataclasses.replace(recipe, rule="importance", knobs={**recipe.knobs, **knobs})
+
+
+def _tops(state: State) -> dict[str, int]:
+    """Give how many of the largest values are asked for, by tensor; of a tensor that is not named, all."""
+    params, widen = state.scalars["params"], state.scalars["prunefl"]["widen"]
+    several = params["time"] == "fit devices" or ";" in str(params["time"])
+    if params["importance"] == "dense" or params["cap"] == "stop" or several:
+        return {}
+    counts = {
+        name: math.ceil(float(params["top"]) * widen * max(1, int(np.count_nonzero(mask))))
+        for name, mask in state.masks.items()
+    }
+    # Beyond a quarter to find them takes more memory than all do.
+    return {name: count for name, count in counts.items() if 4 * count < state.masks[name].size}
 
 
 def _told(state: State, answers: Answers | Iterable[Answer]) -> Told:
@@ -268,11 +296,11 @@ def _initial(state: State, accuracy: float, answers: Answers | Iterable[Answer])
 
 
 def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> State:
-    """Decide on new masks; as it is, when nobody told anything."""
+    """Decide on new masks; as it is, when nobody told anything, or too little: then more is asked for the next time."""
     if not heard.devices:
         return state
     params = state.scalars["params"]
-    lines, explained = _lines(state)
+    lines, explained = roundtime.lines(state.spec, params, state.scalars["prunefl"])
     names, total = list(heard.lower), sum(line.size for line in heard.lower.values())
     kept = {
         n: state.masks[n].reshape(-1) if n in state.masks else np.ones(state.weights[n].size, np.bool_) for n in names
@@ -295,6 +323,8 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
     ]
     most = max(0, room - sum(int(np.count_nonzero(stays)) for stays in fixed)) if params["target"] else None
     chosen, doubtful = _choice(layers, heard, lines, most, stops=params["cap"] == "stop")
+    if doubtful > float(params["doubt"]) * sum(map(np.count_nonzero, chosen.masks)) and _tops(state):
+        return _noted(state, widen=2.0 * state.scalars["prunefl"]["widen"])
     masks = {n: mask.reshape(state.weights[n].shape) for n, mask in zip(names, chosen.masks, strict=True)}
     return _remembered(state, masks, chosen, doubtful, (lines, explained))
 
@@ -302,18 +332,20 @@ def _reconfigured(state: State, heard: Told, share: float, *, grows: bool) -> St
 def _choice(
     layers: list[Layer], heard: Told, lines: tuple[timecost.Line, ...], most: int | None, *, stops: bool
 ) -> tuple[Chosen, int]:
-    """Choose, and count what is not certain; -1 where nothing is known about that."""
-    starts = []
-    for line in lines:
+    """Choose, and count what is not certain: nothing where all was told, and -1 where else nothing is known about that."""
+    whole = all(heard.upper[name] is lower for name, lower in heard.lower.items())
+    starts, always = [], [int(np.count_nonzero(layer.fixed)) for layer in layers]
+    for line in sorted(lines, key=lambda one: -one.seconds(always))[:_STARTS]:
         timed = [dataclasses.replace(layer, seconds=t) for layer, t in zip(layers, line.weights, strict=True)]
         base = Base(line.constant, heard.rest)
         chosen = stopped(timed, base, most) if stops else solve(timed, base, most)
         if len(lines) == 1:
-            sure = -1 if stops else undecided(timed, list(heard.upper.values()), base, chosen, most)
-            return chosen, sure
+            if whole or stops:
+                return chosen, 0 if whole else -1
+            return chosen, undecided(timed, list(heard.upper.values()), base, chosen, most)
         starts.append([int(np.count_nonzero(mask & one.free)) for mask, one in zip(chosen.masks, layers, strict=True)])
     found = [climb(layers, lambda kept: timecost.slowest(lines, kept), heard.rest, most, start) for start in starts]
-    return max(found, key=lambda one: one.ratio), -1
+    return max(found, key=lambda one: one.ratio), 0 if whole else -1
 
 
 def _remembered(
@@ -322,77 +354,22 @@ def _remembered(
     """Put new masks into force and note what is to be told about them."""
     lines, explained = model
     params, memo = state.scalars["params"], state.scalars["prunefl"]
-    held = sum(int(np.count_nonzero(mask)) for mask in masks.values())
     fact = {"round": state.round, "density": density(masks), "layers": densities(masks), "gamma": chosen.ratio}
     fact |= {
         "undecided": doubtful,
         "r2": explained,
         "seconds": [[line.constant, *line.weights] for line in lines][:_LINES],
     }
-    widen = memo["widen"] * (2.0 if doubtful > float(params["doubt"]) * held else 1.0)
     state = _noted(
         state,
         last=state.round,
         reconfigured=memo["reconfigured"] + 1,
         certified=memo["certified"] + (doubtful == 0),
-        widen=widen,
         history=[*memo["history"], fact][-_HISTORY:],
     )
     weights = masked_weights(state.weights, masks) if params["regrown"] == "zero" else state.weights
     whole = all(mask.all() for mask in masks.values())
     return dataclasses.replace(state, masks={} if whole else masks, weights=weights)
-
-
-def _timed(state: State, answers: Iterable[Answer]) -> State:
-    """Remember how long this round took, as if it had had the steps of a round of further pruning."""
-    params, memo = state.scalars["params"], state.scalars["prunefl"]
-    recipe, took, layers = recipe_of(params), [], memo["layers"]
-    kept = [
-        int(np.count_nonzero(state.masks[n])) if n in state.masks else state.weights[n].size
-        for n in maskable(state.spec)
-    ]
-    for answer in answers:
-        per_pass = -(-answer.samples // recipe.batch)
-        steps = recipe.steps or recipe.epochs * per_pass
-        made = steps
-        if memo["stage"] == "initial":
-            few = min(answer.samples, int(params["initial.samples"]) or answer.samples)
-            made = int(params["initial.passes"]) * -(-few // recipe.batch)
-        if answer.usage.seconds > 0.0:
-            took.append((answer.device, answer.usage.seconds * steps / made))
-        told_seconds = {n: answer.metrics.get(f"seconds.{n}", 0.0) for n in maskable(state.spec)}
-        if all(told_seconds.values()):
-            layers = {"seconds": told_seconds, "kept": kept}
-    if params["time"] == "fit" and took:
-        took = [("", max(seconds for _, seconds in took))]
-    seen = [*memo["seen"], *([device, seconds, *kept] for device, seconds in took)][-_SEEN:]
-    return _noted(state, seen=seen, layers=layers) if params["time"] in ("fit", "fit devices") else state
-
-
-def _lines(state: State) -> tuple[tuple[timecost.Line, ...], float]:
-    """Give the seconds of a round, a line for each kind of device, and R squared (the mean over lines)."""
-    params, memo, names = state.scalars["params"], state.scalars["prunefl"], maskable(state.spec)
-    recipe = recipe_of(params)
-    steps, each = recipe.steps or recipe.epochs, _link(params)
-    if params["time"] not in ("fit", "fit devices"):
-        lines = timecost.read(str(params["time"]), len(names))
-        return tuple(line.scaled(steps, each) for line in lines), 0.0
-    prior = timecost.arithmetic(state.spec, names).scaled(6.0 * recipe.batch * steps / _SPEED)
-    if memo["layers"]:
-        known = memo["layers"]
-        prior = timecost.measured(prior, known["seconds"], dict(zip(names, known["kept"], strict=True)))
-    found, explained = [], []
-    for device in sorted({row[0] for row in memo["seen"]}) or [""]:
-        rows = [row for row in memo["seen"] if row[0] == device]
-        line, r2 = timecost.fit([row[2:] for row in rows], [row[1] for row in rows], prior, float(params["trust"]))
-        found.append(line.scaled(1.0, each))
-        explained.append(r2)
-    return tuple(found), sum(explained) / len(explained)
-
-
-def _link(params: Params) -> float:
-    """Give the seconds that a kept weight's value takes down and up again."""
-    return 8.0 / float(params["link"]) if params["link"] else 0.0
 
 
 def facts(state: State) -> Mapping[str, float]:

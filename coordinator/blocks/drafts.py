@@ -41,6 +41,20 @@ def drafted(
     return tuple(drafts)
 
 
+def ranked_from(devices: Sequence[DeviceView], name: str, *, after: bool) -> list[DeviceView]:
+    """Rank devices, those with most samples first, but from the one of this name on, or from the one after it.
+
+    Args:
+        devices: In any order.
+        name: Whoever has it begins, and those before it come last; if nobody has it, so does the first.
+        after: Let it be the very last.
+    """
+    ranked = sorted(devices, key=lambda d: (-d.samples, d.name))
+    names = [device.name for device in ranked]
+    first = names.index(name) + after if name in names else 0
+    return ranked[first:] + ranked[:first]
+
+
 def one_of(drafts: Sequence[Draft], round_number: int) -> tuple[Draft, ...]:
     """Ask one device alone: in round 1 the first, and in every round the next, so that none that fails holds up the run.
 

@@ -44,10 +44,28 @@ class Line:
         """Give ``factor`` times this, and `each` more for every weight and `more` for a round."""
         return Line(factor * self.constant + more, tuple(factor * t + each for t in self.weights))
 
+    def plus(self, other: Line) -> Line:
+        """Give the seconds of both, one after the other."""
+        return Line(
+            self.constant + other.constant, tuple(a + b for a, b in zip(self.weights, other.weights, strict=True))
+        )
+
 
 def slowest(lines: Sequence[Line], kept: Sequence[int]) -> float:
     """Give the seconds of the slowest: monotone, and with two or more lines no longer linear."""
     return max(line.seconds(kept) for line in lines)
+
+
+def undominated(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Give the lines that may be the slowest for some masks, the largest sum of coefficients first.
+
+    A line is left out if another has every coefficient at least as large; of equal ones one stays. Cost: quadratic in lines.
+    """
+    found: list[tuple[float, ...]] = []
+    for line in sorted(((line.constant, *line.weights) for line in lines), key=lambda one: (-sum(one), one)):
+        if not any(all(a >= b for a, b in zip(other, line, strict=True)) for other in found):
+            found.append(line)
+    return tuple(Line(constant, tuple(weights)) for constant, *weights in found)
 
 
 def read(text: str, layers: int) -> tuple[Line, ...]:
@@ -78,7 +96,7 @@ def read(text: str, layers: int) -> tuple[Line, ...]:
 def arithmetic(spec: ModelSpec, tensors: Sequence[str]) -> Line:
     """Give the prior: multiplications of a sample, by kept weight, and `OVERHEAD` of all; the unit is arbitrary.
 
-    A linear layer uses a weight once per sample, a convolution once per place of its output.
+    A linear layer uses a weight once for every step of its sample, a convolution once for every place of its output.
     """
     of = {layer.tensor: layer for layer in layers(spec, Structure())}
     full = sum(of[name].places * of[name].weights for name in tensors)
@@ -87,6 +105,8 @@ def arithmetic(spec: ModelSpec, tensors: Sequence[str]) -> Line:
 
 def measured(line: Line, seconds: Mapping[str, float], kept: Mapping[str, int]) -> Line:
     """Correct a prior by what layers took: where all of them have seconds, their shares are the measured ones.
+
+    A layer that keeps nothing took nothing, but would if it kept something: the prior's share, as the others keep theirs.
 
     Args:
         line: The prior, whose layers are those of `kept`, in order.
@@ -99,9 +119,15 @@ def measured(line: Line, seconds: Mapping[str, float], kept: Mapping[str, int]) 
     if not all(seconds.get(name, 0.0) > 0.0 for name, count in kept.items() if count):
         return line
     total = sum(seconds[name] for name, count in kept.items() if count)
+    foreseen = sum(t * count for t, count in zip(line.weights, kept.values(), strict=True))
+    if not total or not foreseen:
+        return line
     share = OVERHEAD / (1.0 + OVERHEAD)
-    each = tuple((1.0 - share) * seconds[name] / count if count else 0.0 for name, count in kept.items())
-    return Line(share * total, each) if total else line
+    took = (
+        seconds[name] / count if count else t * total / foreseen
+        for t, (name, count) in zip(line.weights, kept.items(), strict=True)
+    )
+    return Line(share * total, tuple((1.0 - share) * t for t in took))
 
 
 def nnls(matrix: Matrix, target: Matrix) -> Matrix:

@@ -21,6 +21,7 @@ from pathlib import Path
 from coordinator import journal
 from coordinator.advance import Head, Outcome, Task, advance, load_state, stored, structures_of
 from coordinator.algorithm import DeviceView, Draft
+from coordinator.algorithms import wanted_by
 from coordinator.answers import check_update
 from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
 from coordinator.select import choose
@@ -302,11 +303,12 @@ def _performed(
 
 def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Round | None) -> Outcome:
     """Close the round that has ended, if it is to be closed, and plan the next one."""
-    config, closing = world.config, ended is not None and ended.phase == "closed"
+    config, replies = world.config, ended.replies if ended is not None and ended.phase == "closed" else ()
     planned = outcome
     for draw in range(_DRAWS):  # of few devices that are drawn, perhaps none can hold what there is
         names = choose(config.terms.select, world.clients, seed=config.seed, round_number=number, draw=draw)
-        views = tuple(_view(world, name, log.seconds.get(name, (0.0, 0.0))) for name in names)
+        shown = names if wanted_by(config.algo) is None else sorted(world.clients)
+        views = tuple(_view(world, log, name, drawn=name in names) for name in shown)
         planned = advance(
             Task(
                 spool=str(world.spool.root),
@@ -316,11 +318,11 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
                 recipe={},
                 seed=config.seed,
                 state=outcome.state,
-                closing=closing,
-                replies=ended.replies if ended is not None and closing else (),
+                replies=replies,
                 round=number,
                 devices=views,
                 weights=log.weights,
+                turns={reply.device: log.seconds[reply.device][1] for reply in replies},
             )
         )
         if planned.drafts or len(names) == len(world.clients):
@@ -328,10 +330,11 @@ def _advanced(world: World, log: Log, outcome: Outcome, number: int, ended: Roun
     return planned
 
 
-def _view(world: World, name: str, seconds: tuple[float, float]) -> DeviceView:
-    client, (work, turn) = world.clients[name], seconds
+def _view(world: World, log: Log, name: str, *, drawn: bool) -> DeviceView:
+    client, (work, turn) = world.clients[name], log.seconds.get(name, (0.0, 0.0))
     samples, engines = len(client.data.train[0]), (world.config.engine,)
-    return DeviceView(name, client.machine.bytes_budget, samples, seconds=work, seconds_turn=turn, engines=engines)
+    view = DeviceView(name, client.machine.bytes_budget, samples, seconds=work, seconds_turn=turn, engines=engines)
+    return dataclasses.replace(view, drawn=drawn)
 
 
 def _order(world: World, draft: Draft, outcome: Outcome, number: int) -> Order:

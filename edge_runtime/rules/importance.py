@@ -2,24 +2,27 @@
 
 Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Devices", IEEE TNNLS 2022, section IV: the squared
 gradient of the local loss at the masked weights, in the space of all weights, summed over local steps. The weights move as
-under the rule `sgd`. A model without masks gives the same from its gradients, for which knob ``gradients`` must be 1: they
-are held then.
+under the rule `sgd`. A model without masks gives the same from its gradients, for which knob ``gradients`` must be 1.
 
 Knobs of the recipe:
 
-* ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until they are
-  sent; with 1 only this order's steps count, and of each layer whichever is smaller is held until its end: the sum, or what
-  passed through the layer in those steps, from which the sum follows in blocks of rows.
+* ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until the
+  coordinator has decided (`since`); with 1 only this order's steps count, and of each layer whichever is smaller is held until
+  its end: the sum, or what passed through the layer in those steps, from which the sum follows in blocks of rows.
 * ``last`` (whole number, default 0): with window 1, how many of the order's last steps count; 0 for all.
 * ``since`` (whole number, default 0): when the coordinator last decided by such sums, in rounds; with window 0, sums that were
   begun for another decision, which a device has that sat one out, count no more.
-* ``send`` (0 or 1, default 0): tell the sums, and begin again at 0.
+* ``send`` (0 or 1, default 0): tell the sums. They go on: what was told may not have been enough to decide by.
 * ``top.TENSOR`` (whole number, at least 1): tell only so many of the largest of that tensor, and no zeros; without it, all.
 * ``samples`` (whole number, default 0): train on the first so many samples; 0 for all.
 * ``measure`` (0 or 1, default 0): tell the accuracy on those samples after training.
+* ``gradients`` (0 or 1, default 0): hold gradients until they are whole, with masks too.
 
-Metrics: ``theta.TENSOR``, which no weight that was not told exceeds; ``rest``, the sum of all biases of these layers (they
-are never pruned); ``seconds.TENSOR``, of a step in that layer, where this device has timed it; ``accuracy.train``.
+It is told of the masked tensors, or without masks of those that may be masked.
+
+Metrics: ``theta.TENSOR``, which no weight that was not told exceeds; ``rest``, the sum of all other trained weights, which are
+never pruned: biases, norms, layers that cannot be masked (where gradients are not held, the biases of the told layers alone);
+``seconds.TENSOR``, of a step in that layer, where this device has timed it; ``accuracy.train``.
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.engines.arrays import Arrays, Floats, Labels
+from edge_runtime.engines.update import norm
 from edge_runtime.kernels.importance import BLOCK_BYTES, Passed, gradient_blocks, largest_of, row_blocks, whole
 from edge_runtime.rules import Extra, Task, Trained, loop
 from wire.errors import DataError, NonFinite, SpecError
+from wire.masked import maskable
 from wire.masks import count
 from wire.memory import copies, holds_gradients
 from wire.messages import Recipe
@@ -62,11 +67,11 @@ def train(task: Task) -> Trained:
     sums, mover = _sums(task, knobs), loop.Mover(task)
 
     def look() -> None:
-        sums.look(task.engine.grads)
+        sums.look(task.engine.grads, every=not task.masks)
 
     def step(x: Floats, y: Labels) -> float:
         sums.batch = len(x)
-        seen = mover.step(x, y, watch=sums.see) if task.masks else mover.step(x, y, whole=look)
+        seen = mover.step(x, y, watch=sums.see if task.masks else None, whole=look)
         sums.settle()
         return seen
 
@@ -83,7 +88,7 @@ def train(task: Task) -> Trained:
         for name in sums.nodes:
             extras[name], metrics[f"theta.{name}"] = _told(sums, name, knobs.top.get(name))
     own: dict[str, Floats] = {}
-    if not knobs.window and not knobs.send:
+    if not knobs.window:
         own = {**sums.z, _REST: np.array([sums.rest], np.float32), _SINCE: np.array([knobs.since], np.float32)}
     return dataclasses.replace(trained, extras=extras, metrics=metrics, own=own)
 
@@ -118,10 +123,12 @@ def _sums(task: Task, knobs: _Knobs) -> _Sums:
     spec = task.engine.spec
     layers = [node for node in spec.nodes if node.op in ("linear", "conv2d")]
     shapes = tensor_shapes(spec, task.engine.structure)
-    nodes = {node.params["weight"]: node for node in layers if not task.masks or node.params["weight"] in task.masks}
+    names = task.masks or maskable(spec)
+    nodes = {node.params["weight"]: node for node in layers if node.params["weight"] in names}
     steps = loop.count_steps(task)
     first = max(0, steps - knobs.last) if knobs.window and knobs.last else 0
-    sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first)
+    held = holds_gradients(task.recipe, task.micro_batch)
+    sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first, held)
     if knobs.window:
         return sums
     own = task.own if _SINCE in task.own and int(task.own[_SINCE][0]) == knobs.since else {}
@@ -140,12 +147,13 @@ class _Sums:
         nodes: Layer of each tensor.
         shapes: Of the tensors.
         first: The first step that counts.
+        held: Whether gradients are held until they are whole.
         z: Sums that are held whole.
         passed: What passed in the steps that count, of tensors that are not in `z`.
         now: What passed in the current step, of tensors that are not in `part`.
         part: The gradient of the current step so far.
-        bias: Likewise of the layer's bias.
-        rest: The sum over biases.
+        bias: Likewise of the layer's bias, unless gradients are held.
+        rest: The sum over what is told of no tensor.
         batch: Samples of the current step.
         step: Number of the current step, from 0.
     """
@@ -153,6 +161,7 @@ class _Sums:
     nodes: Mapping[str, Node]
     shapes: Mapping[str, tuple[int, ...]]
     first: int
+    held: bool
     z: Arrays = field(default_factory=dict)
     passed: dict[str, list[Passed]] = field(default_factory=dict)
     now: dict[str, list[tuple[Floats, Floats]]] = field(default_factory=dict)
@@ -170,7 +179,8 @@ class _Sums:
         """
         if self.step < self.first:
             return
-        self.bias[name] = self.bias.get(name, 0.0) + dy.sum(axis=(0, *range(2, dy.ndim)), dtype=np.float64)
+        if not self.held:
+            self.bias[name] = self.bias.get(name, 0.0) + dy.sum(axis=(0, *range(2, dy.ndim)), dtype=np.float64)
         if len(x) == self.batch:
             self._settle(name, [(x, dy)])
             return
@@ -183,17 +193,19 @@ class _Sums:
         for row, block in gradient_blocks(Passed.through(self.nodes[name], *self.now.pop(name))):
             total[row : row + len(block)] += block
 
-    def look(self, grads: Mapping[str, Floats]) -> None:
-        """Take the gradients of a model without masks."""
+    def look(self, grads: Mapping[str, Floats], *, every: bool) -> None:
+        """Take gradients that are whole: all of a model without masks, and otherwise those of what is told of no tensor."""
         if self.step < self.first:
             return
-        for name, node in self.nodes.items():
+        self.rest += norm({name: gradient for name, gradient in grads.items() if name not in self.nodes}) ** 2
+        if not math.isfinite(self.rest):
+            raise NonFinite("the squared gradient of what is never pruned is not finite")
+        for name in self.nodes if every else ():
             total = self.z.setdefault(name, np.zeros(self.shapes[name], np.float32))
             for row, gradient in enumerate(grads[name]):
                 total[row] += gradient * gradient
             if not np.isfinite(total).all():
                 raise NonFinite(f"the squared gradient of {name!r} is not finite")
-            self.rest += float(np.square(grads[node.params["bias"]], dtype=np.float64).sum())
 
     def settle(self) -> None:
         """End a step."""

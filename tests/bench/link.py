@@ -293,7 +293,7 @@ def _uplink(root: Path) -> list[Row]:
         head = Head(link_to(broker.port, "head"), root)
         spec = zoo.by_name("digits-cnn")
         text = head.spool.add_bytes(encode(spec))
-        task = Task(str(head.spool.root), text.digest, "nestfl", {}, {}, 0, "", False, (), 1, ())
+        task = Task(str(head.spool.root), text.digest, "nestfl", {}, {}, 0, "", (), 1, ())
         found = advance(task)
         assert len(found.shell_of) == _WIDTHS
         drive([head], lambda: head.mail.is_up and not head.link.next(0.05))

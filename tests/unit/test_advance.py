@@ -1,5 +1,7 @@
 """One step of a run: what devices may say without stopping it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,11 +17,12 @@ TOKEN = "ab" * 8
 VIEWS = (DeviceView("a", 1 << 40, 10), DeviceView("b", 1 << 40, 10))
 
 
-def stepped(spool, algo, state, number, replies=()):
+def stepped(spool, algo, state, number, replies=(), params=None, **more):
     return advance(
         Task(
-            spool=str(spool.root), spec=spool.add_bytes(encode(SPEC)).digest, algo=algo, params={}, recipe={},
-            seed=3, state=state, closing=bool(replies), replies=replies, round=number, devices=VIEWS,
+            spool=str(spool.root), spec=spool.add_bytes(encode(SPEC)).digest, algo=algo, params=params or {}, recipe={},
+            seed=3, state=state, replies=replies, round=number,
+            **{"devices": VIEWS, **more},
         )
     )  # fmt: skip
 
@@ -50,3 +53,26 @@ def test_updates_that_add_up_to_more_than_there_is_are_left_out_and_the_run_goes
     assert outcome.note
     good = tuple(told(spool, draft, 0.5) for draft in stepped(spool, algo, "", 1).drafts)
     assert not stepped(spool, algo, stepped(spool, algo, "", 1).state, 2, good).note
+
+
+def test_an_answer_knows_its_turn(tmp_path):
+    spool, params = Spool(tmp_path), {"stages": "further"}
+    outcome = stepped(spool, "prunefl", "", 1, params=params)
+    replies = tuple(replace(told(spool, draft, 0.1), usage=Usage(seconds=2.0)) for draft in outcome.drafts)
+    outcome = stepped(spool, "prunefl", outcome.state, 2, replies, params, turns={"a": 9.0})
+    (row,) = load_state(spool, outcome.state, SPEC).scalars["prunefl"]["seen"]
+    assert row == ["", 2.0, 7.0, 0.0, 54, 648, 48]
+
+
+@pytest.mark.parametrize("algo", ["fedavg", "prunefl"])
+def test_who_was_not_drawn_is_asked_only_where_that_is_wanted(algo, tmp_path):
+    spool, asked, outcome, replies = Spool(tmp_path), [], None, ()
+    params = {} if algo == "fedavg" else {"initial.rounds": 3.0, "initial.start": 99.0}
+    for number in range(1, 6):
+        drawn = "ab"[number % 2]
+        views = tuple(replace(view, drawn=view.name == drawn) for view in VIEWS)
+        outcome = stepped(spool, algo, outcome.state if outcome else "", number, replies, params, devices=views)
+        replies = tuple(told(spool, draft, 0.1) for draft in outcome.drafts)
+        asked.append("".join(draft.device for draft in outcome.drafts))
+    # The first device stays until the stage is over, and is not asked beyond the draw in the round after.
+    assert asked == (["b", "a", "b", "a", "b"] if algo == "fedavg" else ["b", "b", "b", "a", "b"])

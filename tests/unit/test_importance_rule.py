@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from edge_runtime import rules
-from edge_runtime.engines import Choice
+from edge_runtime.engines import Choice, Update
 from edge_runtime.kernels.choose import Layer, Timing
 from edge_runtime.rules import importance, sgd
 from tests.support.engines import make as MAKE
+from tests.support.exact import Exact
 from tests.support.models import batch, random_arrays, small_cnn
+from tests.support.sequences import attended, normed
 from wire import memory
 from wire.errors import NonFinite, SpecError
 from wire.masked import maskable
@@ -96,7 +98,7 @@ def test_importance_is_autograds_of_the_dense_masked_model(window, way, micro):
         np.testing.assert_allclose(engine.read(name), twin.params[name][masks[name]], atol=1e-5)
         assert result.metrics[f"theta.{name}"] == 0.0
     assert result.metrics["rest"] == pytest.approx(rest, rel=1e-3)
-    assert result.own == {}
+    assert set(result.own) == (set() if window else {*NAMES, "rest", "since"})
     assert result.steps == 5
 
 
@@ -114,6 +116,38 @@ def test_a_model_without_masks_tells_the_same(window, micro):
     assert unclipped.metrics["rest"] == pytest.approx(rest, rel=1e-3)
     with pytest.raises(SpecError, match="gradients"):
         trained(recipe())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("spec", [normed(), attended()], ids=lambda spec: spec.name)
+def test_norms_and_layers_that_cannot_be_masked_count_with_what_is_never_pruned(spec, whole):
+    names, how = maskable(spec), recipe(knobs={"send": 1.0, "window": 1.0, "gradients": 1.0}, rate=0.1)
+    weights, (x, y) = random_arrays(spec, Structure(), 3), batch(spec, 10)
+    weights |= {tensor.name: np.ones_like(weights[tensor.name]) for tensor in spec.tensors if tensor.init == "ones"}
+    rng = np.random.default_rng(5)
+    masks = {} if whole else {name: rng.random(weights[name].shape) < 0.6 for name in names}
+    engine = MAKE()
+    engine.load(
+        spec, Structure(), {n: array.copy() for n, array in weights.items()}, masks, Choice(ways={"": "sparse"})
+    )
+    result = importance.train(rules.Task(how, engine, x, y, 2, how.batch, lambda *_: None, masks))
+    exact = Exact(spec, Structure(), weights, masks)
+    z, rest, order, rng = dict.fromkeys(names, 0.0), 0.0, [], np.random.default_rng([how.seed, 2])
+    for _ in range(how.steps):
+        order = order or list(np.array_split(rng.permutation(10), [4, 8]))
+        rows = order.pop(0)
+        exact.forward_backward(x[rows], y[rows])
+        for name in exact.grads():
+            square = exact.params[name].grad.numpy() ** 2
+            if name in z:
+                z[name] = z[name] + square
+            else:
+                rest += square.sum()
+        exact.move(Update(how.rate, 0.0, 0.0))
+    assert set(result.extras) == set(names), "what cannot be masked is told of no more"
+    for name in names:
+        np.testing.assert_allclose(result.extras[name].values.reshape(z[name].shape), z[name], rtol=2e-3, atol=1e-5)
+    assert result.metrics["rest"] == pytest.approx(rest, rel=1e-3)
 
 
 @pytest.mark.parametrize("last", [1, 2, 5, 9])
@@ -144,7 +178,7 @@ def test_the_largest_and_a_bound_on_the_rest(window):
     assert whole(result, "o.weight").tolist() == whole(dense, "o.weight").tolist()
 
 
-def test_sums_go_on_until_they_are_sent():
+def test_sums_go_on_even_after_they_were_told():
     masks, other = masks_of(), masks_of(seed=6)
     _, first = trained(recipe(), masks)
     assert first.extras == {}
@@ -156,7 +190,9 @@ def test_sums_go_on_until_they_are_sent():
         np.testing.assert_allclose(whole(second, name), first.own[name] + whole(alone, name), rtol=1e-5, atol=1e-7)
         assert whole(second, name) is own[name], "of what it was given, without a copy"
     assert second.metrics["rest"] == pytest.approx(float(own["rest"][0]) + alone.metrics["rest"], rel=1e-5)
-    assert second.own == {}
+    _, third = trained(recipe(knobs={"send": 1.0}), masks, own={name: a.copy() for name, a in second.own.items()})
+    for name in NAMES:
+        np.testing.assert_allclose(whole(third, name), whole(second, name) + first.own[name], rtol=1e-5, atol=1e-7)
 
 
 def test_sums_for_a_decision_that_was_taken_without_this_device_count_no_more():

@@ -54,7 +54,7 @@ class Fleet:
         return advance(
             Task(
                 spool=str(self.spool.root), spec=self.spec_ref.digest, algo="fixed-masks", params=self.params, recipe={},
-                seed=7, state=state, closing=bool(replies), replies=replies, round=number, devices=views,
+                seed=7, state=state, replies=replies, round=number, devices=views,
             )
         )  # fmt: skip
 

@@ -126,7 +126,7 @@ def test_rounds_that_calibrate(name):
 def test_who_trains_widths_by_one_set_is_told(tmp_path, params, warned):
     spool = Spool(tmp_path)
     spec = spool.add_bytes(encode(SPEC)).digest
-    task = Task(str(tmp_path), spec, "fledge", params, {}, 0, "", False, (), 1, ())
+    task = Task(str(tmp_path), spec, "fledge", params, {}, 0, "", (), 1, ())
     assert ("calibrate = 5" in advance(task).note) == warned
     assert not advance(dataclasses.replace(task, state=advance(task).state)).note, "once"
 

@@ -13,52 +13,15 @@ from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, prunefl
 from coordinator.blocks.importance import Base, Layer, solve
 from coordinator.blocks.masks import density
-from tests.support.models import random_arrays, small_cnn
+from tests.support.models import random_arrays
+from tests.support.prunefl import DEVICES, NAMES, SPEC, answer, planned, start
+from tests.support.sequences import normed
 from wire import zoo
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
 from wire.messages import Usage
 from wire.spec import Structure
 from wire.structure import masked
-
-SPEC = small_cnn()
-NAMES = maskable(SPEC)
-GREAT = 1 << 40
-DEVICES = (DeviceView("a", GREAT, 30), DeviceView("b", GREAT, 50))
-TIME = "1 0.001 0.001 0.001"
-
-
-def start(**params):
-    known = {name.replace("__", "."): value for name, value in params.items()}
-    return prunefl.init(SPEC, random_arrays(SPEC, Structure(), 9), {"time": TIME, **known})
-
-
-def planned(state, number, devices=DEVICES):
-    return prunefl.plan(state, number, devices, rng_of(0, number))
-
-
-def answer(state, device="a", samples=10, seed=0, z=None, seconds=0.0, top=None, **metrics):
-    """An answer whose importance is given, or random where `z` says ``random``; without, it told none."""
-    rng = np.random.default_rng([seed, samples])
-    update = {name: np.zeros_like(array) for name, array in state.weights.items()}
-    for name, array in update.items():
-        kept = state.masks.get(name, np.ones(array.shape, bool))
-        array[kept] = 0.01 * rng.standard_normal(int(kept.sum()))
-    extras = {}
-    if z is not None:
-        for name in NAMES:
-            line = rng.exponential(size=state.weights[name].size).astype(np.float32) if z == "random" else z[name]
-            places = np.arange(line.size)
-            if top is not None and name in top and top[name] < line.size:
-                places = np.sort(np.argsort(-line, kind="stable")[: top[name]])
-            extras[name] = (places, line[places])
-            metrics[f"theta.{name}"] = float(line[places].min()) if len(places) < line.size else 0.0
-    structure = masked(state.masks) if state.masks else Structure()
-    return Answer(device, samples, structure, metrics, Usage(seconds=seconds), update, {}, extras)
-
-
-def asked(draft):
-    return {n.removeprefix("top."): int(v) for n, v in draft.recipe.knobs.items() if n.startswith("top.")}
 
 
 def test_further_reconfigures_every_so_many_rounds_and_only_then():
@@ -160,6 +123,17 @@ def test_masked_rounds_are_fedavg_of_the_masked_model_to_the_bit():
         assert after.weights[name].tobytes() == array.tobytes()
 
 
+def test_gradients_are_held_where_more_than_masked_layers_learns():
+    for spec, held in ((SPEC, False), (normed(), True)):
+        state = prunefl.init(spec, random_arrays(spec, Structure(), 9), {"stages": "further", "every": 1.0})
+        masks = {
+            name: np.arange(state.weights[name].size).reshape(state.weights[name].shape) % 2 > 0
+            for name in maskable(spec)
+        }
+        state, drafts = prunefl.plan(dataclasses.replace(state, masks=masks), 1, DEVICES, rng_of(0, 1))
+        assert [draft.recipe.knobs.get("gradients", 0.0) for draft in drafts] == [float(held)] * 2
+
+
 def test_initial_starts_with_accuracy_and_stops_when_the_density_is_calm():
     state, clients = start(initial__calm=2.0, initial__rounds=20.0, every=5.0), []
     weights = random_arrays(SPEC, Structure(), 9)
@@ -234,6 +208,32 @@ def test_who_tells_nothing_does_not_calm_the_initial_stage():
     assert state.scalars["prunefl"]["calm"] == 0
 
 
+def pruned(state, before):
+    return [int(np.count_nonzero(before[n])) - int(np.count_nonzero(state.masks[n])) for n in NAMES]
+
+
+@pytest.mark.parametrize(("half_life", "share"), [(10000.0, 0.15), (1e12, 0.3), (5000.0, 0.075)])
+def test_what_may_be_pruned_halves_in_every_half_life(half_life, share):
+    state = start(stages="further", every=1.0, half_life=half_life, time="1 1 1 1")
+    state, _ = planned(state, 10000)
+    whole = {name: np.ones(state.weights[name].shape, bool) for name in NAMES}
+    z = {name: np.zeros(state.weights[name].size, np.float32) for name in NAMES}  # nothing is worth its time
+    state = prunefl.close(state, [answer(state, z=z)])
+    assert pruned(state, whole) == [int(share * whole[name].size) for name in NAMES]
+
+
+@pytest.mark.parametrize("prunable", [0.3, 0.6])
+def test_what_initial_pruning_may_prune_does_not_fall(prunable):
+    state = start(initial__start=0.0, initial__prunable=prunable, initial__calm=9.0, half_life=1.0, time="1 1 1 1")
+    before = {name: np.ones(state.weights[name].shape, bool) for name in NAMES}
+    for number in (1, 40):
+        state, (draft,) = planned(state, number)
+        z = {name: np.zeros(state.weights[name].size, np.float32) for name in NAMES}
+        state = prunefl.close(state, [answer(state, draft.device, z=z)])
+        assert pruned(state, before) == [int(prunable * np.count_nonzero(before[name])) for name in NAMES]
+        before = state.masks
+
+
 @pytest.mark.parametrize("regrow", ["yes", "no"])
 def test_initial_may_regrow_or_only_shrink(regrow):
     state = start(initial__start=0.0, initial__regrow=regrow, initial__calm=9.0, time="1 0.01 0.01 0.01")
@@ -258,7 +258,7 @@ def test_the_cap_falls_in_a_line_and_holds(cap):
         assert kept <= int((1.0 + (0.05 - 1.0) * min(1.0, number / 8)) * total)
         found.append(kept)
     assert found[-1] == int(0.05 * total)  # weights cost nothing, so that only the cap holds back
-    assert state.scalars["prunefl"]["certified"] == (10 if cap == "exact" else 0)
+    assert state.scalars["prunefl"]["certified"] == 10  # all was told
 
 
 def test_the_round_in_which_the_cap_reaches_its_target_reconfigures():
@@ -284,27 +284,6 @@ def test_the_cap_holds_even_where_all_weights_are_equal():
     assert sum(int(mask.sum()) for mask in after.masks.values()) == int(0.1 * total)
 
 
-def test_too_few_told_is_found_and_widened():
-    state = start(stages="further", every=1.0, top=0.1, time="10 0.02 0.02 0.02", doubt=0.0)
-    asks = []
-    for number in range(1, 6):
-        state, (draft, _) = planned(state, number)
-        asks.append((asked(draft), state.scalars["prunefl"]["widen"]))
-        told = [answer(state, d, 10, number, "random", top=asked(draft)) for d in "ab"]
-        before, state = state, prunefl.close(state, told)
-        fact = state.scalars["prunefl"]["history"][-1]
-        wanted = before.scalars["prunefl"]["widen"] * (2.0 if fact["undecided"] else 1.0)
-        assert state.scalars["prunefl"]["widen"] == wanted
-    assert asks[0][0] == {}
-    assert asks[1][0]
-    assert asks[-1][1] > 1.0
-    for name, count in asks[1][0].items():
-        assert 4 * count < state.weights[name].size, "where it were more, all is told"
-    dense = start(stages="further", every=1.0, importance="dense")
-    dense = dataclasses.replace(dense, masks=state.masks)
-    assert asked(planned(dense, 1)[1][0]) == {}
-
-
 def test_stale_values_may_return():
     state = start(stages="further", every=1.0, regrown="stale", time="1 0.01 0.01 0.01")
     for number in (1, 2):
@@ -315,49 +294,6 @@ def test_stale_values_may_return():
     for name, mask in grown.items():
         assert state.weights[name][mask].tolist() == before.weights[name][mask].tolist()
         assert (state.weights[name][mask] != 0).all()
-
-
-def seconds_of(state, factor=1.0):
-    kept = [int(state.masks[n].sum()) if n in state.masks else state.weights[n].size for n in NAMES]
-    return factor * (0.5 + 1e-3 * kept[0] + 2e-4 * kept[1] + 5e-4 * kept[2])
-
-
-@pytest.mark.parametrize("time_model", ["fit", "fit devices"])
-def test_the_time_model_is_learnt_from_rounds(time_model):
-    state = start(stages="further", every=1.0, time=time_model, trust=1e-6, target=0.3, horizon=12.0)
-    for number in range(1, 16):
-        state, _ = planned(state, number)
-        told = [
-            answer(state, "a", 10, number, "random", seconds=seconds_of(state)),
-            answer(state, "b", 10, number, "random", seconds=seconds_of(state, 0.3)),
-        ]
-        state = prunefl.close(state, told)
-    fact = state.scalars["prunefl"]["history"][-1]
-    assert fact["r2"] > 0.99
-    assert len(fact["seconds"]) == (1 if time_model == "fit" else 2)
-    kept = [100, 20, 40]
-    constant, *each = fact["seconds"][0]
-    wanted = 0.5 + 0.1 + 2e-4 * 20 + 5e-4 * 40
-    assert constant + sum(t * n for t, n in zip(each, kept, strict=True)) == pytest.approx(wanted, rel=0.25)
-    assert fact["undecided"] == (0 if time_model == "fit" else -1)
-
-
-def test_slow_devices_of_another_kind_are_algorithm_3s():
-    state = start(stages="further", every=1.0, time="1 0.01 0 0; 1 0 0.01 0.01")
-    state, _ = planned(state, 1)
-    state = prunefl.close(state, [answer(state, z="random")])
-    fact = state.scalars["prunefl"]["history"][-1]
-    assert (fact["undecided"], len(fact["seconds"])) == (-1, 2)
-
-
-def test_a_link_makes_weights_dearer():
-    ends = []
-    for link in (0.0, 1e4):
-        state = start(stages="further", every=1.0, link=link, time="1 0.0001 0.0001 0.0001")
-        state, _ = planned(state, 1)
-        ends.append(prunefl.close(state, [answer(state, z="random")]))
-    assert density(ends[1].masks) < density(ends[0].masks)
-    assert ends[1].scalars["prunefl"]["history"][0]["seconds"][0][1:] == pytest.approx([5e-4 + 8e-4] * 3)
 
 
 def test_wrong_parameters_are_explained():

@@ -60,12 +60,18 @@ def test_penalties_are_the_formula_and_the_code():
         ("halving 2", (1.0, 0.5**0.5, 0.5, 0.5**1.5)),
         ("staircase 2 0.1", (1.0, 1.0, 0.1, 0.1)),
         ("cosine 2", (1.0, 0.5, 0.5, 0.5)),
+        ("linear 4", (1.0, 0.75, 0.5, 0.25)),
+        ("linear 2", (1.0, 0.5, 0.5, 0.5)),
         ("cosine 4", (1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 + 0.5 * math.cos(3 * math.pi / 4))),
     ],
 )
 def test_rates(text, factors):
     assert [rate_at(text, 0.2, r) for r in (1, 2, 3, 4)] == pytest.approx([0.2 * factor for factor in factors])
     assert scheduled(Recipe(rate=0.2, batch=7), text, 3) == Recipe(rate=rate_at(text, 0.2, 3), batch=7)
+
+
+def test_a_line_ends_at_its_last_round_and_stays_there():
+    assert [rate_at("linear 4", 1.0, r) for r in (4, 5, 6, 400)] == pytest.approx([0.25] * 4)
 
 
 def test_the_papers_rates():
@@ -77,7 +83,18 @@ def test_the_papers_rates():
     "text",
     [
         *("", "steep", "constant 1", "exponential", "exponential 0", "exponential 1.5", "exponential nan"),
-        *("halving 0.5", "halving two", "halving nan", "staircase 3", "staircase 0 0.5", "cosine -1", "cosine inf"),
+        *(
+            "halving 0.5",
+            "halving two",
+            "halving nan",
+            "staircase 3",
+            "staircase 0 0.5",
+            "cosine -1",
+            "cosine inf",
+            "linear",
+            "linear 0",
+            "linear 2.5",
+        ),
     ],
 )
 def test_nonsense_is_refused(text):

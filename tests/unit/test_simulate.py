@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from coordinator.advance import load_state
 from coordinator.algorithms import by_name
 from coordinator.cli import main
 from coordinator.recipes import merged, recipe_of
@@ -276,3 +277,34 @@ def test_a_demo_on_an_engine_that_is_not_here_does_not_begin(tmp_path, capsys):
     assert main(["demo", "--engine", "ghost", "--out", str(tmp_path / "out")]) == 2
     assert "'ghost' is not installed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_prunefl_learns_that_a_slow_link_is_most_of_a_round(tmp_path):
+    further = {"stages": "further", "every": 4.0, "target": 0.2, "horizon": 8.0, "recipe.steps": 5.0}
+    config = dataclasses.replace(SMALL, algo="prunefl", fleet="pi4", rounds=12, params=further)
+    world, log = build(config, tmp_path), Log()
+    list(play(world, log))
+    memo = load_state(world.spool, log.state, world.spec).scalars["prunefl"]
+    machine = next(iter(world.clients.values())).machine
+    told = [row for row in memo["seen"] if row[3]]
+    assert [row[3] > 0.0 for row in memo["seen"]] == [number in (4, 8, 12) for number in range(1, 13)]
+    assert all(row[2] > row[1] for row in told), "transfers take longer than training here"
+    fact = memo["history"][-1]
+    link = 4 / machine.bandwidth_down + 4 / machine.bandwidth_up
+    constant, *each = fact["seconds"][0]
+    assert each == pytest.approx([link] * 3, rel=0.2)
+    for _, work, rest, beyond, *kept in memo["seen"]:
+        took = constant + sum(t * n for t, n in zip(each, kept, strict=True))
+        assert beyond > 0.0 or took == pytest.approx(work + rest, rel=0.1)
+    assert fact["r2"] > 0.95
+
+
+def test_the_device_of_initial_pruning_stays_whoever_is_drawn(tmp_path):
+    begin = {"initial.rounds": 4.0, "initial.passes": 1.0, "initial.start": 99.0, "recipe.steps": 1.0}
+    config = dataclasses.replace(SMALL, algo="prunefl", fleet="even", devices=5, rounds=9, seed=3, params=begin)
+    world, log = build(dataclasses.replace(config, terms=Terms(select="random:2")), tmp_path), Log()
+    list(play(world, log))
+    asked = [sorted(entry.orders) for _, entry in sorted(log.view.rounds.items())]
+    assert asked[:4] == [asked[0]] * 4
+    assert [len(names) for names in asked] == [1] * 4 + [2] * 5
+    assert len({name for names in asked[4:] for name in names}) > 2

@@ -64,7 +64,7 @@ class Round:
         return advance(
             Task(
                 spool=str(self.spool.root), spec=self.spec_ref.digest, algo="fiarse", params=params, recipe={},
-                seed=7, state=state, closing=bool(replies), replies=replies, round=number, devices=views,
+                seed=7, state=state, replies=replies, round=number, devices=views,
             )
         )  # fmt: skip
 

@@ -9,9 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.blocks.timecost import OVERHEAD, Line, arithmetic, fit, measured, nnls, r_squared, read, slowest
+from coordinator.blocks.timecost import (
+    OVERHEAD,
+    Line,
+    arithmetic,
+    fit,
+    measured,
+    nnls,
+    r_squared,
+    read,
+    slowest,
+    undominated,
+)
 from tests.support.models import small_cnn
 from wire.errors import ConfigError
+from wire.spec import Axis, AxisGroup, ModelSpec, Node, TensorSpec, check
 
 
 def brute(matrix, target):
@@ -58,10 +70,39 @@ def test_lines_are_read_scaled_and_compared():
             read(wrong, 2)
 
 
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 12), layers=st.integers(1, 3))
+def test_lines_that_another_dominates_never_decide(seed, count, layers):
+    rng = np.random.default_rng(seed)
+    lines = [Line(float(c), tuple(map(float, t))) for c, *t in rng.integers(0, 5, (count, layers + 1))]
+    found = undominated(lines)
+    for kept in rng.integers(0, 1000, (20, layers)):
+        assert slowest(found, kept) == slowest(lines, kept)
+    for line in found:
+        others = [(other.constant, *other.weights) for other in found if other is not line]
+        assert line in lines
+        assert not any(np.greater_equal(other, (line.constant, *line.weights)).all() for other in others)
+
+
 def test_the_prior_counts_multiplications():
     line = arithmetic(small_cnn(), ("c.weight", "f.weight", "o.weight"))
     assert line.weights == (36.0, 1.0, 1.0)
     assert line.constant == OVERHEAD * (36 * 54 + 12 * 54 + 48)
+
+
+def test_a_linear_layer_uses_its_weight_at_every_step():
+    tensors = (TensorSpec("s.weight", (Axis("h"), Axis(inner=3))), TensorSpec("s.bias", (Axis("h"),)))
+    tensors += (TensorSpec("o.weight", (Axis("classes"), Axis(inner=35))), TensorSpec("o.bias", (Axis("classes"),)))
+    nodes = (
+        Node("s", "linear", ("input",), {"weight": "s.weight", "bias": "s.bias"}),
+        Node("flat", "flatten", ("s",)),
+        Node("o", "linear", ("flat",), {"weight": "o.weight", "bias": "o.bias"}),
+    )
+    groups = (AxisGroup("h", 7, prunable=False), AxisGroup("classes", 4, prunable=False))
+    spec = check(ModelSpec("steps", (5, 3), 4, groups, tensors, nodes))
+    line = arithmetic(spec, ("s.weight", "o.weight"))
+    assert line.weights == (5.0, 1.0)
+    assert line.constant == OVERHEAD * (5 * 21 + 140)
 
 
 def test_measured_layers_correct_the_prior():
@@ -70,7 +111,15 @@ def test_measured_layers_correct_the_prior():
     line = measured(prior, {"a": 1.0, "b": 3.0}, {"a": 10, "b": 5})
     assert line.weights[1] / line.weights[0] == pytest.approx(3.0 / 5 * 10)
     assert line.seconds((10, 5)) == pytest.approx(4.0)
-    assert measured(prior, {"a": 1.0}, {"a": 10, "b": 0}).weights[1] == 0.0
+    assert measured(prior, {}, {"a": 0, "b": 0}) == prior
+
+
+def test_a_layer_that_keeps_nothing_is_not_free():
+    line = measured(Line(9.0, (2.0, 6.0)), {"a": 1.0}, {"a": 10, "b": 0})
+    assert line.weights[0] == pytest.approx(0.1 / 1.5)
+    assert line.weights[1] == pytest.approx(3.0 * line.weights[0])
+    found, _ = fit([(10, 0)] * 5, [3.0] * 5, line, 0.01)
+    assert found.weights == pytest.approx((0.2, 0.6))
 
 
 def test_rounds_of_one_mask_scale_the_prior():

@@ -41,7 +41,7 @@ def test_a_run_begins_with_these_weights(algo, arrays, tmp_path):
     assert algo in ALGORITHMS
     spool = Spool(tmp_path / "spool")
     digest = stored(spool, read(saved(tmp_path / "w", arrays), SPEC))
-    task = Task(str(spool.root), spool.add_bytes(encode(SPEC)).digest, algo, {}, {}, 3, "", False, (), 1, (), digest)
+    task = Task(str(spool.root), spool.add_bytes(encode(SPEC)).digest, algo, {}, {}, 3, "", (), 1, (), digest)
     state = load_state(spool, advance(task).state, SPEC)
     kept = state.masks.get
     for name, array in arrays.items():
