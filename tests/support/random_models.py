@@ -91,8 +91,12 @@ def depthwise(d, at):
 
 
 def grouped(d, at):
-    (channels, *_) = d.shape(at)
-    return d.layer(nn.Conv2d(channels, 4, 1, groups=2), at) if channels % 2 == 0 and channels > 2 else at
+    (channels, *sides) = d.shape(at)
+    counts = [count for count in range(2, channels) if channels % count == 0]
+    if not counts:
+        return at
+    kind, groups = nn.Conv2d if len(sides) == 2 else nn.Conv1d, counts[d.few(0, len(counts) - 1)]
+    return d.layer(kind(channels, groups * d.few(1, 3), 1, groups=groups, bias=d.coin()), at)
 
 
 def norm(d, at):
@@ -221,7 +225,7 @@ PICTURE = (
     conv, conv, depthwise, norm, norm, act, act, pool, pool, pool, adaptive, residual, times, twice, concat, concat, excite,
     grouped, tied_norm,
 )  # fmt: skip
-LINE = (conv, conv, depthwise, norm, act, pool, adaptive, residual, times, twice, concat, excite)
+LINE = (conv, conv, depthwise, norm, act, pool, adaptive, residual, times, twice, concat, excite, grouped, tied_norm)
 SEQUENCE = (
     linear, linear, norm, act, dense_residual, gates, dense_concat, recurrent, recurrent, attention, attention, weighed, mixed,
 )  # fmt: skip
