@@ -91,11 +91,12 @@ def depthwise(d, at):
 
 
 def grouped(d, at):
+    """Groups of two or three channels, behind a layer that makes them or, where they come out even, behind anything."""
+    groups, each = d.few(2, 3), d.few(2, 3)
+    if d.coin(0.7) or d.shape(at)[0] % groups or d.shape(at)[0] == groups:
+        at = conv(d, at, groups * each)
     (channels, *sides) = d.shape(at)
-    counts = [count for count in range(2, channels) if channels % count == 0]
-    if not counts:
-        return at
-    kind, groups = nn.Conv2d if len(sides) == 2 else nn.Conv1d, counts[d.few(0, len(counts) - 1)]
+    kind = nn.Conv2d if len(sides) == 2 else nn.Conv1d
     return d.layer(kind(channels, groups * d.few(1, 3), 1, groups=groups, bias=d.coin()), at)
 
 
@@ -111,8 +112,8 @@ def norm(d, at):
 
 
 def tied_norm(d, at):
-    (channels, *_) = d.shape(at)
-    return d.layer(nn.GroupNorm(2, channels), at) if channels % 2 == 0 else at
+    at = conv(d, at, 2 * d.few(1, 3)) if d.coin(0.7) or d.shape(at)[0] % 2 else at
+    return d.layer(nn.GroupNorm(2, d.shape(at)[0]), at)
 
 
 def pool(d, at):
