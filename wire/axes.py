@@ -115,18 +115,25 @@ def _conv(seen: _Seen) -> Line:
     groups = seen.node.attrs.get("groups", 1)
     if groups == 1:
         _meet("input channels", channels, each)
-    elif groups == seen.shapes[0][0]:
-        _meet("channels", channels, out)
-        _whole("the inputs of a filter for one channel", each)
     else:
-        _whole("the channels of a convolution in groups", channels, out, each)
+        _whole("the inputs of one group", each)
+        _in_runs(channels, seen.shapes[0][0] // groups)
+        if channels is None or out is None or (channels[0], channels[2]) != (out[0], out[2]):
+            _meet("the groups' channels", channels, out)
     return (out, *sides)
+
+
+def _in_runs(channels: Follows, each: int) -> None:
+    """Let whatever is cut out of channels be whole runs of `each`."""
+    if channels is not None and channels[1] % each:
+        raise ValueError(f"{_said(channels)} cuts groups of {each} channels apart")
 
 
 def _channel_norm(seen: _Seen) -> Line:
     _meet("channels", seen.inputs[0][0], *(axis for line in seen.params.values() for axis in line))
-    if seen.node.attrs.get("groups", 1) > 1:
-        _whole("what is normed in groups", seen.inputs[0][0])
+    groups = seen.node.attrs.get("groups", 1)
+    if groups > 1:
+        _in_runs(seen.inputs[0][0], seen.shapes[0][0] // groups)
     return seen.inputs[0]
 
 

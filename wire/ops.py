@@ -67,15 +67,14 @@ def check_form(op: str, inputs: int, roles: set[str], attrs: Attrs) -> None:
 
 
 def group_count(attrs: Attrs, channels: int, each: int) -> int:
-    """Count the groups of a convolution, within a structure too: where every group is one channel, as many as are left.
+    """Count the groups of a convolution, within a structure too: they are cut whole, so as many as are left.
 
     Args:
         attrs: Of the convolution.
         channels: Of its input.
         each: Second dimension of its weight.
     """
-    said = attrs.get("groups", 1)
-    return channels if said > 1 and each == 1 else said
+    return channels // each if attrs.get("groups", 1) > 1 else 1
 
 
 def _meet(found: Dims, wanted: Dims, what: str) -> None:
@@ -141,11 +140,8 @@ def _adaptive(sides: int) -> Give:
     return lambda attrs, inputs, _: (_rank(inputs[0], 1 + sides)[0], *(attrs["size"],) * sides)
 
 
-def _channel_norm(attrs: Attrs, inputs: Sequence[Dims], params: Roles) -> Dims:
+def _channel_norm(_: Attrs, inputs: Sequence[Dims], params: Roles) -> Dims:
     _all_meet(params, inputs[0][:1])
-    groups = attrs.get("groups", 1)
-    if inputs[0][0] % groups:
-        raise ValueError(f"{inputs[0][0]} channels do not fall into {groups} groups")
     return inputs[0]
 
 

@@ -260,6 +260,27 @@ def conv_groups(node: Node, channels: int, each: int) -> int:
     return group_count(node.attrs, channels, each)
 
 
+def regrouped(node: Node, before: int, after: int) -> Node:
+    """Give a node with so many groups as are left of its own where `after` of `before` runs of channels are."""
+    groups = node.attrs.get("groups", 1)
+    return node if groups == 1 else dataclasses.replace(node, attrs={**node.attrs, "groups": groups * after // before})
+
+
+def nodes_within(spec: ModelSpec, structure: Structure) -> tuple[Node, ...]:
+    """Give a model's nodes as a structure runs them: a `group_norm` has as many groups as are left.
+
+    Of a convolution the shape of its weight says it (`conv_groups`). Cost: one step per tensor and node.
+    """
+    groups = {g.name: g.size for g in spec.groups}
+    first = {t.name: t.axes[0].group for t in spec.tensors}
+    sizes = group_sizes(spec, structure)
+    found = list(spec.nodes)
+    for place, node in enumerate(found):
+        if node.op == "group_norm" and (group := first[node.params["weight"]]):
+            found[place] = regrouped(node, groups[group], sizes[group])
+    return tuple(found)
+
+
 def statistics(spec: ModelSpec) -> frozenset[str]:
     """Name the tensors that no gradient moves: the running means and variances of batch norms. Cost: one step per node."""
     return frozenset(node.params[role] for node in spec.nodes for role in STATISTICS if role in node.params)
@@ -270,8 +291,8 @@ def check(spec: ModelSpec) -> ModelSpec:
 
     Names must be unique, groups and inputs must be there, shapes must meet, every tensor must be used. And cutting any
     prunable group must leave shapes that meet: this is tried once, with sizes that no two groups share. Where channels stand
-    must not matter if they can be cut, so that a `group_norm` over these has one group, and a convolution one or as many as
-    channels; every axis that is cut is followed through the graph (`wire.axes`).
+    must not matter if they can be cut, so that a `group_norm` and a convolution lose whole groups of these; every axis that is
+    cut is followed through the graph (`wire.axes`).
 
     Raises:
         SpecError: Naming the place.
@@ -314,9 +335,7 @@ def _check_statistics(spec: ModelSpec) -> None:
 
 
 def _check_groups(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold what a node says of groups against the whole model, and against what may be cut."""
-    prunable = {g.name for g in spec.groups if g.prunable}
-    cut = {t.name for t in spec.tensors if any(axis.group in prunable for axis in t.axes)}
+    """Hold what a node says of groups against the whole model."""
     tensors = tensor_shapes(spec, Structure())
     for node in spec.nodes:
         groups = node.attrs.get("groups", 1)
@@ -326,8 +345,8 @@ def _check_groups(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Non
         conv = node.op in ("conv1d", "conv2d")
         if conv and tensors[node.params["weight"]][1] * groups != channels:
             raise SpecError(f"node {node.name!r} ({node.op}): {channels} input channels do not meet {groups} groups")
-        if node.params["weight"] in cut and not (conv and groups == channels):
-            raise SpecError(f"node {node.name!r} ({node.op}): channels that can be cut form one group")
+        if channels % groups:
+            raise SpecError(f"node {node.name!r} ({node.op}): {channels} channels do not fall into {groups} groups")
 
 
 def digest(spec: ModelSpec) -> str:

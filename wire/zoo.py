@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wire.builders import Bottleneck, Conv, Shape, cnn, mlp, mobilenet, resnet
 from wire.errors import ConfigError, PeerError, SpecError
-from wire.spec import SPEC_BYTES, ModelSpec, check, decode, tensor_shape
+from wire.spec import SPEC_BYTES, ModelSpec, check, decode, regrouped, tensor_shape
 
 Builder = Callable[[str, Shape, int], ModelSpec]
 
@@ -193,8 +193,7 @@ def narrow(spec: ModelSpec, fraction: float) -> ModelSpec:
     nodes = []
     for node in spec.nodes:
         group = first.get(node.params.get("weight", ""), "")
-        depthwise = node.op.startswith("conv") and node.attrs.get("groups", 1) == before.get(group) != 1
-        nodes.append(replace(node, attrs={**node.attrs, "groups": after[group]}) if depthwise else node)
+        nodes.append(regrouped(node, before.get(group, 1), after.get(group, 1)))
     name = f"{spec.name}-{fraction:g}"
     return check(replace(spec, name=name, groups=tuple(groups), tensors=tuple(tensors), nodes=tuple(nodes)))
 

@@ -16,7 +16,7 @@ from edge_runtime.engines.stretches import through
 from edge_runtime.engines.views import gathered
 from edge_runtime.kernels import Stretch
 from edge_runtime.kernels.kits import Kit
-from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Node, Structure, node_shapes, nodes_within, tensor_shapes
 from wire.walk import overwritten
 
 Tensor = torch.Tensor
@@ -72,7 +72,7 @@ def build(spec: ModelSpec, structure: Structure, leaves: dict[str, Tensor], load
     if loaded.held.ways:
         found = {chain.first: chain for chain in chains(spec, shapes, loaded.kit(), loaded.held, loaded.params)}
     steps, end = [], -1
-    for i, node in enumerate(spec.nodes):
+    for i, node in enumerate(nodes_within(spec, structure)):
         frees = tuple({n for n in node.inputs if last[n] == i})
         if i in found:
             stretch, end = found[i].stretch, found[i].last

@@ -265,7 +265,7 @@ class Draft:
             fitting(name),
             tuple(input_shape),
             prod(output.lengths),
-            tuple(AxisGroup(group, self.spaces.sizes[root], root not in closed) for root, group in groups.items()),
+            tuple(AxisGroup(group, self.spaces.units[root], root not in closed) for root, group in groups.items()),
             tensors,
             nodes,
         )
@@ -304,7 +304,8 @@ class Draft:
     def _axis(self, dim: Dim, groups: Mapping[int, str]) -> Axis:
         if dim.space == NEVER:
             return Axis("", dim.length)
-        return Axis(groups[self.spaces.root(dim.space)], dim.inner, dim.outer)
+        root = self.spaces.root(dim.space)
+        return Axis(groups[root], dim.inner * self.spaces.sizes[dim.space] // self.spaces.units[root], dim.outer)
 
 
 def fitting(name: str) -> str:

@@ -69,7 +69,7 @@ def conv(op: str, sides: int) -> Callable[[Draft, Call, list[Any]], Any]:
 def _grouped(
     draft: Draft, call: Call, value: Any, form: tuple[str, dict[str, int], tuple[tuple[Dim, ...], tuple[Dim, ...]]]
 ) -> Any:
-    """Lower a convolution in groups: one filter per channel lives and dies with it, other groups are never cut."""
+    """Lower a convolution in groups: these are cut whole; one filter per channel lives and dies with it."""
     (op, attrs, (kernel, lengths)) = form
     groups, channels, outputs = (call.options[key] for key in ("groups", "in_channels", "out_channels"))
     fan_in = channels // groups * prod(dim.length for dim in kernel)
@@ -88,14 +88,22 @@ def _grouped(
 
         return _by_channel(draft, call, value, filters)
     x = single(draft, call, value)
-    out = draft.opened(outputs, call.path)
-    draft.fix((*x.dims, out), call, f"a convolution in {groups} groups ties channels to places")
+    draft.fix(x.dims[1:], call, "is a side that a convolution slides over")
+    runs = _runs(draft, call, x.dims[0], groups)
+    out = Dim(outputs, runs, outputs // groups)
     dims = (out, Dim(channels // groups), *kernel)
     params = {
         "weight": draft.weigh(call, "weight", dims, Start("fan", fan_in)),
         "bias": draft.weigh(call, "bias", (out,), _bias(call, fan_in)),
     }
     return draft.add(name_of(call), op, [x], (out, *lengths), params=params, attrs=attrs | {"groups": groups})
+
+
+def _runs(draft: Draft, call: Call, channels: Dim, groups: int) -> int:
+    """Open a space of groups, each of which lives and dies with its run of channels."""
+    runs = draft.opened(groups, call.path).space
+    draft.join([channels], [Dim(channels.length, runs, channels.length // groups)], call)
+    return runs
 
 
 def _window(call: Call) -> dict[str, int]:
@@ -196,12 +204,12 @@ def batch_norm(draft: Draft, call: Call, inputs: list[Any]) -> Any:
 
 
 def group_norm(draft: Draft, call: Call, inputs: list[Any]) -> Any:
-    """Lower a group norm; of more than one group it ties channels to places."""
+    """Lower a group norm; more than one group of it is cut whole."""
     _epsilon(call)
     x, groups = single(draft, call, inputs[0]), call.options["num_groups"]
     draft.fix(x.dims[1:], call, "is what a group norm averages over")
     if groups > 1:
-        draft.fix(x.dims[:1], call, f"a norm of {groups} groups ties channels to places; a norm of one would not")
+        _runs(draft, call, x.dims[0], groups)
     params = {
         "weight": draft.weigh(call, "weight", x.dims[:1], _ONES),
         "bias": draft.weigh(call, "bias", x.dims[:1], Start()),

@@ -2,12 +2,16 @@
 
 A layer that makes channels opens a *space*. What adds or multiplies two values joins their spaces. What needs a certain
 length, or the classes, closes a space for cutting, with a reason that the report repeats.
+
+Joined spaces need not have equally many channels: one of groups of channels may be joined with the channels themselves. They
+are cut in *units*, as many in each, and a unit is a run of channels next to one another. Joining takes the longest runs that
+end where runs of both end: as many as the greatest common divisor of both counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 
 NEVER = -1
 """The space of an axis that is no layer's output, such as an input's channels or a picture's height."""
@@ -45,12 +49,14 @@ class Spaces:
     Attributes:
         parents: Number of a space to a space that it was joined with; its own at a root.
         sizes: Channels of each.
+        units: Root to how many runs of channels it and all that were joined with it are cut in.
         names: The layer that opened each.
         fixed: Root to why it is not cut.
     """
 
     parents: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    units: dict[int, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     fixed: dict[int, Reason] = field(default_factory=dict)
 
@@ -59,7 +65,9 @@ class Spaces:
         self.parents.append(len(self.parents))
         self.sizes.append(size)
         self.names.append(name)
-        return len(self.parents) - 1
+        space = len(self.parents) - 1
+        self.units[space] = size
+        return space
 
     def root(self, space: int) -> int:
         """Find the earliest space that this one was joined with. Cost: nearly constant."""
@@ -76,7 +84,8 @@ class Spaces:
     def join(self, one: Dim, other: Dim, path: str) -> None:
         """Let two axes of one length live and die together.
 
-        If one is never cut, or they repeat their channels differently, both are closed for cutting.
+        If one is never cut, or they repeat their channels differently, or no run of channels of one but all of them ends where
+        one of the other does, both are closed for cutting.
         """
         if one.length != other.length:
             raise ValueError(f"{one.length} and {other.length} entries")
@@ -84,13 +93,21 @@ class Spaces:
             for dim in (one, other):
                 self.fix(dim, path, "meets an axis that is never cut, such as the input's")
             return
-        if (one.inner, one.outer) != (other.inner, other.outer):
-            for dim in (one, other):
-                self.fix(dim, path, "meets channels that a flatten or a transpose has spread differently")
-            return
         first, second = sorted((self.root(one.space), self.root(other.space)))
+        units = gcd(self.units[first], self.units[second])
+        why = ""
+        if one.outer != other.outer:
+            why = "meets channels that a flatten or a transpose has spread differently"
+        elif units == 1 < max(self.units[first], self.units[second]):
+            why = "meets channels that stand in other groups, and no end of theirs is one of these"
+        if why:
+            for dim in (one, other):
+                self.fix(dim, path, why)
+            return
         if first != second:
             self.parents[second] = first
+            self.units[first] = units
+            del self.units[second]
             reason = self.fixed.pop(second, None)
             if reason:
                 self.fixed.setdefault(first, reason)

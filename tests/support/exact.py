@@ -17,7 +17,7 @@ from edge_runtime.engines import losses
 from edge_runtime.engines.ops import PHASED, RUN
 from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.views import opened, prefix
-from wire.spec import statistics, tensor_shapes
+from wire.spec import nodes_within, statistics, tensor_shapes
 
 NEAR = 1e-5
 """How far float32 may be from it, relative to a tensor's largest entry (see `apart`)."""
@@ -99,7 +99,7 @@ class Exact:
         shapes = tensor_shapes(self.spec, structure)
         weights = {tensor.name: self._cut(tensor, shapes[tensor.name]) for tensor in self.spec.tensors}
         values = {"input": torch.tensor(np.asarray(x), dtype=self.kind)}
-        for place, node in enumerate(self.spec.nodes):
+        for place, node in enumerate(nodes_within(self.spec, structure)):
             run = PHASED[node.op](self._phase, place) if node.op in PHASED else RUN_EXACTLY[node.op]
             inputs = [values[name] for name in node.inputs]
             values[node.name] = run(node, inputs, {role: weights[name] for role, name in node.params.items()})

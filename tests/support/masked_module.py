@@ -128,10 +128,10 @@ def group_norm(x, part, line):
     return y if part.weight is None else y * part.weight.reshape(shape) + part.bias.reshape(shape)
 
 
-def loaded(made, narrow):
+def loaded(made, narrow, make=TorchEngine):
     """Give an engine that holds the compact sub-model, cut from the module's own weights in wire order."""
     whole = to_wire(made.spec, made.arrays, narrow.levels)
-    engine = TorchEngine()
+    engine = make()
     engine.load(made.spec, narrow.structure, cut(made.spec, whole, narrow.structure))
     return engine
 
@@ -158,10 +158,10 @@ class Apart:
     own: float
 
 
-def check_narrow(module, made, narrow, x, y):
+def check_narrow(module, made, narrow, x, y, make=TorchEngine):
     """Hold a compact sub-model against the masked module."""
     module, made = without_dropout(module, made)
-    engine = loaded(made, narrow)
+    engine = loaded(made, narrow, make)
     samples = torch.from_numpy(x)
     if any(node.op == "embedding" for node in made.spec.nodes):
         samples = samples.long()

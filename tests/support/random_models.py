@@ -91,8 +91,13 @@ def depthwise(d, at):
 
 
 def grouped(d, at):
-    (channels, *_) = d.shape(at)
-    return d.layer(nn.Conv2d(channels, 4, 1, groups=2), at) if channels % 2 == 0 and channels > 2 else at
+    """Groups of two or three channels, behind a layer that makes them or, where they come out even, behind anything."""
+    groups, each = d.few(2, 3), d.few(2, 3)
+    if d.coin(0.7) or d.shape(at)[0] % groups or d.shape(at)[0] == groups:
+        at = conv(d, at, groups * each)
+    (channels, *sides) = d.shape(at)
+    kind = nn.Conv2d if len(sides) == 2 else nn.Conv1d
+    return d.layer(kind(channels, groups * d.few(1, 3), 1, groups=groups, bias=d.coin()), at)
 
 
 def norm(d, at):
@@ -107,8 +112,8 @@ def norm(d, at):
 
 
 def tied_norm(d, at):
-    (channels, *_) = d.shape(at)
-    return d.layer(nn.GroupNorm(2, channels), at) if channels % 2 == 0 else at
+    at = conv(d, at, 2 * d.few(1, 3)) if d.coin(0.7) or d.shape(at)[0] % 2 else at
+    return d.layer(nn.GroupNorm(2, d.shape(at)[0]), at)
 
 
 def pool(d, at):
@@ -221,7 +226,7 @@ PICTURE = (
     conv, conv, depthwise, norm, norm, act, act, pool, pool, pool, adaptive, residual, times, twice, concat, concat, excite,
     grouped, tied_norm,
 )  # fmt: skip
-LINE = (conv, conv, depthwise, norm, act, pool, adaptive, residual, times, twice, concat, excite)
+LINE = (conv, conv, depthwise, norm, act, pool, adaptive, residual, times, twice, concat, excite, grouped, tied_norm)
 SEQUENCE = (
     linear, linear, norm, act, dense_residual, gates, dense_concat, recurrent, recurrent, attention, attention, weighed, mixed,
 )  # fmt: skip

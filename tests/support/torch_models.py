@@ -195,6 +195,46 @@ class Inception(nn.Module):
         return self.fc(z.flatten(1))
 
 
+class ResNeXt(nn.Module):
+    """A block of Xie et al. (CVPR 2017), its middle in four groups, between norms of three and of two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 12, 3, padding=1), nn.GroupNorm(3, 12)
+        self.reduce, self.norm1 = nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.middle, self.norm2 = nn.Conv2d(8, 16, 3, padding=1, groups=4), nn.GroupNorm(4, 16)
+        self.widen, self.norm3 = nn.Conv2d(16, 12, 1), nn.GroupNorm(6, 12)
+        self.fc = nn.Linear(12 * 9, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        y = F.relu(self.norm1(self.reduce(x)))
+        y = F.relu(self.norm2(self.middle(y)))
+        x = F.relu(x + self.norm3(self.widen(y)))
+        return self.fc(F.max_pool2d(x, 2).flatten(1))
+
+
+class ShuffleUnit(nn.Module):
+    """A unit of ShuffleNet (Zhang et al., CVPR 2018, figure 2), with its shuffle of channels or without."""
+
+    def __init__(self, shuffles=False):
+        super().__init__()
+        self.shuffles = shuffles
+        self.stem = nn.Conv2d(1, 12, 3, padding=1)
+        self.first, self.norm1 = nn.Conv2d(12, 6, 1, groups=3), nn.BatchNorm2d(6)
+        self.each, self.norm2 = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6)
+        self.second, self.norm3 = nn.Conv2d(6, 12, 1, groups=3, bias=False), nn.BatchNorm2d(12)
+        self.mix, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = F.relu(self.norm1(self.first(x)))
+        if self.shuffles:
+            y = y.view(y.size(0), 3, 2, 6, 6).transpose(1, 2).reshape(y.size(0), 6, 6, 6)
+        y = self.norm3(self.second(self.norm2(self.each(y))))
+        return self.fc(F.relu(self.mix(F.relu(x + y))).mean((2, 3)))
+
+
 MODELS = {
     "lenet-5": (LeNet5, (1, 28, 28)),
     "vgg": (VGGBlock, (3, 8, 8)),
@@ -208,5 +248,7 @@ MODELS = {
     "attention": (Attention, (5, 3)),
     "wave": (Wave, (6, 16)),
     "inception": (Inception, (2, 6, 6)),
+    "resnext": (ResNeXt, (2, 6, 6)),
+    "shuffle-unit": (ShuffleUnit, (1, 6, 6)),
 }
 """Name to (class, shape of one sample)."""

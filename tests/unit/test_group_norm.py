@@ -54,11 +54,11 @@ def test_groups_that_do_not_fit():
         check(dataclasses.replace(spec, groups=(AxisGroup("c", 5, prunable=False),)))
 
 
-def test_channels_that_can_be_cut_form_one_group():
+def test_groups_that_would_be_cut_apart_are_refused():
     assert zoo.resnet("tiny", (3, 8, 8), 4, ((4, 1), (6, 1))).nodes[1].attrs == {"groups": 1}
     spec = zoo.resnet("tiny", (3, 8, 8), 4, ((4, 1), (6, 1)))
     nodes = tuple(dataclasses.replace(n, attrs={"groups": 2}) if n.name == "norm" else n for n in spec.nodes)
-    with pytest.raises(SpecError, match=r"'norm'.*one group"):
+    with pytest.raises(SpecError, match=r"'norm'.*cuts groups of 2 channels apart"):
         check(dataclasses.replace(spec, nodes=nodes))
 
 

@@ -17,7 +17,7 @@ from wire.native.arena import Slot, place
 from wire.native.needs import Dims, Facts, Needs
 from wire.native.registry import NEEDS
 from wire.segments import Cuts, check, spans
-from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
+from wire.spec import ModelSpec, Node, Structure, node_shapes, nodes_within, tensor_shapes
 
 STRIDED = ("linear",)
 """Ops that read the weights of a narrower width where they stand; the others get compact copies in scratch."""
@@ -131,12 +131,12 @@ def plan(
         raise SpecError("a model with masks is not cut into segments")
     shapes = node_shapes(spec, structure)
     panels: dict[str, tuple[int, int]] = {}
-    nodes: Sequence[Node] = spec.nodes
+    nodes: Sequence[Node] = nodes_within(spec, structure)
     if masked is not None:
         sparse = set(masked.kept) - set(masked.dense)
-        nodes = contracted(spec.nodes, sparse, panels, (shapes, asked.batch))
+        nodes = contracted(nodes, sparse, panels, (shapes, asked.batch))
     if stretches is not None:
-        nodes = _joined(spec.nodes, stretches)
+        nodes = _joined(nodes, stretches)
     layout = _Layout(_Graph(spec, tuple(nodes), tensor_shapes(spec, structure), shapes), asked)
     held = 0
     for node in nodes:  # panels are counted for every beginning of a chain: the whole of it counts
