@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coordinator import algorithms
+from coordinator import algorithms, personal
 from coordinator.events import Arrived, Refused
 from coordinator.export import JOURNAL
 from coordinator.journal import (
@@ -102,6 +102,16 @@ class RunView:
     held: dict[str, frozenset[str]] = field(default_factory=dict)
     _first: float = 0.0
 
+    def trained(self) -> dict[str, personal.Trained]:
+        """Give each device's newest answer to an order to train, of all rounds however they ended. Memory: by devices."""
+        found: dict[str, personal.Trained] = {}
+        aggregated = False
+        for _, current in sorted(self.rounds.items()):
+            now = {name: reply for name, reply in current.replies.items() if personal.trains(current.orders[name])}
+            found |= {name: personal.Trained(reply, aggregated) for name, reply in now.items()}
+            aggregated = aggregated or (bool(now) and current.outcome == "closed")
+        return found
+
     def absorb(self, entries: Iterable[Entry]) -> None:
         """Take in further entries; cost linear in them."""
         for entry in entries:
@@ -160,6 +170,7 @@ def read(folder: Path) -> RunView:
 def show_status(folder: Path, *, as_json: bool) -> int:
     """Print what the run has reached, a line per round."""
     run = read(folder)
+    own = personal.summed_up(run.trained())
     rows = [
         {
             "round": r.number,
@@ -181,11 +192,13 @@ def show_status(folder: Path, *, as_json: bool) -> int:
             "finished": run.finished,
             "seconds": run.seconds,
             "rounds": rows,
+            "personal": own,
         }
         print(json.dumps(facts))
         return 0
     state = "finished" if run.finished else "going on, or waiting to be started again"
     print(f"run {run.run} {dict(run.about)}: {state}, {run.seconds:.1f} s")
+    print(personal.text(own), end="")
     print(
         table(
             ["round", "outcome", "replies", "seconds", "up KiB", "down KiB", "sent KiB", "accuracy, narrowest first"],

@@ -1,8 +1,9 @@
 """What a comparison says beside the accuracy of the whole model: that of every width, and what devices get for themselves.
 
 The worst width is the one that does worst, whichever that is: of a run, at its end; of a curve, at each of its points.
-Personal accuracies are those of the devices that answered last, on test data of their own, before and after training. A method
-whose devices have masks of their own is also told by these: what the joined model does under them, and what they keep.
+Personal accuracies are those of all devices that trained, on test data of their own: of what they trained last, before it was
+aggregated, and of the model of their width after the last aggregation. A method whose devices have masks of their own is also
+told by these: what the joined model does under them, and what they keep.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from coordinator.personal import PERSONAL
 from coordinator.show import table
-from coordinator.simulate.report import PERSONAL
 
 COSTS = ("round", "seconds_virtual", "bytes_up", "bytes_down", "flops")
 """What a run has cost by a point of its curve."""
@@ -75,7 +76,8 @@ def summed_up(runs: Sequence[Mapping[str, Any]], failed: int = 0) -> dict[str, A
 
     Returns:
         ``by_width`` (width to median at the end), ``worst`` (as `extent`), ``reached_worst`` and ``to_target_worst`` (as
-        their likes for the whole model), ``personal`` (each of `report.PERSONAL`, mean and 10th percentile over devices).
+        their likes for the whole model), ``personal`` (each of `personal.PERSONAL`, mean and 10th percentile over devices, and
+        how many these are).
     """
     ends = [_widths(run["accuracy"]) for run in runs]
     common = [width for width in ends[0] if all(width in end for end in ends)] if ends else []
@@ -88,7 +90,8 @@ def summed_up(runs: Sequence[Mapping[str, Any]], failed: int = 0) -> dict[str, A
         "to_target_worst": median_cost(reached),
         "personal": {
             when: {
-                what: median([n for one in found if (n := one.get(when, {}).get(what)) is not None]) for what in _WHAT
+                what: median([n for one in found if (n := one.get(when, {}).get(what)) is not None])
+                for what in (*_WHAT, "devices")
             }
             for when in PERSONAL
         },
@@ -102,7 +105,7 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
         rows: Of the summary, in their order.
         number: Writes a figure.
     """
-    told = [row for row in rows if len(row["by_width"]) > 1 or row["personal"]["after"]["mean"] is not None]
+    told = [row for row in rows if len(row["by_width"]) > 1 or row["personal"]["trained"]["mean"] is not None]
     if not told:
         return ""
     widths = sorted({width for row in told for width in row["by_width"] if len(row["by_width"]) > 1}, key=int)
@@ -118,8 +121,8 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
         "in MB",
     ]
     seen = [w for i, w in enumerate(PERSONAL) if i < _ALWAYS or any(r["personal"][w]["mean"] is not None for r in told)]
-    names = {"before": "own before", "after": "own after", "own": "own mask", "density": "own density"}
-    head += [column for when in seen for column in (names[when], "p10")]
+    names = {"trained": "own trained", "aggregated": "own aggregated", "own": "own mask", "density": "own density"}
+    head += ["devices"] + [column for when in seen for column in (names[when], "p10")]
     cells = []
     for row in told:
         nested = len(row["by_width"]) > 1
@@ -135,11 +138,14 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
                 number(cost["round"], "{:.0f}"),
                 number(cost["seconds_virtual"]),
                 number(moved, "", 1e6),
+                number(row["personal"]["trained"]["devices"], "{:.0f}"),
                 *(number(row["personal"][when][what], "{:.4f}") for when in seen for what in _WHAT),
             ]
         )
     about = (
-        "widths from the narrowest on, and when the worst of them reached the target; own: on devices' own test data"
+        "widths from the narrowest on, and when the worst of them reached the target; own: on the own test data of so many"
+        " devices;\nown trained: what each trained last, before aggregation; own aggregated: the global model of its width"
+        " after the last one"
     )
     masks = "; own mask: what came, under a device's own mask, on its training samples" if len(seen) > _ALWAYS else ""
     return f"{table(head, cells)}\n{about}{masks}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from coordinator import personal
 from coordinator.show import MIB, RoundView, RunView, device_rows, table
 from coordinator.simulate.flops import flops
 from wire.errors import ConfigError
@@ -16,14 +16,18 @@ from wire.spec import ModelSpec, Structure, tensor_shapes
 
 Result = dict[str, Any]
 
-PERSONAL = {
-    "before": ("accuracy.before",),
-    "after": ("accuracy.after",),
-    "own": ("accuracy.ticket", "accuracy.own"),
-    "density": ("density",),
-}
-"""What is told of devices' own models, and the metrics that say it: accuracy on their own test data, as the model came and
-after training; of what came under a device's own mask, before training, on its training samples; the share that mask keeps."""
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The end of a run, as only a simulation knows it.
+
+    Attributes:
+        structure: What is left of the model, which the last round may have changed.
+        own: Device to the accuracy of the global model after the last aggregation, at its width and on its own test data.
+    """
+
+    structure: Structure
+    own: Mapping[str, float] = field(default_factory=dict)
 
 
 def result(
@@ -34,7 +38,7 @@ def result(
     partition: str,
     partition_digest: str,
     seconds: float,
-    structure: Structure | None = None,
+    final: Final | None = None,
 ) -> Result:
     """Sum up a finished run in the shape of DESIGN section 6; what an abandoned round cost is counted with the others.
 
@@ -45,7 +49,8 @@ def result(
         partition: How that was spread.
         partition_digest: Name of just this spreading.
         seconds: That the run really took.
-        structure: What is left of the model, which the last round may have changed; by default what that round was about.
+        final: What is left of the model and what devices get of it; by default what the last round was about, and what devices
+            said of the models that came to them.
 
     Operations are those of the orders as they were given: a device that went on with less of the model did fewer.
     """
@@ -53,7 +58,6 @@ def result(
     measured = [r for r in rounds if r.metrics]
     last = measured[-1].accuracy() if measured else {}
     curve, costs = _curve(view, spec)
-    final = rounds[-1].replies.values() if rounds else ()
     return {
         "algo": view.about.get("algo"),
         "model": view.about.get("model"),
@@ -68,14 +72,11 @@ def result(
             "full": last[max(last)] if last else None,
             "by_width": {str(k): v for k, v in last.items()},
         },
-        "personal": {
-            what: spread([r.metrics[name] for r in final for name in names if name in r.metrics])
-            for what, names in PERSONAL.items()
-        },
+        "personal": personal.summed_up(view.trained(), None if final is None else final.own),
         "bytes_up": costs["bytes_up"],
         "bytes_down": costs["bytes_down"],
         "flops": costs["flops"],
-        "density_by_layer": densities(spec, structure or _last_structure(rounds)),
+        "density_by_layer": densities(spec, _last_structure(rounds) if final is None else final.structure),
         "devices": _devices(view, spec),
         "curve": curve,
     }
@@ -143,13 +144,6 @@ def _devices(view: RunView, spec: ModelSpec) -> list[dict[str, str | int | float
     return rows
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Give mean and 10th percentile."""
-    if not values:
-        return {"mean": None, "p10": None}
-    return {"mean": float(np.mean(values)), "p10": float(np.percentile(values, 10))}
-
-
 def text(facts: Result) -> str:
     """Lay a result out for people."""
     rows = [
@@ -169,14 +163,11 @@ def text(facts: Result) -> str:
     head = ["device", "width", "budget MiB", "predicted", "peak MiB", "within", "micro-batch", "samples", "seconds"]
     by_width = "  ".join(f"width {k}: {v:.4f}" for k, v in facts["accuracy"]["by_width"].items())
     full = facts["accuracy"]["full"]
-    before, after = facts["personal"]["before"]["mean"], facts["personal"]["after"]["mean"]
-    own = f"; on the devices' own test data {before:.3f} before and {after:.3f} after training" if after else ""
-    kept = facts["personal"]["density"]["mean"]
-    own += "" if kept is None else f", with {kept:.3f} of the weights"
     return (
         f"\n{facts['algo']} on {facts['data']} ({facts['partition']}), {facts['rounds']} rounds, {facts['seconds']:.1f} s\n"
         f"{table(head, rows)}\n"
-        f"test accuracy: {by_width}\nfull width: {'-' if full is None else f'{full:.4f}'}{own}\n"
+        f"test accuracy: {by_width}\nfull width: {'-' if full is None else f'{full:.4f}'}\n"
+        f"{personal.text(facts['personal'])}"
         f"down {facts['bytes_down'] / MIB:.1f} MiB, up {facts['bytes_up'] / MIB:.1f} MiB, {facts['flops'] / 1e9:.1f} GFLOP\n"
     )
 

@@ -14,7 +14,7 @@ import heapq
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from wire.errors import ConfigError, NestlingError
 from wire.job import Done, Failed, Job
 from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order, Recipe, Refusal, Reply
-from wire.spec import Structure
+from wire.spec import ModelSpec, Structure, group_sizes
 
 _BUDGET = 1 << 40
 
@@ -55,6 +55,7 @@ class Log:
         done: Device to what came of its order, while that is on its way up.
         state: Digest of the algorithm's state. One that is there before the run is what the run starts from.
         weights: Digest of weights to start from; empty for chance.
+        own: Device to the accuracy of the final model, at its width and on its own test data; filled when all rounds are over.
     """
 
     view: RunView = field(default_factory=RunView)
@@ -66,6 +67,7 @@ class Log:
     done: dict[str, Done | Failed] = field(default_factory=dict)
     state: str = ""
     weights: str = ""
+    own: dict[str, float] = field(default_factory=dict)
 
     def write(self, round_number: int, record: journal.Record) -> None:
         """Append one record."""
@@ -99,7 +101,7 @@ def simulate(
             partition=config.partition,
             partition_digest=world.digest,
             seconds=time.monotonic() - began,
-            structure=structures_of(load_state(world.spool, log.state, world.spec))[-1] if log.state else None,
+            final=report.Final(structures_of(load_state(world.spool, log.state, world.spec))[-1], log.own),
         )
 
 
@@ -142,6 +144,7 @@ def play(world: World, log: Log) -> Iterator[int]:
             log.write(number, journal.Abandoned(number, "quorum was not reached"))
         world.spool.sweep({world.spec_ref.digest, outcome.state, *(ref.digest for ref in outcome.blobs)})
         yield number
+    log.own = _owned(world, log.view, outcome)
     log.write(config.rounds, journal.Finished())
 
 
@@ -354,3 +357,32 @@ def _measured(world: World, outcome: Outcome, number: int) -> dict[str, float]:
             raise ConfigError(f"the model cannot be measured on {world.config.data}: {done.detail}")
         metrics |= done.metrics
     return metrics
+
+
+def _owned(world: World, view: RunView, outcome: Outcome) -> dict[str, float]:
+    """Measure the model of the last aggregation on every device's own test data, as its worker would: at its last width.
+
+    That is after the run: it takes neither virtual time nor bytes. Devices that never trained, or have no test data, or no
+    room even for their width's forward pass, are left out; all are where no round was closed.
+    """
+    found = {}
+    closed = any(one.outcome == "closed" for one in view.rounds.values())
+    for name, last in view.trained().items() if closed else ():
+        client, number = world.clients[name], world.config.rounds + 1
+        structure = _at_width(world.spec, outcome.structures, last.reply.structure)
+        if not len(client.data.test[0]):
+            continue
+        draft = Draft(name, "evaluate", structure, Recipe(batch=256))
+        done = _performed(world, _order(world, draft, outcome, number), (client.data, client.machine.bytes_budget))
+        if isinstance(done, Done):
+            found[name] = done.metrics[f"accuracy.{structure.capacity}"]
+    return found
+
+
+def _at_width(spec: ModelSpec, structures: Sequence[Structure], last: Structure) -> Structure:
+    """Find a device's width among the model's; where widths are others by now (FedMP), the widest that is no wider."""
+    if structures[0].widths == last.widths:
+        return structures[min(last.capacity, len(structures) - 1)]
+    most = group_sizes(spec, last)
+    fitting = [one for one in structures if all(n <= most[group] for group, n in group_sizes(spec, one).items())]
+    return fitting[-1] if fitting else structures[0]

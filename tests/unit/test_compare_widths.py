@@ -61,8 +61,8 @@ def nested_of(widths: dict[str, list[float]]):
             for point in [one["accuracy"], *one["curve"]]:
                 full = point.get("full", point.get("accuracy"))
                 point["by_width"] = {} if full is None else {str(k): full * share for k, share in enumerate(shares)}
-            after = {"mean": 0.9 - 0.1 * seed, "p10": None if seed == 2 else 0.5 * seed}
-            one["personal"] = {"before": {"mean": 0.25 * seed, "p10": 0.1}, "after": after}
+            trained = {"mean": 0.9 - 0.1 * seed, "p10": None if seed == 2 else 0.5 * seed, "devices": 7 + seed}
+            one["personal"] = {"aggregated": {"mean": 0.25 * seed, "p10": 0.1}, "trained": trained}
             found.append((Trial(label, None, config), one))
     return found
 
@@ -76,11 +76,11 @@ def test_widths_and_personal_accuracies_by_hand():
     # The worst width is at 0.25 * full * n / 10 in round n = 2, 4, ...: it passes 0.19 in rounds never, 10 and 10.
     assert [run["to_target_worst"] and run["to_target_worst"]["round"] for run in facts["runs"][:3]] == [None, 10, 10]
     assert (nest["reached_worst"], nest["to_target_worst"]["round"], nest["to_target"]["round"]) == (2, 10, 4)
-    assert nest["personal"]["before"] == pytest.approx({"mean": 0.25, "p10": 0.1})
-    assert nest["personal"]["after"] == pytest.approx({"mean": 0.8, "p10": 0.25})
+    assert nest["personal"]["aggregated"] == {"mean": 0.25, "p10": 0.1, "devices": None}
+    assert nest["personal"]["trained"] == pytest.approx({"mean": 0.8, "p10": 0.25, "devices": 8})
     assert flat["by_width"] == pytest.approx({"0": 0.8})
     assert (flat["worst"]["median"], flat["reached_worst"], flat["to_target_worst"]["round"]) == (None, 0, None)
-    assert (old["by_width"], old["personal"]["after"]["mean"]) == ({}, None)
+    assert (old["by_width"], old["personal"]["trained"]["mean"]) == ({}, None)
     json.dumps(facts, allow_nan=False)
 
 
@@ -97,12 +97,12 @@ def test_a_run_that_failed_has_never_got_to_the_target():
 def test_the_text_has_a_line_for_each_method_that_has_widths_or_personal_results(tmp_path):
     found = nested_of({"nest": [0.5, 0.25, 1.0], "flat": [1.0]})
     facts = compare_report.summed_up([*found, *found_of({"old": [0.8]})], "0.19")
-    first, _, second = compare_report.text(facts).partition("own: on")[0].partition("worst")
+    first, _, second = compare_report.text(facts).partition("widths from")[0].partition("worst")
     assert all(label in first for label in ("nest", "flat", "old"))
     (nest,) = [line.split() for line in second.splitlines() if line.strip().startswith("nest")]
-    assert " ".join(nest) == "nest - 0.2000 0.4000 0.2000 0.8000 2/3 10 10.0 0.00300 0.2500 0.1000 0.8000 0.2500"
+    assert " ".join(nest) == "nest - 0.2000 0.4000 0.2000 0.8000 2/3 10 10.0 0.00300 8 0.8000 0.2500 0.2500 0.1000"
     (flat,) = [line.split() for line in second.splitlines() if line.strip().startswith("flat")]
-    assert " ".join(flat) == "flat - - - - - - - - - 0.2500 0.1000 0.8000 0.2500"
+    assert " ".join(flat) == "flat - - - - - - - - - 8 0.8000 0.2500 0.2500 0.1000"
     assert "old" not in second
     assert compare_report.plot(facts, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     plain = compare_report.summed_up(found_of({"old": [0.8]}), "0.19")
@@ -120,13 +120,13 @@ def test_masks_of_devices_own_have_columns_where_a_method_has_them():
         one["personal"]["density"] = {"mean": 0.3 if seed else None, "p10": 0.2 if seed else None}
     facts = compare_report.summed_up([*lottery, *plain], "0.5")
     personal = facts["summary"][0]["personal"]
-    assert personal["own"] == pytest.approx({"mean": 0.6, "p10": 0.25})
-    assert personal["density"] == pytest.approx({"mean": 0.3, "p10": 0.2})
+    assert (personal["own"]["mean"], personal["own"]["p10"]) == pytest.approx((0.6, 0.25))
+    assert (personal["density"]["mean"], personal["density"]["p10"]) == pytest.approx((0.3, 0.2))
     text = compare_report.text(facts)
-    (head,) = [line for line in text.splitlines() if "own before" in line]
+    (head,) = [line for line in text.splitlines() if "own trained" in line and "p10" in line]
     assert head.split("  ")[-1].strip() == "p10"
     assert [word for word in head.replace("own ", "own-").split() if word.startswith("own")] == [
-        "own-before", "own-after", "own-mask", "own-density"
+        "own-trained", "own-aggregated", "own-mask", "own-density"
     ]  # fmt: skip
     lines = [line.split() for line in text.partition(head)[2].splitlines() if line.startswith("lottery")]
     assert lines[0][-4:] == ["0.6000", "0.2500", "0.3000", "0.2000"]

@@ -38,7 +38,7 @@ def test_a_run_has_the_promised_shape_and_can_be_repeated():
     assert result["accuracy"]["full"] == result["accuracy"]["by_width"]["4"]
     assert [d["width"] for d in result["devices"]] == [0, 2, 4]
     assert all(d["bytes_peak"] <= d["bytes_budget"] for d in result["devices"])
-    assert result["personal"]["after"]["mean"] > 0
+    assert result["personal"]["trained"]["mean"] > 0
     json.dumps(result)
     assert timeless(simulate(SMALL)) == timeless(result)
 
@@ -67,9 +67,9 @@ def test_a_lottery_is_told_by_the_tickets_of_its_devices():
         name: pytest.approx(reply.metrics["density"], abs=1e-6) for name, reply in replies.items()
     }
     assert set(result["density_by_layer"].values()) == {1.0}
-    assert "with 0.125 of the weights" in report.text(result)
+    assert "3 devices with 0.125 of the weights" in report.text(result)
     plain = simulate(dataclasses.replace(config, algo="fedavg", params={}))
-    assert plain["personal"]["own"] == plain["personal"]["density"] == {"mean": None, "p10": None}
+    assert plain["personal"]["own"] == plain["personal"]["density"] == {"mean": None, "p10": None, "devices": 0}
 
 
 def test_virtual_time_is_that_of_the_slowest(tmp_path):
