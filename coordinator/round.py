@@ -92,6 +92,7 @@ __all__ = [
     "Stopped",
     "Unwanted",
     "departed",
+    "interrupted",
     "open_round",
     "step",
     "word",
@@ -231,6 +232,12 @@ def word(current: Round, device: str, order: str) -> Literal["more", "committed"
     if current.phase == "open" and seat is not None and seat.order == order and seat.state in ("asked", "lost"):
         return "more"
     return "unwanted"
+
+
+def interrupted(current: Round | None, device: str) -> bool:
+    """Say whether a device was lost in this round, or born anew: how long it took till it answered is then no turn of it."""
+    seat = current.seats.get(device) if current is not None else None
+    return seat is not None and seat.seq > 0
 
 
 def departed(current: Round | None, hears: Callable[[str], bool]) -> tuple[Refused, ...]:

@@ -20,7 +20,7 @@ from coordinator.events import Arrived, Born, Lost, Refused
 from coordinator.fleet import Fleet
 from coordinator.journal import Abandoned, Cleared, Closed, Evaluated, Finished, Planned, Published
 from coordinator.mail import Mail
-from coordinator.round import Round, counted, departed, open_round, step, word
+from coordinator.round import Round, counted, departed, interrupted, open_round, step, word
 from coordinator.standing import Standing, absorb
 from coordinator.steps import Step, Steps, Store, held_for, order_id, orders_of
 from coordinator.turn import Pace, Turn
@@ -187,7 +187,7 @@ class Server:
         self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
         if order is not None:
-            seconds = self._pace.turn(time.monotonic())
+            seconds = 0.0 if interrupted(self._round, reply.device) else self._pace.turn(time.monotonic())
             self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak, seconds)
         self._happen(Arrived(reply.device, reply.order, reply))
 

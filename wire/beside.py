@@ -19,14 +19,19 @@ _BLOCKS, _BLOCK = 3, 1 << 20
 def passed(spec: ModelSpec, structure: Structure, recipe: Recipe, micro_batch: int) -> int:
     """Count what rule `importance` holds of the steps in its window: of each layer their sum, or all that passed, if less.
 
-    The same of one step, where that comes in micro-batches.
+    The sum where all of it is told. The same of one step, where that comes in micro-batches; and the blocks of a gradient.
     """
     if recipe.rule != "importance":
         return 0
-    counts = [_window(recipe) * recipe.batch] if recipe.knobs.get("window") else []
-    counts += [recipe.batch] if micro_batch < recipe.batch else []
-    sizes = _through(spec, structure).values()
-    return FLOAT * sum(min(weights, samples * values) for samples in counts for weights, values in sizes)
+    sizes, found = _through(spec, structure), 0
+    for name, (weights, values) in sizes.items():
+        if recipe.knobs.get("window"):
+            told = recipe.knobs.get("send") and recipe.knobs.get(_TOP + name, weights) >= weights
+            found += weights if told else min(weights, _window(recipe) * recipe.batch * values)
+        if micro_batch < recipe.batch:
+            found += min(weights, recipe.batch * values)
+    blocks = max((min(_BLOCK, FLOAT * weights) for weights, _ in sizes.values()), default=0)
+    return FLOAT * found + _BLOCKS * blocks
 
 
 def _window(recipe: Recipe) -> int:
@@ -62,20 +67,18 @@ def apart(spec: ModelSpec, structure: Structure, recipe: Recipe, copies: int) ->
 
 
 def told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
-    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what it tells.
+    """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are.
 
     What passed in several steps is gone through side by side, in blocks that are as much smaller.
     """
     if recipe.rule != "importance" or not recipe.knobs.get("send"):
         return 0, 0, 0
-    tensors, through, found, whole = tensor_shapes(spec, structure), _through(spec, structure), 0, 0
+    tensors, through, found = tensor_shapes(spec, structure), _through(spec, structure), 0
     sizes = {name: prod(shape) for name, shape in tensors.items() if _TOP + name in recipe.knobs}
     counts = {name: min(size, int(recipe.knobs[_TOP + name])) for name, size in sizes.items()}
-    steps = _window(recipe) if recipe.knobs.get("window") else 0
-    for name, (weights, values) in through.items():
-        apart = steps if steps * recipe.batch * values <= weights else 0
+    for name, count in counts.items():
+        weights, values = through.get(name, (0, 1))
+        apart = min(_window(recipe), weights // values) if recipe.knobs.get("window") else 0
         blocks = min(FLOAT * weights, max(_BLOCK, apart * FLOAT * weights // tensors[name][0])) if apart else 0
-        found = max(found, _LARGEST * counts.get(name, 0) + _BLOCKS * blocks)
-        whole += FLOAT * weights * bool(apart and name not in counts)
-    found = max([found, *(_LARGEST * count for count in counts.values())])
-    return found, sum(-(-size // 8) for size in sizes.values()), _PLACED * sum(counts.values()) + whole
+        found = max(found, _LARGEST * count + _BLOCKS * blocks)
+    return found, sum(-(-size // 8) for size in sizes.values()), _PLACED * sum(counts.values())

@@ -219,7 +219,7 @@ class Same:
         return id(self.spec)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _walked(same: Same, sizes: tuple[tuple[str, int], ...]) -> dict[str, tuple[int, ...]]:
     return _walk(same.spec, dict(sizes))
 
@@ -305,7 +305,9 @@ def check(spec: ModelSpec) -> ModelSpec:
         for axis in tensor.axes:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
-    shapes = node_shapes(spec, Structure())
+    shapes = _walk(
+        spec, {group.name: group.size for group in spec.groups}
+    )  # nothing is remembered of what may be refused
     _check_groups(spec, shapes)
     _check_statistics(spec)
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))

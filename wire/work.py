@@ -91,7 +91,7 @@ def layers(spec: ModelSpec, structure: Structure) -> tuple[Layer, ...]:
     return _layers(Same(spec), widths, tuple(structure.kept.items()))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _layers(
     same: Same, widths: tuple[tuple[str, tuple[int]], ...], counts: tuple[tuple[str, int], ...]
 ) -> tuple[Layer, ...]:

@@ -181,7 +181,7 @@ def narrow(spec: ModelSpec, fraction: float) -> ModelSpec:
     Its weights are as many as those of that width; it begins from other ones, which are drawn for its own layers' inputs.
 
     Raises:
-        SpecError: It cannot be run.
+        SpecError: It cannot be run, or a convolution in groups that are cut would have one of them left.
     """
     groups = [replace(g, size=max(1, ceil(fraction * g.size - 1e-9))) if g.prunable else g for g in spec.groups]
     before, after = ({g.name: g.size for g in found} for found in (spec.groups, groups))

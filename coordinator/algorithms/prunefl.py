@@ -5,8 +5,8 @@ Jiang et al., "Model Pruning Enables Efficient Federated Learning on Edge Device
 * *Initial pruning*: one device trains alone on a few of its samples (`initial.samples`), an order being the `initial.passes`
   over them between two reconfigurations, at most `initial.rounds` orders. Reconfiguring starts once the accuracy there is
   `initial.start` times chance, and the stage ends when `initial.calm` of them in a row have moved the density by at most
-  `initial.stop` of itself. The device stays the same whoever else is drawn, unless it leaves three orders in a row unanswered;
-  one that is away is waited for.
+  `initial.stop` of itself. The device stays the same whoever else is drawn, unless it leaves three orders in a row unanswered
+  or the coordinator begins anew while it is away; till then it is waited for.
 * *Further pruning*: federated averaging of the masked model, reconfigured every `every` rounds. `stages` has the ablation.
 
 A reconfiguration keeps what maximises importance per second (`coordinator.blocks.importance`), among the weights that are not
@@ -157,7 +157,10 @@ def plan(
         return state, drafted(state.spec, structure, recipe, devices, rng)
     recipe = _importance(state, recipe, send=True, window=1.0, measure=1.0, samples=float(params["initial.samples"]))
     recipe = dataclasses.replace(recipe, epochs=int(params["initial.passes"]), steps=0)
-    for device in ranked_from(devices, memo["client"], after=memo["unanswered"] >= _PATIENCE):
+    waited = memo["unanswered"] >= _PATIENCE
+    for device in ranked_from(devices, memo["client"], after=waited):
+        if waited and device.name == memo["client"] and not device.drawn:
+            continue  # it is away for good, for all that is known: rather nobody than it again
         drafts = drafted(state.spec, structure, recipe, (device,), rng)
         if drafts:
             before = memo["unanswered"] if device.name == memo["client"] else 0
@@ -230,8 +233,13 @@ def _due(state: State) -> bool:
     since, every = memo["since"], int(params["every"])
     last = max(memo["last"], since)
     regular = (state.round - since) // every > (last - since) // every
-    capped = bool(params["target"]) and memo["last"] < _ramp(params) <= state.round
-    return bool(memo["stage"] == "further" and (regular or capped))
+    return bool(memo["stage"] == "further" and (regular or _capped(state)))
+
+
+def _capped(state: State) -> bool:
+    """Tell whether the cap has come to `target` and no mask has followed: a run may end here, so nothing is put off."""
+    params = state.scalars["params"]
+    return bool(params["target"]) and state.scalars["prunefl"]["last"] < _ramp(params) <= state.round
 
 
 def _ramp(params: Params) -> int:
@@ -264,7 +272,7 @@ def _tops(state: State) -> dict[str, int]:
     """Give how many of the largest values are asked for, by tensor; of a tensor that is not named, all."""
     params, widen = state.scalars["params"], state.scalars["prunefl"]["widen"]
     several = params["time"] == "fit devices" or ";" in str(params["time"])
-    if params["importance"] == "dense" or params["cap"] == "stop" or several:
+    if params["importance"] == "dense" or params["cap"] == "stop" or several or _capped(state):
         return {}
     counts = {
         name: math.ceil(float(params["top"]) * widen * max(1, int(np.count_nonzero(mask))))

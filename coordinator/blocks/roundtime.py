@@ -83,9 +83,21 @@ def remembered(
     layers = {"seconds": found, "kept": list(kept)} if found else memo["layers"]
     rows: list[Row] = [[t.device, t.seconds, t.rest, t.beyond, *kept] for t in turns if t.seconds > 0.0]
     if params["time"] == "fit" and rows:
-        known, across = [row for row in rows if row[2] >= 0.0] or rows, _across(spec)
-        rows = [["", *max(known, key=lambda row: float(row[1]) + max(0.0, _rest(row, across)))[1:]]]
-    return {"seen": [*memo["seen"], *rows][-SEEN:], "layers": layers}
+        across, known = (
+            _across(spec),
+            all(row[2] >= 0.0 for row in rows),
+        )  # else the slowest to train: turns that are not
+        slowest = max(
+            rows, key=lambda row: float(row[1]) + (_rest(row, across) if known else 0.0)
+        )  # known may be longer
+        rows = [["", *slowest[1:]]]
+    return {"seen": [*_seen(spec, memo), *rows][-SEEN:], "layers": layers}
+
+
+def _seen(spec: ModelSpec, memo: Mapping[str, Any]) -> list[Row]:
+    """Give the rounds that are remembered; those of a state of before turns were known have neither `rest` nor `beyond`."""
+    whole = _KEPT + len(maskable(spec))
+    return [row if len(row) == whole else [*row[:2], -1.0, 0.0, *row[2:]] for row in memo["seen"]]
 
 
 def _middle(kept: Mapping[str, int], turns: Sequence[Took]) -> dict[str, float]:
@@ -114,9 +126,9 @@ def lines(spec: ModelSpec, params: Params, memo: Mapping[str, Any]) -> tuple[tup
     if memo["layers"]:
         known = memo["layers"]
         prior = timecost.measured(prior, known["seconds"], dict(zip(names, known["kept"], strict=True)))
-    found, explained = [], []
-    for device in sorted({row[0] for row in memo["seen"]}) or [""]:
-        rows, trust = [row for row in memo["seen"] if row[0] == device], float(params["trust"])
+    found, explained, seen = [], [], _seen(spec, memo)
+    for device in sorted({row[0] for row in seen}) or [""]:
+        rows, trust = [row for row in seen if row[0] == device], float(params["trust"])
         line, r2 = timecost.fit([row[_KEPT:] for row in rows], [row[1] for row in rows], prior, trust)
         if link:
             line = line.scaled(1.0, each)

@@ -130,6 +130,15 @@ def _sums(task: Task, knobs: _Knobs) -> _Sums:
     held = holds_gradients(task.recipe, task.micro_batch)
     sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first, held)
     if knobs.window:
+        samples, values = (
+            (steps - first) * min(task.recipe.batch, len(task.x)),
+            node_shapes(spec, task.engine.structure),
+        )
+        for name, node in nodes.items() if task.masks else ():
+            size = math.prod(shapes[name])
+            told = knobs.send and knobs.top.get(name, size) >= size
+            if told or samples * (math.prod(values[node.inputs[0]]) + math.prod(values[node.name])) > size:
+                sums.z[name] = np.zeros(shapes[name], np.float32)
         return sums
     own = task.own if _SINCE in task.own and int(task.own[_SINCE][0]) == knobs.since else {}
     for name, shape in sums.shapes.items():
@@ -184,21 +193,20 @@ class _Sums:
         if len(x) == self.batch:
             self._settle(name, [(x, dy)])
             return
-        batches = self.now.setdefault(name, [])
-        batches.append((x, dy))
-        if name not in self.part and self._fits(name, batches):
-            batches[-1] = x.copy(), dy.copy()
+        if self.batch * (x.size + dy.size) <= len(x) * math.prod(self.shapes[name]):
+            self.now.setdefault(name, []).append((x.copy(), dy.copy()))
             return
-        total = self.part.setdefault(name, np.zeros(self.shapes[name], np.float32))
-        for row, block in gradient_blocks(Passed.through(self.nodes[name], *self.now.pop(name))):
-            total[row : row + len(block)] += block
+        if name not in self.part:
+            self.part[name] = np.zeros(self.shapes[name], np.float32)
+        for row, block in gradient_blocks(Passed.through(self.nodes[name], (x, dy))):
+            self.part[name][row : row + len(block)] += block
 
     def look(self, grads: Mapping[str, Floats], *, every: bool) -> None:
         """Take gradients that are whole: all of a model without masks, and otherwise those of what is told of no tensor."""
         if self.step < self.first:
             return
         self.rest += norm({name: gradient for name, gradient in grads.items() if name not in self.nodes}) ** 2
-        if not math.isfinite(self.rest):
+        if not np.isfinite(np.float32(self.rest)):
             raise NonFinite("the squared gradient of what is never pruned is not finite")
         for name in self.nodes if every else ():
             total = self.z.setdefault(name, np.zeros(self.shapes[name], np.float32))
@@ -216,8 +224,7 @@ class _Sums:
                 np.square(gradient, out=gradient)
             if not np.isfinite(gradient).all():
                 raise NonFinite(f"the squared gradient of {name!r} is not finite")
-            total = self._whole(name)
-            total += gradient
+            self.z[name] += gradient
         self.rest += sum(float(np.square(bias).sum()) for bias in self.bias.values())
         for held in (self.now, self.part, self.bias):
             held.clear()
@@ -226,24 +233,12 @@ class _Sums:
     def _settle(self, name: str, batches: list[tuple[Floats, Floats]]) -> None:
         """Add what passed in a step that is over."""
         passed = Passed.through(self.nodes[name], *batches)
-        before = [pair for one in self.passed.get(name, []) for pair in one.batches]
-        if name in self.z or not self._fits(name, [*before, *batches]):
-            whole(passed, self._whole(name))
+        if name in self.z:
+            whole(passed, self.z[name])
             return
         if name not in self.now:  # it is not ours yet
             passed = Passed.through(self.nodes[name], *((x.copy(), dy.copy()) for x, dy in batches))
         self.passed.setdefault(name, []).append(passed)
-
-    def _fits(self, name: str, batches: list[tuple[Floats, Floats]]) -> bool:
-        return sum(x.size + dy.size for x, dy in batches) <= math.prod(self.shapes[name])
-
-    def _whole(self, name: str) -> Floats:
-        """Give the sum that is held whole, begun with what had passed until now."""
-        if name not in self.z:
-            self.z[name] = np.zeros(self.shapes[name], np.float32)
-            for one in self.passed.pop(name, []):
-                whole(one, self.z[name])
-        return self.z[name]
 
     def blocks(self, name: str) -> Iterator[tuple[int, Floats]]:
         """Give a tensor's sums in blocks of rows."""
@@ -264,13 +259,8 @@ class _Sums:
 def _told(sums: _Sums, name: str, count: int | None) -> tuple[Extra, float]:
     """Give what is told of a tensor, and what the rest of it does not exceed."""
     size = math.prod(sums.shapes[name])
-    if (count is None or count >= size) and name in sums.z:
-        return Extra(sums.z[name]), 0.0
     if count is None or count >= size:
-        total = np.zeros(sums.shapes[name], np.float32)
-        for first, block in sums.blocks(name):
-            total[first : first + len(block)] = block
-        return Extra(total), 0.0
+        return Extra(sums.z[name]), 0.0
     places, values = largest_of(sums.blocks(name), count)
     theta = float(values.min()) if len(values) else 0.0
     if not theta:

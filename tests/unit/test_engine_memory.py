@@ -160,9 +160,17 @@ def test_importance_at_all_positions_makes_nothing_as_large_as_the_weights(steps
     assert peak < sum(counted) < 4 * weight.size
 
 
-def test_importance_of_all_weights_is_counted_where_all_of_it_is_told():
-    weight, told, peak, counted = importance_order(5, {})
+@pytest.mark.parametrize(("steps", "last"), [(5, 0.0), (5, 50.0), (60, 0.0)])
+def test_importance_of_all_weights_is_counted_where_all_of_it_is_told(steps, last):
+    """However many steps were said to count."""
+    weight, told, peak, counted = importance_order(steps, {"last": last})
     assert told.places is None
+    assert 4 * weight.size < peak < sum(counted) < 6 * weight.size
+
+
+def test_importance_is_held_once_where_what_passes_is_more_than_the_weights():
+    weight, told, peak, counted = importance_order(60, {"top.fc1.weight": 60_000.0})
+    assert len(told.places) == 60_000
     assert 4 * weight.size < peak < sum(counted) < 6 * weight.size
 
 

@@ -14,7 +14,7 @@ from coordinator.algorithms import fedavg, prunefl
 from coordinator.blocks.importance import Base, Layer, solve
 from coordinator.blocks.masks import density
 from tests.support.models import random_arrays
-from tests.support.prunefl import DEVICES, NAMES, SPEC, answer, planned, start
+from tests.support.prunefl import DEVICES, NAMES, SPEC, answer, asked, planned, start
 from tests.support.sequences import normed
 from wire import zoo
 from wire.errors import ConfigError, Malformed
@@ -197,6 +197,28 @@ def test_initial_passes_over_a_client_that_never_answers():
     for number in range(1, 6):
         alone, (draft,) = planned(alone, number, DEVICES[:1])
         assert draft.device == "a"
+
+
+def test_a_client_that_stays_away_is_not_asked_for_ever_where_nobody_else_can():
+    near, small = DEVICES[0], DeviceView("b", 1, 50)
+    state, asked = start(initial__start=9.0), []
+    for number in range(1, 7):
+        a = near if number == 1 else dataclasses.replace(near, drawn=False)
+        state, drafts = planned(state, number, (a, small))
+        asked.append([draft.device for draft in drafts])
+    assert asked == [["a"]] * 3 + [[]] * 3, "then nobody, and no round is used up"
+    assert [d.device for d in planned(state, 7, (near, small))[1]] == ["a"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cap_is_met_in_the_last_round_whatever_is_certain(seed):
+    state = start(stages="further", every=2.0, target=0.05, horizon=20.0, prunable=0.9)
+    for number in range(1, 21):
+        state, (draft, _) = planned(state, number)
+        ends = (("a", 30), ("b", 50))
+        told = [answer(state, d, n, 100 * seed + number, "random", top=asked(draft)) for d, n in ends]
+        state = prunefl.close(state, told)
+    assert density(state.masks) <= 0.05
 
 
 def test_who_tells_nothing_does_not_calm_the_initial_stage():

@@ -27,6 +27,7 @@ from coordinator.round import (
     Stopped,
     Unwanted,
     departed,
+    interrupted,
     open_round,
     step,
     word,
@@ -193,6 +194,12 @@ def test_who_was_taken_back_is_not_waited_for() -> None:
     assert nobody.phase == "abandoned"
     for other in (None, open_round(1, RUN, orders(2), quorum=None, seconds=60.0), closed):
         assert departed(other, set[str]().__contains__) == ()
+
+
+def test_a_turn_in_which_a_device_was_away_is_no_turn() -> None:
+    current, _ = run(opened(3), Lost("d0", 1), Born("d0", 2), Lost("d1", 1))
+    assert [interrupted(current, device) for device in ("d0", "d1", "d2", "d9")] == [True, True, False, False]
+    assert not interrupted(None, "d0")
 
 
 def test_no_reply_at_all_never_closes() -> None:

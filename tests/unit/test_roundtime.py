@@ -93,10 +93,11 @@ def test_without_turns_there_is_the_training_and_a_given_link_stands_for_transfe
 
 def test_a_round_is_as_long_as_the_slowest_turn_or_every_device_has_its_line():
     near = Took("a", 9.0, 0.5, 0.0, UNTIMED)
-    memo = remembered(
-        SPEC, params(), NOTHING, SIZES, [near, turn(SIZES, "b", slower=4.0), Took("c", 99.0, -1.0, 0.0, UNTIMED)]
-    )
+    slow, unknown = turn(SIZES, "b", slower=4.0), Took("c", 99.0, -1.0, 0.0, UNTIMED)
+    memo = remembered(SPEC, params(), NOTHING, SIZES, [near, slow])
     assert memo["seen"] == [["", pytest.approx(4.0 * WORK.seconds(SIZES)), pytest.approx(4 * 3.088), 0.0, *SIZES]]
+    memo = remembered(SPEC, params(), NOTHING, SIZES, [near, slow, unknown])
+    assert memo["seen"] == [["", 99.0, -1.0, 0.0, *SIZES]], "turns that are not known may be longer"
     steady = Took("c", 8.0, 0.0, 0.0, UNTIMED)  # whatever is kept
     three = [(kept, turn(kept, "a"), turn(kept, "b", slower=3.0), steady) for kept in SPREAD]
     found, explained = lines(SPEC, params(), after(three, params(time="fit devices")))
@@ -137,3 +138,14 @@ def test_what_an_answer_says_of_time():
     assert found.layers == {"c.weight": 2.0, "f.weight": 0.0, "o.weight": 0.0}
     quiet = took(SPEC, Answer("a", 10, Structure(), {}, Usage(seconds=3.0), {}), 1.0)
     assert (quiet.rest, quiet.beyond) == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize("time", ["fit", "fit devices"])
+def test_what_was_remembered_before_turns_were_known_is_taken_for_training(time):
+    old = {**NOTHING, "seen": [["" if time == "fit" else "a", WORK.seconds(kept), *kept] for kept in SPREAD]}
+    ((line,), _) = lines(SPEC, params(time=time), old)
+    for kept in SPREAD:
+        assert line.seconds(kept) == pytest.approx(WORK.seconds(kept), rel=1e-3)
+    memo = remembered(SPEC, params(time=time), old, SIZES, [turn(SIZES)])
+    lines(SPEC, params(time=time), memo)
+    assert len(memo["seen"]) == len(SPREAD) + 1

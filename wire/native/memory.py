@@ -86,7 +86,7 @@ def arena(spec: ModelSpec, structure: Structure, asked: Asked, masked: Masked | 
     return _arena(Same(spec), structure.capacity, tuple(structure.widths.items()), asked, sparse)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _arena(
     same: Same,
     capacity: int,
