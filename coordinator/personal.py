@@ -16,14 +16,15 @@ import numpy as np
 from wire.messages import Order, Reply
 
 PERSONAL = {
-    "trained": ("accuracy.after",),
-    "aggregated": ("accuracy.before",),
+    "before": ("accuracy.after",),
+    "after": ("accuracy.before",),
     "own": ("accuracy.ticket", "accuracy.own"),
     "density": ("density",),
 }
 """What is told of devices' own models, and the metrics that say it. On their own test data: what they trained, before it is
-aggregated, and the global model of their width after an aggregation, which a device scores as it comes. On its training
-samples: what came, under a device's own mask, before training. And the share that mask keeps."""
+aggregated (a worker's `accuracy.after` is after training), and the global model of their width after an aggregation, which a
+device scores as it comes. On its training samples: what came, under a device's own mask, before training. And the share that
+mask keeps."""
 
 _IDLE = ("still", "score")
 """Rules of orders with the verb ``train`` by which no weight is trained."""
@@ -53,21 +54,21 @@ def summed_up(trained: Mapping[str, Trained], final: Mapping[str, float] | None 
     Args:
         trained: Device to its newest answer.
         final: Device to the accuracy of the model of the last aggregation, where somebody has measured that: in a simulation.
-            None where nobody has: then ``aggregated`` is about the models that came with devices' newest orders, which are
+            None where nobody has: then ``after`` is about the models that came with devices' newest orders, which are
             as old as these, and about the devices alone whose newest order came after an aggregation.
 
     Returns:
-        ``aggregated`` has ``final`` beside the figures: whether it is about the last aggregation.
+        ``after`` has ``final`` beside the figures: whether it is about the last aggregation.
     """
-    told = {what: [one for one in trained.values() if what != "aggregated" or one.aggregated] for what in PERSONAL}
+    told = {what: [one for one in trained.values() if what != "after" or one.aggregated] for what in PERSONAL}
     values = {
         what: [one.reply.metrics[name] for one in told[what] for name in names if name in one.reply.metrics]
         for what, names in PERSONAL.items()
     }
     if final is not None:
-        values["aggregated"] = list(final.values())
+        values["after"] = list(final.values())
     found: dict[str, dict[str, Any]] = {what: spread(line) for what, line in values.items()}
-    found["aggregated"]["final"] = final is not None
+    found["after"]["final"] = final is not None
     return found
 
 
@@ -80,7 +81,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def text(facts: Mapping[str, Mapping[str, Any]]) -> str:
     """Say what `summed_up` gives, as one line with its end; empty where no device has told anything."""
-    trained, aggregated, kept = facts["trained"], facts["aggregated"], facts["density"]
+    trained, aggregated, kept = facts["before"], facts["after"], facts["density"]
     parts = []
     if trained["devices"]:
         parts.append(f"{trained['mean']:.3f} as trained, before aggregation ({_devices(trained)})")

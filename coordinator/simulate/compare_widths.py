@@ -105,7 +105,7 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
         rows: Of the summary, in their order.
         number: Writes a figure.
     """
-    told = [row for row in rows if len(row["by_width"]) > 1 or row["personal"]["trained"]["mean"] is not None]
+    told = [row for row in rows if len(row["by_width"]) > 1 or row["personal"]["before"]["mean"] is not None]
     if not told:
         return ""
     widths = sorted({width for row in told for width in row["by_width"] if len(row["by_width"]) > 1}, key=int)
@@ -121,7 +121,7 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
         "in MB",
     ]
     seen = [w for i, w in enumerate(PERSONAL) if i < _ALWAYS or any(r["personal"][w]["mean"] is not None for r in told)]
-    names = {"trained": "own trained", "aggregated": "own aggregated", "own": "own mask", "density": "own density"}
+    names = {"before": "own before", "after": "own after", "own": "own mask", "density": "own density"}
     head += ["devices"] + [column for when in seen for column in (names[when], "p10")]
     cells = []
     for row in told:
@@ -138,13 +138,13 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
                 number(cost["round"], "{:.0f}"),
                 number(cost["seconds_virtual"]),
                 number(moved, "", 1e6),
-                number(row["personal"]["trained"]["devices"], "{:.0f}"),
+                number(row["personal"]["before"]["devices"], "{:.0f}"),
                 *(number(row["personal"][when][what], "{:.4f}") for when in seen for what in _WHAT),
             ]
         )
     about = (
         "widths from the narrowest on, and when the worst of them reached the target; own: on the own test data of so many"
-        " devices;\nown trained: what each trained last, before aggregation; own aggregated: the global model of its width"
+        " devices;\nown before: what each trained last, before aggregation; own after: the global model of its width"
         " after the last one"
     )
     masks = "; own mask: what came, under a device's own mask, on its training samples" if len(seen) > _ALWAYS else ""

@@ -112,10 +112,10 @@ def test_its_result_has_the_shape_that_scripts_rely_on(finished: tuple[Path, str
     assert set(facts["accuracy"]) == {"full", "by_width"}
     assert 0 < facts["accuracy"]["full"] <= 1
     assert len(facts["accuracy"]["by_width"]) == 5
-    for what in ("trained", "aggregated"):
+    for what in ("before", "after"):
         assert set(facts["personal"][what]) >= {"mean", "p10"}
         assert facts["personal"][what]["devices"] == 2
-    assert not facts["personal"]["aggregated"]["final"], "no device was asked about the last aggregation"
+    assert not facts["personal"]["after"]["final"], "no device was asked about the last aggregation"
     assert [point["round"] for point in facts["curve"]] == [1, 2]
     assert all(set(point) >= POINT_KEYS for point in facts["curve"])
     rounds = read(folder / "coordinator").rounds.values()

@@ -62,7 +62,7 @@ def nested_of(widths: dict[str, list[float]]):
                 full = point.get("full", point.get("accuracy"))
                 point["by_width"] = {} if full is None else {str(k): full * share for k, share in enumerate(shares)}
             trained = {"mean": 0.9 - 0.1 * seed, "p10": None if seed == 2 else 0.5 * seed, "devices": 7 + seed}
-            one["personal"] = {"aggregated": {"mean": 0.25 * seed, "p10": 0.1}, "trained": trained}
+            one["personal"] = {"after": {"mean": 0.25 * seed, "p10": 0.1}, "before": trained}
             found.append((Trial(label, None, config), one))
     return found
 
@@ -76,11 +76,11 @@ def test_widths_and_personal_accuracies_by_hand():
     # The worst width is at 0.25 * full * n / 10 in round n = 2, 4, ...: it passes 0.19 in rounds never, 10 and 10.
     assert [run["to_target_worst"] and run["to_target_worst"]["round"] for run in facts["runs"][:3]] == [None, 10, 10]
     assert (nest["reached_worst"], nest["to_target_worst"]["round"], nest["to_target"]["round"]) == (2, 10, 4)
-    assert nest["personal"]["aggregated"] == {"mean": 0.25, "p10": 0.1, "devices": None}
-    assert nest["personal"]["trained"] == pytest.approx({"mean": 0.8, "p10": 0.25, "devices": 8})
+    assert nest["personal"]["after"] == {"mean": 0.25, "p10": 0.1, "devices": None}
+    assert nest["personal"]["before"] == pytest.approx({"mean": 0.8, "p10": 0.25, "devices": 8})
     assert flat["by_width"] == pytest.approx({"0": 0.8})
     assert (flat["worst"]["median"], flat["reached_worst"], flat["to_target_worst"]["round"]) == (None, 0, None)
-    assert (old["by_width"], old["personal"]["trained"]["mean"]) == ({}, None)
+    assert (old["by_width"], old["personal"]["before"]["mean"]) == ({}, None)
     json.dumps(facts, allow_nan=False)
 
 
@@ -123,10 +123,10 @@ def test_masks_of_devices_own_have_columns_where_a_method_has_them():
     assert (personal["own"]["mean"], personal["own"]["p10"]) == pytest.approx((0.6, 0.25))
     assert (personal["density"]["mean"], personal["density"]["p10"]) == pytest.approx((0.3, 0.2))
     text = compare_report.text(facts)
-    (head,) = [line for line in text.splitlines() if "own trained" in line and "p10" in line]
+    (head,) = [line for line in text.splitlines() if "own before" in line and "p10" in line]
     assert head.split("  ")[-1].strip() == "p10"
     assert [word for word in head.replace("own ", "own-").split() if word.startswith("own")] == [
-        "own-trained", "own-aggregated", "own-mask", "own-density"
+        "own-before", "own-after", "own-mask", "own-density"
     ]  # fmt: skip
     lines = [line.split() for line in text.partition(head)[2].splitlines() if line.startswith("lottery")]
     assert lines[0][-4:] == ["0.6000", "0.2500", "0.3000", "0.2000"]

@@ -89,4 +89,4 @@ def test_it_learns_and_its_personal_models_are_better():
     for hf in (0.0, 1.0):
         result = simulate(dataclasses.replace(config, params={**config.params, "recipe.hf": hf}))
         assert result["accuracy"]["full"] > 0.5
-        assert result["personal"]["trained"]["mean"] > result["personal"]["aggregated"]["mean"] + 0.05
+        assert result["personal"]["before"]["mean"] > result["personal"]["after"]["mean"] + 0.05

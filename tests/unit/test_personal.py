@@ -42,7 +42,7 @@ def test_every_device_that_trained_counts_by_its_newest_answer():
         newest |= views[-1].rounds[number].replies
     told = of_the(newest, "accuracy.after")
     assert len(told) > 2
-    trained, aggregated = result["personal"]["trained"], result["personal"]["aggregated"]
+    trained, aggregated = result["personal"]["before"], result["personal"]["after"]
     assert trained == {
         "mean": pytest.approx(np.mean(told)),
         "p10": pytest.approx(np.percentile(told, 10)),
@@ -62,7 +62,7 @@ def test_after_aggregation_is_what_the_final_width_does_on_a_devices_own_test_da
     assert {name: by_hand(state, one, world.clients[name].data.test) for name, one in newest.items()} == pytest.approx(
         log.own
     )
-    assert np.mean(list(log.own.values())) == pytest.approx(simulate(FEW)["personal"]["aggregated"]["mean"])
+    assert np.mean(list(log.own.values())) == pytest.approx(simulate(FEW)["personal"]["after"]["mean"])
     came = of_the(newest, "accuracy.before")
     assert abs(np.mean(came) - np.mean(list(log.own.values()))) > 0.01, "what they were sent was another model"
 
@@ -85,8 +85,8 @@ def test_a_run_that_ends_in_a_calibrating_round_has_figures():
     asked = [{one.verb for one in views[-1].rounds[number].orders.values()} for number in (1, 2)]
     assert asked == [{"train"}, {"calibrate"}]
     told = of_the(views[-1].rounds[1].replies, "accuracy.after")
-    assert (result["personal"]["trained"]["mean"], result["personal"]["trained"]["devices"]) == (np.mean(told), 2)
-    assert result["personal"]["aggregated"]["devices"] == 2
+    assert (result["personal"]["before"]["mean"], result["personal"]["before"]["devices"]) == (np.mean(told), 2)
+    assert result["personal"]["after"]["devices"] == 2
 
 
 def test_where_widths_change_by_the_round_a_device_gets_none_that_is_wider():
@@ -96,7 +96,7 @@ def test_where_widths_change_by_the_round_a_device_gets_none_that_is_wider():
     result = simulate(config, views.append)
     widths = {tuple(one.structures[0].widths["fc1"]) for r in views[-1].rounds.values() for one in r.orders.values()}
     assert len(widths) > 1
-    assert result["personal"]["aggregated"]["devices"] == result["personal"]["trained"]["devices"] > 2
+    assert result["personal"]["after"]["devices"] == result["personal"]["before"]["devices"] > 2
     spec = zoo.load(FEW.model)
     now = Structure(0, {"fc1": (10, 40, 96), "fc2": (20, 50, 96)})
     for capacity, last, wanted in ((1, (20, 50), 1), (0, (20, 50), 0), (1, (8, 96), 2), (0, (8, 96), 0)):
@@ -112,8 +112,8 @@ def test_nobody_has_a_model_after_aggregation_where_no_round_was_closed():
     storm = dataclasses.replace(FEW, weather="stormy", terms=Terms(seconds=50.0), rounds=1, devices=8, fleet="even")
     result = simulate(storm)
     assert result["rounds"] == 0
-    assert result["personal"]["trained"]["devices"] > 0
-    assert result["personal"]["aggregated"]["devices"] == 0
+    assert result["personal"]["before"]["devices"] > 0
+    assert result["personal"]["after"]["devices"] == 0
 
 
 def told(number, device, before, after, **changes):
@@ -144,8 +144,8 @@ def test_a_real_run_is_told_by_the_models_that_came_with_the_newest_orders(tmp_p
     with Journal(tmp_path / JOURNAL) as journal:
         journal.append(list(records))
     found = summed_up(show.read(tmp_path).trained())
-    assert found["trained"] == {"mean": pytest.approx(0.7), "p10": pytest.approx(0.54), "devices": 3}
-    assert found["aggregated"] == {"mean": pytest.approx(0.5), "p10": pytest.approx(0.42), "devices": 2, "final": False}
+    assert found["before"] == {"mean": pytest.approx(0.7), "p10": pytest.approx(0.54), "devices": 3}
+    assert found["after"] == {"mean": pytest.approx(0.5), "p10": pytest.approx(0.42), "devices": 2, "final": False}
     assert found["own"] == found["density"] == {"mean": None, "p10": None, "devices": 0}
     assert show.show_status(tmp_path, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["personal"] == found
