@@ -305,9 +305,8 @@ def check(spec: ModelSpec) -> ModelSpec:
         for axis in tensor.axes:
             if axis.group and axis.group not in groups:
                 raise SpecError(f"tensor {tensor.name!r} follows group {axis.group!r}, which is not there")
-    shapes = _walk(
-        spec, {group.name: group.size for group in spec.groups}
-    )  # nothing is remembered of what may be refused
+    # Not `node_shapes`: of what may be refused yet nothing is to be remembered.
+    shapes = _walk(spec, {group.name: group.size for group in spec.groups})
     _check_groups(spec, shapes)
     _check_statistics(spec)
     unused = {t.name for t in spec.tensors}.difference(*(node.params.values() for node in spec.nodes))

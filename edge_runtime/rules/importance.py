@@ -8,7 +8,8 @@ Knobs of the recipe:
 
 * ``window`` (0 or 1, default 0): with 0 sums go on from order to order, whole, in the device's own state, until the
   coordinator has decided (`since`); with 1 only this order's steps count, and of each layer whichever is smaller is held until
-  its end: the sum, or what passed through the layer in those steps, from which the sum follows in blocks of rows.
+  its end: the sum, or what passed through the layer in those steps, from which the sum follows in blocks of rows. Where all
+  of a tensor is told it is the sum.
 * ``last`` (whole number, default 0): with window 1, how many of the order's last steps count; 0 for all.
 * ``since`` (whole number, default 0): when the coordinator last decided by such sums, in rounds; with window 0, sums that were
   begun for another decision, which a device has that sat one out, count no more.
@@ -130,10 +131,8 @@ def _sums(task: Task, knobs: _Knobs) -> _Sums:
     held = holds_gradients(task.recipe, task.micro_batch)
     sums = _Sums(nodes, {name: shapes[name] for name in nodes}, first, held)
     if knobs.window:
-        samples, values = (
-            (steps - first) * min(task.recipe.batch, len(task.x)),
-            node_shapes(spec, task.engine.structure),
-        )
+        samples = (steps - first) * min(task.recipe.batch, len(task.x))
+        values = node_shapes(spec, task.engine.structure)
         for name, node in nodes.items() if task.masks else ():
             size = math.prod(shapes[name])
             told = knobs.send and knobs.top.get(name, size) >= size
