@@ -137,10 +137,10 @@ class Server:
     def _needed(self, device: str, need: Need) -> None:
         """Publish once more what an open order needs; whose order is over is told so instead."""
         said = "unwanted" if self._round is None else word(self._round, device, need.order)
-        if said == "more":
-            self._mail.publisher.renew(need.blob)
-        else:
+        if said != "more":
             self._turn.sends.append((device, Ack(need.order, said)))
+            return
+        self._mail.publisher.renew(need.blob)
 
     def _announce(self, presence: Presence, told: Born | Lost | None) -> None:
         if told is None:
@@ -161,6 +161,8 @@ class Server:
             self._happen(ev.unusable(reply, "unsupported", problem))
         elif self._mail.uploads.offer(reply, time.monotonic()):
             self._arrived(reply)
+        else:
+            self._steps.ready(reply, len(self._standing.orders))
 
     def _unusable(self, reply: Reply) -> str:
         order = self._standing.orders.get(reply.device)
@@ -344,8 +346,8 @@ class Server:
 
     def _clear(self, wanted: set[str]) -> None:
         gone = tuple(ref for ref in self._standing.live.values() if ref.digest not in wanted)
-        self._mail.publisher.clear(gone)
         self._pace.clearing += gone
+        self._mail.publisher.clear(gone)
 
     def _tidy(self) -> None:
         """Delete blobs that nobody needs any more: not after every round, because deleting files is slow on some disks."""
@@ -377,9 +379,8 @@ class Server:
 
     def _finished(self) -> bool:
         waiting = self._evaluator is not None and not self._evaluator.idle
-        return (
-            self._standing.done >= self._config.rounds and not self._steps.busy and not waiting and not self._turn.rows
-        )
+        done = self._standing.done >= self._config.rounds and not self._turn.rows
+        return done and not waiting and not self._steps.busy
 
     def _stop(self) -> None:
         self._steps.stop()

@@ -17,9 +17,9 @@ from coordinator.round import Round
 from coordinator.select import choose
 from coordinator.standing import Standing
 from wire.child import Child, Ended, Said
-from wire.errors import StoreError
+from wire.errors import StoreError, WorkerLost
 from wire.maskfile import WHOLE, Held, read_masks
-from wire.messages import BlobRef, Order
+from wire.messages import BlobRef, Order, Reply
 from wire.spec import ModelSpec, Structure, parameter_count
 from wire.spool import Spool
 
@@ -55,7 +55,11 @@ class Store:
 
 
 class Steps:
-    """Runs one step at a time: here when little is to be moved, else in a child, so that the owner thread stays awake."""
+    """Runs one step at a time: here when little is to be moved, else in a child, so that the owner thread stays awake.
+
+    A child takes longer to import what it works with than to work, so it is started while answers are under way (`ready`). It
+    does one step and ends; nobody waits for that.
+    """
 
     def __init__(self, config: Config, store: Store, post: Callable[[Said | Ended], None]) -> None:
         """`post` takes the child's events."""
@@ -63,6 +67,7 @@ class Steps:
         self._store = store
         self._post = post
         self._child: Child | None = None
+        self._spare: Child | None = None  # has been given nothing yet
         self._task: Task | None = None
         self._vain = (0, 0)  # a round, and how often nobody who was drawn for it could take part
 
@@ -71,6 +76,12 @@ class Steps:
         """Whether a child is at work."""
         return self._child is not None
 
+    def ready(self, reply: Reply, devices: int) -> None:
+        """Have a child ready, if one will be needed where so many devices answer as this one does."""
+        size = 0 if reply.update is None else reply.update.size
+        if self._spare is None and self._child is None and self._is_large(size * devices):
+            self._spare = self._started()
+
     def begin(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Step | None:
         """Close the current round, or not, and plan the next one; None when a child does it and `take` will tell.
 
@@ -78,13 +89,9 @@ class Steps:
             NestlingError: As `advance` does.
         """
         task = self._task_of(standing, current, fleet, closing=closing)
-        volume = 4 * parameter_count(self._store.spec, Structure())
-        volume += sum(reply.update.size for reply in task.replies if reply.update is not None)
-        if volume <= _INLINE_BYTES:
+        if not self._is_large(sum(reply.update.size for reply in task.replies if reply.update is not None)):
             return self._ended(task, advance(task))
-        self._task = task
-        self._child = Child("advance", ["coordinator.advance"], self._post, also=(Outcome,))
-        self._child.send(task)
+        self._task, self._child = task, self._given(task)
         return None
 
     def take(self, event: Said | Ended) -> Step | None:
@@ -93,10 +100,14 @@ class Steps:
         Raises:
             StoreError: It could not do its task.
         """
+        if self._spare is not None and event.pid == self._spare.pid:  # it has died with nothing to do
+            self._spare.let_go()
+            self._spare = None
         if self._child is None or self._task is None or event.pid != self._child.pid:
             return None
         task = self._task
-        self.stop()
+        self._child.let_go()
+        self._child = self._task = None
         outcome = event.frame if isinstance(event, Said) else None
         if not isinstance(outcome, Outcome):
             raise StoreError(f"closing or planning round {task.round} ended without a result: {event}")
@@ -105,10 +116,31 @@ class Steps:
         return self._ended(task, outcome)
 
     def stop(self) -> None:
-        """End the child, if there is one."""
-        if self._child is not None:
-            self._child.close()
-        self._child = self._task = None
+        """End the children, if there are any."""
+        for child in (self._child, self._spare):
+            if child is not None:
+                child.close()
+        self._child = self._spare = self._task = None
+
+    def _is_large(self, bytes_updates: int) -> bool:
+        return 4 * parameter_count(self._store.spec, Structure()) + bytes_updates > _INLINE_BYTES
+
+    def _started(self) -> Child:
+        return Child("advance", ["coordinator.advance", self._config.algo], self._post, also=(Outcome,))
+
+    def _given(self, task: Task) -> Child:
+        """Give the child that has the task now: the spare one, or another where that has died."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            try:
+                spare.send(task)
+            except WorkerLost:
+                spare.let_go()
+            else:
+                return spare
+        child = self._started()
+        child.send(task)
+        return child
 
     def _task_of(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Task:
         config = self._config

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,20 +73,27 @@ def counted(answers: Answers | Iterable[Answer], whole: Structure) -> Iterator[A
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """Answers that are all about the whole model, as often as one likes; Malformed says which one is not."""
+class Asked:
+    """Answers that are all about one structure, as often as one likes; Malformed says which one is not.
+
+    Attributes:
+        answers: The round's.
+        wanted: What every device was asked for: the whole model, where nothing else is said.
+    """
 
     answers: Answers | Iterable[Answer]
+    wanted: Structure = field(default_factory=Structure)
 
     def __iter__(self) -> Iterator[Answer]:
         """Start over."""
-        return filter(_is_whole, self.answers)
+        return map(self._checked, self.answers)
 
-
-def _is_whole(answer: Answer) -> bool:
-    if answer.structure != Structure():
-        raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
-    return True
+    def _checked(self, answer: Answer) -> Answer:
+        if answer.structure != self.wanted:
+            raise Malformed(
+                f"{answer.device} answers about another part of the model, or other masks, than it was asked for"
+            )
+        return answer
 
 
 def summed(

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, DeviceView, Draft, State
+from coordinator.blocks.aggregate import Asked
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import recipe_of, scheduled
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure, tensor_shapes
@@ -70,17 +71,8 @@ def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of other masks than the state's.
     """
-    wanted, samples = masked(state.masks), 0
-    for answer in answers:
-        if answer.structure != wanted:
-            raise Malformed(
-                f"{answer.device} answers about another part of the model, or other masks, than it was asked for"
-            )
-        samples += answer.samples
-        del answer
-    if not samples:
-        return state
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, answers))
+    asked = Asked(answers, masked(state.masks))
+    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, asked))
 
 
 def told_scores(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> list[bool]:

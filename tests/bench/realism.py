@@ -5,11 +5,11 @@ each device and the broker a relay that lets 1.4 MB/s through each way, as a Ras
 simulated one: `coordinator simulate`'s own round over a fleet file with these links, in which every device's training takes
 the seconds that its real one reported (the median of its orders), and every order so many seconds more as a round of these
 processes takes beside its training where the model is next to nothing, on the same links, in a run of its own that is not
-compared with anything.
-Nothing else is fitted: that a round costs what its
-bytes take down, the training and its bytes up, and that those of different devices go on at the same time, is what is held
-against the clock. The first rounds are left out, because there the devices start their workers. All
-processes share this machine's cores, so the figure means something only where nothing else wants them; the load is shown.
+compared with anything. Nothing else is fitted: that a round costs what its bytes take down, the training and its bytes up, and
+that those of different devices go on at the same time, is what is held against the clock. What the coordinator itself does
+between the last answer and the next order is no part of a simulated round; here it is one of the processes. The first rounds
+are left out, because there the devices start their workers. All processes share this machine's cores, so the figure means
+something only where nothing else wants them; the load is shown.
 """
 
 from __future__ import annotations

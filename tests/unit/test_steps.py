@@ -1,9 +1,15 @@
-"""The server's way to `advance`: who is asked for a round that nobody could take part in."""
+"""The server's way to `advance`: who is asked for a round that nobody could take part in; the children that do the work."""
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from queue import Queue
+
+import psutil
 
 from coordinator.config import Config, RoundConfig
 from coordinator.events import Arrived, Issued
@@ -11,10 +17,11 @@ from coordinator.fleet import Fleet
 from coordinator.journal import Journal
 from coordinator.round import open_round, step
 from coordinator.standing import Standing
-from coordinator.steps import Steps, Store
+from coordinator.steps import Step, Steps, Store
 from tests.support.messages import RUN, a_presence, a_reply, order_id
 from wire import zoo
-from wire.spec import encode
+from wire.child import Ended, Said
+from wire.spec import ModelSpec, encode
 from wire.spool import Spool
 
 NAMES = ("d1", "d2", "d3", "d4", "d5")
@@ -92,3 +99,89 @@ def test_the_device_of_initial_pruning_is_waited_for_and_another_one_found_at_la
     assert asked[3:6] == asked[3:4] * 3
     assert asked[3] != asked[0]
     assert asked[6:] == asked[6:7] * 2
+
+
+class Large:
+    """Steps of a model that is too large to be worked on beside the broker's messages, and what their children say."""
+
+    def __init__(self, folder: Path, journal: Journal, spec: ModelSpec) -> None:
+        self.spool = Spool(folder / "spool")
+        self.store = Store(self.spool, journal, spec, self.spool.add_bytes(encode(spec)))
+        self.config = Config(algo="fedavg", model=spec.name, rounds=9)
+        self.heard: Queue[Said | Ended] = Queue()
+        self.steps = Steps(self.config, self.store, self.heard.put)
+        self.fleet = fleet_where_only_one_holds_the_model("d1")
+        self.reply = a_reply("d1", order_id("d1", 1))
+
+    def planned(self) -> Step:
+        """Begin a plan and take in what is said until it is there."""
+        assert self.steps.begin(Standing(), None, self.fleet, closing=False) is None
+        return self.taken()
+
+    def taken(self) -> Step:
+        while True:
+            step = self.steps.take(self.heard.get(timeout=30.0))
+            if step is not None:
+                return step
+
+
+def children() -> set[int]:
+    return {process.pid for process in psutil.Process().children() if "coordinator.advance" in process.cmdline()}
+
+
+LARGE = zoo.mlp("large", (1, 8, 8), 10, (1024, 1024))
+
+
+def test_a_child_is_ready_before_it_is_needed_and_does_one_step(tmp_path):
+    with closing(Journal(tmp_path / "journal")) as journal:
+        large = Large(tmp_path, journal, LARGE)
+        before = children()
+        large.steps.ready(large.reply, 1)
+        large.steps.ready(large.reply, 1)
+        (ready,) = children() - before
+        _, outcome = large.planned()
+        assert outcome.state
+        assert not large.steps.busy
+        ended = large.heard.get(timeout=10.0)
+        assert (type(ended), ended.pid) == (Ended, ready)
+        assert large.steps.take(ended) is None
+        assert children() == before
+        assert large.planned()[1].state == outcome.state, "another child, which was not ready, says the same"
+        large.steps.ready(large.reply, 1)
+        large.steps.stop()
+        assert children() == before
+
+
+def test_a_child_that_died_while_it_waited_is_replaced(tmp_path):
+    with closing(Journal(tmp_path / "journal")) as journal:
+        large = Large(tmp_path, journal, LARGE)
+        before = children()
+        for told in (True, False):
+            large.steps.ready(large.reply, 1)
+            (ready,) = children() - before
+            os.kill(ready, signal.SIGKILL)
+            ended = large.heard.get(timeout=10.0)
+            assert (type(ended), ended.pid) == (Ended, ready)
+            if told:
+                assert large.steps.take(ended) is None
+                large.steps.ready(large.reply, 1)
+                (again,) = children() - before
+                assert again != ready
+            assert large.planned()[1].state, "also where its end is only found on giving it the task"
+            while type(large.heard.get(timeout=10.0)) is not Ended:
+                pass
+        large.steps.stop()
+        assert children() == before
+
+
+def test_a_small_model_has_no_child(tmp_path):
+    with closing(Journal(tmp_path / "journal")) as journal:
+        small = Large(tmp_path, journal, zoo.load("digits-mlp"))
+        before = children()
+        small.steps.ready(small.reply, 1)
+        assert children() == before
+        assert small.steps.begin(Standing(), None, small.fleet, closing=False) is not None
+        small.steps.ready(replace(small.reply, update=replace(small.reply.update, size=3 << 20)), 2)
+        assert len(children() - before) == 1, "two updates of three mebibytes are no small matter"
+        small.steps.stop()
+        assert children() == before
