@@ -12,6 +12,8 @@ Jiang et al., "FedMP: Federated Learning through Adaptive Model Pruning in Heter
   reward that knows how fast the round was; ``deadline``, from a model of each device's measured times; ``uniform``, the same
   ``ratio`` for all (UP-FL). The bandits ship with rewards that are bounded and little confidence term; as published, `eucb`
   has ``padding`` 1, ``quantile`` 0 and ``floor`` 1e-6, the least there is.
+* What a common deadline is worth `deadline` learns by a regression of the losses on the ratios (`blocks.worth`), or, with
+  ``curve`` ``bandit``, by one bandit for the whole fleet (`blocks.common`).
 * A device whose memory does not hold its ratio gets the least that fits.
 * With `deadline`, not with the others: what is read of channels that nobody trains fades (`blocks.fade`). As they were drawn
   they make the whole model worse than its own sub-models.
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks import bandit, deadline, ratios, roster, worth
+from coordinator.blocks import bandit, common, deadline, ratios, roster, worth
 from coordinator.blocks.aggregate import counted, joined
 from coordinator.blocks.fade import faded
 from coordinator.blocks.fixed import TRAINING, recipe_at
@@ -43,6 +45,7 @@ ABOUT = About("Jiang et al., ICDE 2022", "paper", "tests/unit/test_fedmp.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         "policy": "deadline",
+        "curve": "regression",
         "ratio": 0.5,
         "high": 0.95,
         "granularity": 0.1,
@@ -65,14 +68,15 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 ``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For both bandits: ``granularity`` (theta),
 ``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
 ``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
-ratios of a device's first rounds (``probes``), and how strongly it is believed, in rounds, what times (``trust``) and worth
-(``belief``) of ratios are before any is measured. Once the devices' loss is below ``learnt``, a share of what guessing costs,
-the deadline grows by the loss's fall to the power of ``grow``; 0 is never. After each round ``fade`` of every weight that
-reads a channel which nobody trained is taken away (`blocks.fade`); ``fade.others`` is that of the other policies, which as in
-the paper do not fade.
+ratios of a device's first rounds (``probes``), what learns the worth of deadlines (``curve``), and how strongly it is
+believed, in rounds, what times (``trust``) and worth (``belief``) of ratios are before any is measured. With the regression,
+once the devices' loss is below ``learnt``, a share of what guessing costs, the deadline grows by the loss's fall to the power
+of ``grow``; 0 is never. After each round ``fade`` of every weight that reads a channel which nobody trained is taken away
+(`blocks.fade`); ``fade.others`` is that of the other policies, which as in the paper do not fade.
 """
 
 _POLICIES = ("eucb", "bounded", "deadline", "uniform")
+_CURVES = ("regression", "bandit")
 _WIDTHS_MAX = 64
 _HEARD = 3
 """Turns of a device whose mean loss says how far it is."""
@@ -89,6 +93,8 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     levels = rank(spec, weights, widths, progressive=False)
     load = dataclasses.astuple(deadline.load_of(spec)) if known["policy"] == "deadline" else ()
     scalars = {"params": known, "ratios": [0.0], "clients": [], "load": load, "stretch": 1.0}
+    if known["policy"] == "deadline" and known["curve"] == "bandit":
+        scalars["common"] = common.fresh(_terms(known))
     return State(spec, 0, dict(weights), levels, widths, scalars)
 
 
@@ -99,10 +105,16 @@ def plan(
     params = state.scalars["params"]
     recipe = recipe_at(params, round_number)
     devices = tuple(sorted(devices, key=lambda d: d.name))
-    clients = _settled(ratios.read(state), devices, params)
+    heard = ratios.read(state)
+    clients = _settled(heard, devices, params)
     least = _least(state.spec, recipe, devices)
+    known = dict(state.scalars)
+    if "common" in known:
+        known["common"] = common.settled(known["common"], heard, devices, _terms(params))
     devices = tuple(d for d in devices if d.name in least)
-    known = {**state.scalars, "stretch": _stretched(state, clients, devices)}
+    known["stretch"] = _stretched(state, clients, devices)
+    if "common" in known and len(_probing(params, clients, devices)) < len(devices):
+        known["common"] = common.played(known["common"], round_number, _terms(params), rng)
     chosen = _chosen(known, clients, devices, least, rng)
     wanted = {name: max(ratio, least[name]) for name, ratio in chosen.items()}
     distinct = _distinct(wanted.values())
@@ -162,7 +174,7 @@ def _chosen(
     if params["policy"] == "uniform":
         return {d.name: float(params["ratio"]) for d in devices}
     if params["policy"] == "deadline":
-        return _by_deadline(scalars, clients, [d.name for d in devices], least)
+        return _by_deadline(scalars, clients, devices, least)
     terms = _terms(params)
     known = {d.name: clients[d.name].bandit if d.name in clients else bandit.fresh(terms) for d in devices}
     return {name: bandit.choose(one, terms, rng) for name, one in known.items()}
@@ -171,25 +183,34 @@ def _chosen(
 def _by_deadline(
     scalars: Mapping[str, Any],
     clients: ratios.Clients,
-    names: Sequence[str],
+    devices: Sequence[DeviceView],
     least: Mapping[str, float],
 ) -> dict[str, float]:
     """Probe the devices of which little is known; solve the others' ratios against a common deadline."""
     params, loads = scalars["params"], scalars["load"]
-    probes = _numbers(str(params["probes"]))
-    turns = {name: clients[name].turns if name in clients else () for name in names}
-    chosen = {name: probes[len(turns[name])] for name in names if len(turns[name]) < len(probes)}
-    rest = [name for name in names if name not in chosen]
+    chosen = _probing(params, clients, devices)
+    turns = {device.name: clients[device.name].turns for device in devices if device.name not in chosen}
+    rest = list(turns)
     if rest:
         load = deadline.Load(*(tuple(line) for line in loads))
         timed = [[(turn.ratio, turn.seconds) for turn in turns[name]] for name in rest]
         seconds = np.array([deadline.seconds_of(load, pairs, float(params["trust"])) for pairs in timed])
         said = [worth.Said(name, t.round, t.ratio, t.loss) for name in rest for t in turns[name] if t.loss > 0.0]
-        value = worth.worth(said, deadline.RATIOS, float(params["belief"]))
-        high, stretch = float(params["high"]), float(scalars["stretch"])
-        found = deadline.equalised(seconds, [least[name] for name in rest], high, value, stretch)
+        held, high = [least[name] for name in rest], float(params["high"])
+        if "common" in scalars:
+            found = deadline.at(seconds, held, high, float(scalars["common"]["played"][1]))
+        else:
+            value = worth.worth(said, deadline.RATIOS, float(params["belief"]))
+            found = deadline.equalised(seconds, held, high, value, float(scalars["stretch"]))
         chosen |= dict(zip(rest, (float(ratio) for ratio in found), strict=True))
     return chosen
+
+
+def _probing(params: Mapping[str, Any], clients: ratios.Clients, devices: Sequence[DeviceView]) -> dict[str, float]:
+    """Give those devices a probe of which little is known."""
+    probes = _numbers(str(params["probes"]))
+    turns = {device.name: len(clients[device.name].turns) if device.name in clients else 0 for device in devices}
+    return {name: probes[count] for name, count in turns.items() if count < len(probes)}
 
 
 def _stretched(state: State, clients: ratios.Clients, devices: Sequence[DeviceView]) -> float:
@@ -264,6 +285,8 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _check(params: Mapping[str, Any]) -> None:
+    if params["curve"] not in _CURVES:
+        raise ConfigError(f"parameter curve = {params['curve']!r}: there are {', '.join(_CURVES)}")
     if params["policy"] not in _POLICIES:
         raise ConfigError(f"parameter policy = {params['policy']!r}: there are {', '.join(_POLICIES)}")
     for name in ("ratio", "high"):

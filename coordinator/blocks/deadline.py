@@ -28,6 +28,7 @@ from wire.spec import ModelSpec, parameter_count
 from wire.work import multiplications
 
 Numbers = NDArray[np.float64]
+Places = NDArray[np.intp]
 
 GRID = 100
 """Ratios are looked for in steps of 1/GRID."""
@@ -138,20 +139,49 @@ def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numb
     Returns:
         ``(devices,)`` ratios. Cost: `_DEADLINES` passes over `seconds`.
     """
-    first = np.array([place_of(ratio) for ratio in least])
-    last = np.maximum(first, place_of(high))
+    falling, first, last = _between(seconds, least, high)
     rows = np.arange(len(first))
-    # A time model says that a smaller model is not slower, yet a ceiling of counts may make steps: keep it falling.
-    falling = np.minimum.accumulate(seconds, axis=1)
-    lowest, highest = float(falling[rows, last].max()), float(falling[rows, first].max())
     best, found = -math.inf, last
-    for deadline in np.geomspace(lowest, max(highest, lowest), _DEADLINES):
-        late = falling > deadline * (1.0 + 1e-9)
-        places = np.clip(late.sum(axis=1), first, last)
+    for longest in np.geomspace(*_ends(falling, first, last), _DEADLINES):
+        places = _met(falling, first, last, longest)
         gain = float(worth[places].mean()) / float(falling[rows, places].max())
         if gain > best * (1.0 + 1e-12):
             best, found = gain, places
     if stretch > 1.0:
-        longest = stretch * float(falling[rows, found].max()) * (1.0 + 1e-9)
-        found = np.clip((falling > longest).sum(axis=1), first, last)
+        found = _met(falling, first, last, stretch * float(falling[rows, found].max()))
     return np.asarray(RATIOS[found], np.float64)
+
+
+def at(seconds: Numbers, least: Sequence[float], high: float, share: float) -> Numbers:
+    """Give each device the least ratio that meets one deadline.
+
+    Args:
+        seconds: As for `equalised`, and so are the next two and what is returned.
+        least: See there.
+        high: See there.
+        share: Which deadline: 0 for what the slowest device takes at its largest ratio, 1 for what one takes at its least, and
+            in between evenly by factors.
+    """
+    falling, first, last = _between(seconds, least, high)
+    lowest, highest = _ends(falling, first, last)
+    return np.asarray(RATIOS[_met(falling, first, last, lowest * (highest / lowest) ** share)], np.float64)
+
+
+def _between(seconds: Numbers, least: Sequence[float], high: float) -> tuple[Numbers, Places, Places]:
+    """Give the times, never growing with the ratio, and the first and last place in the grid that each device may have."""
+    first = np.array([place_of(ratio) for ratio in least])
+    # A time model says that a smaller model is not slower, yet a ceiling of counts may make steps: keep it falling.
+    return np.minimum.accumulate(seconds, axis=1), first, np.maximum(first, place_of(high))
+
+
+def _ends(falling: Numbers, first: Places, last: Places) -> tuple[float, float]:
+    """Give the shortest deadline that can be met, and the longest one of any use."""
+    rows = np.arange(len(first))
+    lowest = float(falling[rows, last].max())
+    return lowest, max(lowest, float(falling[rows, first].max()))
+
+
+def _met(falling: Numbers, first: Places, last: Places, longest: float) -> Places:
+    """Give each device the first place in the grid that is over in time."""
+    found: Places = np.clip((falling > longest * (1.0 + 1e-9)).sum(axis=1), first, last)
+    return found

@@ -9,6 +9,8 @@ told g; it learns it. Narrow sub-models come to no end here, so that the longer 
 only cost; its row has them all the same, and that of ``grow 0`` has not. The static oracle knows T and g and has a ratio for
 each class of workers, in steps of 0.05.
 
+The last row's deadline is chosen by one bandit for all workers.
+
 Figures are medians over the seeds. The fixed ratios are played under the same noise: where all times are equal, the slowest
 of ten noisy ones is 8 % later. Efficiency is progress per second over that of Syn-FL, which trains the whole model
 everywhere.
@@ -122,6 +124,7 @@ def _policies() -> dict[str, Callable[[], tuple[Choose, Learn]]]:
         "bounded, c .1, lambda .98": lambda: _bandits(bandit.Terms(high=_HIGH), bounded=True),
         "deadline": lambda: _deadline(_GROW),
         "deadline, grow 0": lambda: _deadline(0.0),
+        "deadline by one bandit": _deadline_by_bandit,
     }
 
 
@@ -165,5 +168,28 @@ def _deadline(grow: float) -> tuple[Choose, Learn]:
         for i, (ratio, seconds_taken, loss) in enumerate(zip(ratios, took, said, strict=True)):
             turns[i].append((round(ratio * GRID) / GRID, float(seconds_taken)))
             heard.append(worth.Said(f"w{i}", number, float(ratio), float(loss)))
+
+    return choose, learn
+
+
+def _deadline_by_bandit() -> tuple[Choose, Learn]:
+    terms = bandit.Terms(high=1.0)
+    turns: list[list[tuple[float, float]]] = [[] for _ in COSTS]
+    known, shares = [bandit.fresh(terms)], list[float]()
+
+    def choose(number: int, rng: np.random.Generator) -> Numbers:
+        if number < len(_PROBES):
+            return np.full(10, _PROBES[number])
+        times = np.array([deadline.seconds_of(_LOAD, of[-24:], 0.05) for of in turns])
+        shares.append(bandit.choose(known[0], terms, rng))
+        return deadline.at(times, [0.0] * 10, _HIGH, shares[-1])
+
+    def learn(number: int, ratios: Numbers, took: Numbers, said: Numbers, decrease: Numbers) -> None:
+        del number, said
+        for i, (ratio, seconds_taken) in enumerate(zip(ratios, took, strict=True)):
+            turns[i].append((round(ratio * GRID) / GRID, float(seconds_taken)))
+        if shares:
+            earned = bandit.speed_reward(float(decrease.mean()), float(took.max()))
+            known[0] = bandit.learnt(known[0], terms, shares[-1], earned)
 
     return choose, learn

@@ -40,6 +40,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "eucb": {"policy": "eucb", "padding": "1", "quantile": "0", "floor": "1e-6"},
     "eucb-clipped": {"policy": "eucb"},
     "bounded": {"policy": "bounded"},
+    "one-bandit": {"curve": "bandit", "run.rounds": "75"},
     **{label: {"run.rounds": str(rounds)} for label, rounds in ALONE.items()},
     "fedmp": {"run.rounds": "75"},
     **{f"uniform-{r}": {"policy": "uniform", "ratio": str(r / 100), "run.rounds": str(n)} for r, n in RATIOS.items()},
@@ -108,7 +109,14 @@ class Table:
 _MNIST = {"steps": "10", "batch": "20"}
 _HAR = {"epochs": "1", "batch": "32"}
 _FEDMP = ",".join(
-    ["fedmp", "eucb=fedmp", "eucb-clipped=fedmp", "bounded=fedmp", *(f"uniform-{ratio}=fedmp" for ratio in RATIOS)]
+    [
+        "fedmp",
+        "eucb=fedmp",
+        "eucb-clipped=fedmp",
+        "bounded=fedmp",
+        "one-bandit=fedmp",
+        *(f"uniform-{ratio}=fedmp" for ratio in RATIOS),
+    ]
 )
 _SAME = {f"{label}.beta": "0.7" for label in ("nestfl", "heterofl", "fjord", "fedavg-20")}
 _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjord")}

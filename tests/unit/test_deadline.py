@@ -105,6 +105,18 @@ def test_a_stretched_deadline_is_met_by_the_least_ratios_that_do(times):
         assert ratio == max(min(allowed), 0.7 if row == 2 else 0.0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_way_between_two_deadlines_is_met_by_the_least_ratios_that_do(share):
+    seconds = np.array([k * (0.05 + (1.0 - RATIOS) ** 2) for k in (1.0, 2.0, 4.0)])
+    shortest, longest = seconds[2, 90], seconds[1, 0]  # the slowest at its largest ratio, and who is last at its least
+    found = deadline.at(seconds, [0.0, 0.0, 0.7], 0.9, share)
+    for row, ratio in enumerate(found):
+        allowed = [
+            r for r in RATIOS[:91] if seconds[row, round(r * GRID)] <= shortest ** (1 - share) * longest**share + 1e-9
+        ]
+        assert ratio == max(min(allowed), 0.7 if row == 2 else 0.0)
+
+
 def test_the_deadline_grows_as_the_losses_fall_by_hand():
     assert deadline.stretch([], 0.5, 0.5) == 1.0
     assert deadline.stretch([2.0, 0.6, 0.5], 0.5, 0.5) == 1.0, "not before it has learnt"
