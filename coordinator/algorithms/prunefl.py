@@ -42,6 +42,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
 from coordinator.blocks import roundtime, timecost
+from coordinator.blocks.aggregate import Asked
 from coordinator.blocks.drafts import drafted, ranked_from
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
@@ -49,7 +50,7 @@ from coordinator.blocks.masks import densities, density, masked_mean, masked_wei
 from coordinator.blocks.schedule import linear, progress
 from coordinator.blocks.told import Told, told
 from coordinator.recipes import Params, merged, recipe_of, scheduled
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
@@ -182,10 +183,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is about other masks.
     """
-    structure, turns, accuracy = _structure(state), [], 0.0
-    for answer in answers:
-        if answer.structure != structure:
-            raise Malformed(f"{answer.device} answers with another part of the model than it was asked for")
+    turns, accuracy = [], 0.0
+    for answer in Asked(answers, _structure(state)):
         if answer.samples:
             turns.append(roundtime.took(state.spec, answer, _shortened(state, answer.samples)))
             accuracy = answer.metrics.get("accuracy.train", 0.0)

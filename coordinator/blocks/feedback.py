@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, State
-from coordinator.blocks.aggregate import shares
+from coordinator.blocks.aggregate import Asked, shares
 from coordinator.blocks.erk import erk_counts
 from coordinator.blocks.masks import densities, masked_mean, masked_weights, random_masks, top_global
 from coordinator.blocks.schedule import cubic, progress
 from coordinator.recipes import Params
-from wire.errors import ConfigError, Malformed
+from wire.errors import ConfigError
 from wire.masked import maskable
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked
@@ -148,9 +148,7 @@ def closed(state: State, pruning: Pruning, answers: Answers | Iterable[Answer]) 
     """
     structure = masked(state.masks) if state.masks else Structure()
     samples, fades = [], []
-    for answer in answers:
-        if answer.structure != structure:
-            raise Malformed(f"{answer.device} answers with another part of the model than it was asked for")
+    for answer in Asked(answers, structure):
         samples.append(answer.samples)
         fades.append(min(1.0, max(0.0, answer.metrics.get("dpf.fade", 1.0))))
     if not sum(samples):
