@@ -46,8 +46,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
     **{f"uniform-{r}": {"policy": "uniform", "ratio": str(r / 100), "run.rounds": str(n)} for r, n in RATIOS.items()},
 }
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
-CONFIGS = Path(__file__).with_name("nested-configs.json")
-"""What a tuned table tries for each method: three rates, with and without a momentum at the coordinator where there is one."""
+_RATES, _RATES_50 = "nested-configs.json", "nested-50-configs.json"
+"""What a tuned table tries for each method: three rates, with five devices also with a momentum at the coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class Table:
         fleet: A profile.
         recipe: Of all methods.
         target: Accuracy to reach.
-        tuned: Whether each method first chooses among `CONFIGS` on a validation part, with a seed of its own.
+        tuned: File beside this one with what each method first chooses among, on a validation part with a seed of its own;
+            empty for no choice.
         sets: What methods are told beside `OWN`, by ``METHOD.PARAM``.
     """
 
@@ -80,7 +81,7 @@ class Table:
     fleet: str = "spread"
     recipe: Mapping[str, str] = field(default_factory=lambda: {"epochs": "2", "batch": "32"})
     target: str = "0.95*fedavg-all"
-    tuned: bool = False
+    tuned: str = ""
     sets: Mapping[str, str] = field(default_factory=dict)
 
     def words(self) -> list[str]:
@@ -91,7 +92,7 @@ class Table:
         words += ["--devices", devices, "--select", self.select, "--evaluate-every", str(self.measured)]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--target", self.target]
-        words += ["--tune", "--configs", str(CONFIGS)] if self.tuned else []
+        words += ["--tune", "--configs", str(Path(__file__).with_name(self.tuned))] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
         return [*words, *told(self.sets)]
@@ -123,10 +124,12 @@ _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjo
 """The momentum that fledge ships with for its rivals too, at the rates that the table `digits` chose for them."""
 
 TABLES = {
-    "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, tuned=True),
+    "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, tuned=_RATES),
     "equal": Table(f"fledge,{','.join(f'{label}=fedavg' for label in ALONE)}", 15, target="0.95*fledge"),
     "momentum": Table(f"{NESTED},fedavg-20=fedavg,fedavg-all=fedavg", 15, sets=_SAME),
-    "digits-50": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3),
+    "digits-50": Table(
+        f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3, tuned=_RATES_50
+    ),
     "mnist": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
         100,
