@@ -386,6 +386,8 @@ def main(words: Sequence[str]) -> None:
         by_name(word)
         rng_of(0, 0)
     task = read_frame(sys.stdin.buffer, (Task,))
+    if task is None:  # it was not needed
+        return
     try:
         outcome = advance(task) if isinstance(task, Task) else Outcome(error="expected a task")
     except NestlingError as error:
