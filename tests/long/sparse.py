@@ -41,7 +41,7 @@ CHOSEN = {
     },
     ("lenet-5", "fashion-mnist"): {
         "fedavg": {"recipe.rate": "0.2"},
-        "feddip": {"recipe.rate": "0.2", "horizon": "75"},
+        "feddip": {"recipe.rate": "0.2", "horizon": "75", "start": "dense", "penalty": "norm"},
         "taper": {"recipe.rate": "0.2"},
     },
     ("conv-2", "mnist"): {
