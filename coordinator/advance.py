@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,9 @@ from wire.norms import OWN
 from wire.schema import Amount, Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
+
+STEP_BYTES = 64 << 20
+"""What a task or an outcome may have as a frame: some kilobytes for each of ten thousand devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,17 +386,20 @@ def main(words: Sequence[str]) -> None:
         words: Name of the algorithm that the task will be for, to have all of it here when the task comes.
     """
     die_with_parent(os.getppid())
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the coordinator decides what it means
     for word in words:
         by_name(word)
         rng_of(0, 0)
-    task = read_frame(sys.stdin.buffer, (Task,))
+    task = read_frame(sys.stdin.buffer, (Task,), STEP_BYTES)
     if task is None:  # it was not needed
         return
     try:
         outcome = advance(task) if isinstance(task, Task) else Outcome(error="expected a task")
     except NestlingError as error:
         outcome = Outcome(error=f"{type(error).__name__}: {error}")
-    write_frame(sys.stdout.buffer, outcome)
+    write_frame(sys.stdout.buffer, outcome, STEP_BYTES)
 
 
 if __name__ == "__main__":

@@ -107,15 +107,22 @@ class Answers:
         mask = held.masks.get(name)
         if mask is None or not known_to(held, blob, name):
             return blob.tensor(name, mask)
+        whole = np.zeros(mask.size, np.float32)
+        values = blob.values(name)
+        if 2 * len(values) > mask.size:  # a list of their places would be longer than the model
+            whole[unpacked(mask).reshape(-1)] = values
+        else:
+            whole[self._places_of(held, name, mask)] = values
+        whole.flags.writeable = False
+        return whole.reshape(mask.shape)
+
+    def _places_of(self, held: Held, name: str, mask: AnyMask) -> np.ndarray[Any, Any]:
         places = self._places.get(name) if held is self.held else None
         if places is None:
             places = np.flatnonzero(unpacked(mask)).astype(np.int32)  # no tensor has more places
             if held is self.held and _FEW * len(places) <= mask.size:
                 self._places[name] = places
-        whole = np.zeros(mask.size, np.float32)
-        whole[places] = blob.values(name)
-        whole.flags.writeable = False
-        return whole.reshape(mask.shape)
+        return places
 
 
 def known_to(held: Held, blob: tensor.Blob, name: str) -> bool:

@@ -162,7 +162,7 @@ class Server:
         elif self._mail.uploads.offer(reply, time.monotonic()):
             self._arrived(reply)
         else:
-            self._steps.ready(reply, len(self._standing.orders))
+            self._steps.ready()
 
     def _unusable(self, reply: Reply) -> str:
         order = self._standing.orders.get(reply.device)

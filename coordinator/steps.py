@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.advance import Head, Outcome, Task, advance
+from coordinator.advance import STEP_BYTES, Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView
 from coordinator.algorithms import wanted_by
 from coordinator.config import Config
@@ -19,7 +19,7 @@ from coordinator.standing import Standing
 from wire.child import Child, Ended, Said
 from wire.errors import StoreError, WorkerLost
 from wire.maskfile import WHOLE, Held, read_masks
-from wire.messages import BlobRef, Order, Reply
+from wire.messages import BlobRef, Order
 from wire.spec import ModelSpec, Structure, parameter_count
 from wire.spool import Spool
 
@@ -57,8 +57,8 @@ class Store:
 class Steps:
     """Runs one step at a time: here when little is to be moved, else in a child, so that the owner thread stays awake.
 
-    A child takes longer to import what it works with than to work, so it is started while answers are under way (`ready`). It
-    does one step and ends; nobody waits for that.
+    A child takes longer to import what it works with than to work, so where the step before needed one it is started while
+    answers are under way (`ready`). It does one step and ends; nobody waits for that.
     """
 
     def __init__(self, config: Config, store: Store, post: Callable[[Said | Ended], None]) -> None:
@@ -68,6 +68,7 @@ class Steps:
         self._post = post
         self._child: Child | None = None
         self._spare: Child | None = None  # has been given nothing yet
+        self._large = self._is_large(0)  # what the step before was
         self._task: Task | None = None
         self._vain = (0, 0)  # a round, and how often nobody who was drawn for it could take part
 
@@ -76,11 +77,13 @@ class Steps:
         """Whether a child is at work."""
         return self._child is not None
 
-    def ready(self, reply: Reply, devices: int) -> None:
-        """Have a child ready, if one will be needed where so many devices answer as this one does."""
-        size = 0 if reply.update is None else reply.update.size
-        if self._spare is None and self._child is None and self._is_large(size * devices):
-            self._spare = self._started()
+    def ready(self) -> None:
+        """Have a child ready, if the step before needed one. Where none can be started now, `begin` tries again."""
+        if self._large and self._spare is None and self._child is None:
+            try:
+                self._spare = self._started()
+            except OSError as error:
+                log.warning("no process for the end of the round yet: %s", error)
 
     def begin(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Step | None:
         """Close the current round, or not, and plan the next one; None when a child does it and `take` will tell.
@@ -89,9 +92,18 @@ class Steps:
             NestlingError: As `advance` does.
         """
         task = self._task_of(standing, current, fleet, closing=closing)
-        if not self._is_large(sum(reply.update.size for reply in task.replies if reply.update is not None)):
+        self._large = self._is_large(sum(reply.update.size for reply in task.replies if reply.update is not None))
+        if not self._large:
+            self._dismiss()
             return self._ended(task, advance(task))
-        self._task, self._child = task, self._given(task)
+        self._task = task
+        self._child, self._spare = self._spare or self._started(), None
+        try:
+            self._child.send(task)
+        except WorkerLost:  # it died while it waited
+            self._child.let_go()
+            self._child = self._started()
+            self._child.send(task)
         return None
 
     def take(self, event: Said | Ended) -> Step | None:
@@ -101,8 +113,7 @@ class Steps:
             StoreError: It could not do its task.
         """
         if self._spare is not None and event.pid == self._spare.pid:  # it has died with nothing to do
-            self._spare.let_go()
-            self._spare = None
+            self._dismiss()
         if self._child is None or self._task is None or event.pid != self._child.pid:
             return None
         task = self._task
@@ -126,21 +137,13 @@ class Steps:
         return 4 * parameter_count(self._store.spec, Structure()) + bytes_updates > _INLINE_BYTES
 
     def _started(self) -> Child:
-        return Child("advance", ["coordinator.advance", self._config.algo], self._post, also=(Outcome,))
+        argv = ["coordinator.advance", self._config.algo]
+        return Child("advance", argv, self._post, also=(Outcome,), limit=STEP_BYTES)
 
-    def _given(self, task: Task) -> Child:
-        """Give the child that has the task now: the spare one, or another where that has died."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            try:
-                spare.send(task)
-            except WorkerLost:
-                spare.let_go()
-            else:
-                return spare
-        child = self._started()
-        child.send(task)
-        return child
+    def _dismiss(self) -> None:
+        if self._spare is not None:
+            self._spare.let_go()
+        self._spare = None
 
     def _task_of(self, standing: Standing, current: Round | None, fleet: Fleet, *, closing: bool) -> Task:
         config = self._config

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from wire.errors import PeerError, WorkerLost
-from wire.job import read_frame, write_frame
+from wire.job import FRAME_BYTES, read_frame, write_frame
 
 _PR_SET_PDEATHSIG = 1
 
@@ -74,6 +74,7 @@ class Child:
         log: IO[bytes] | None = None,
         env: Mapping[str, str] | None = None,
         also: tuple[type[Any], ...] = (),
+        limit: int = FRAME_BYTES,
     ) -> None:
         """Start `python -m argv...` in the interpreter that runs this.
 
@@ -84,10 +85,12 @@ class Child:
             log: Takes its stderr; default: shared with this process.
             env: What to add to its environment.
             also: Dataclasses that it may send besides the frames of a worker.
+            limit: Bytes that a frame may have, either way.
         """
         self.name = name
         self.frozen = False
         self._also = also
+        self._limit = limit
         self._process = subprocess.Popen(
             [sys.executable, "-m", *argv],
             stdin=subprocess.PIPE,
@@ -103,12 +106,13 @@ class Child:
 
         Raises:
             WorkerLost: It no longer reads.
+            TooLarge: The frame is longer than frames may be.
         """
         stdin = self._process.stdin
         if stdin is None or stdin.closed:
             raise WorkerLost(f"{self.name} is closed")
         try:
-            write_frame(stdin, message)
+            write_frame(stdin, message, self._limit)
         except (OSError, ValueError) as error:
             raise WorkerLost(f"{self.name} no longer reads: {error}") from None
 
@@ -127,7 +131,7 @@ class Child:
         self.frozen = False
 
     def let_go(self) -> None:
-        """Forget it without waiting for its end, which the feeder sees to; after `kill`, for owners that must not wait."""
+        """Forget it without waiting for its end, which comes when its input ends or after `kill`; the feeder sees to it."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -150,7 +154,7 @@ class Child:
         stdout = self._process.stdout
         try:
             while stdout is not None:
-                frame = read_frame(stdout, self._also)
+                frame = read_frame(stdout, self._also, self._limit)
                 if frame is None:
                     break
                 post(Said(self.name, self.pid, frame))

@@ -20,7 +20,8 @@ from wire.spec import Structure
 
 FRAME_BYTES = 1 << 20
 _LENGTH = struct.Struct(">I")
-_ITEMS_MAX = 65_536
+_BYTES_ITEM = 16
+"""A frame may hold an item for so many of the bytes that it may have."""
 
 FilePath = Annotated[str, Limit(0, 4096)]
 
@@ -137,28 +138,29 @@ FRAMES: tuple[type[Any], ...] = (Job, Ready, Progress, Done, Failed)
 """What a frame may hold; its word in ``k`` is the class's name in lower case."""
 
 
-def write_frame(stream: IO[bytes], message: Any) -> None:
+def write_frame(stream: IO[bytes], message: Any, limit: int = FRAME_BYTES) -> None:
     """Write one frame and flush it.
 
     Raises:
-        TooLarge: It is longer than `FRAME_BYTES`.
+        TooLarge: It is longer than `limit`.
         OSError: The other side no longer reads.
     """
     data: bytes = msgpack.packb({"k": type(message).__name__.lower(), **to_plain(message)})
-    if len(data) > FRAME_BYTES:
-        raise TooLarge(f"a {type(message).__name__} of {len(data)} bytes; a frame has at most {FRAME_BYTES}")
+    if len(data) > limit:
+        raise TooLarge(f"a {type(message).__name__} of {len(data)} bytes; a frame has at most {limit}")
     rest = memoryview(_LENGTH.pack(len(data)) + data)
     while rest:
         rest = rest[stream.write(rest) :]
     stream.flush()
 
 
-def read_frame(stream: IO[bytes], also: tuple[type[Any], ...] = ()) -> Any:
+def read_frame(stream: IO[bytes], also: tuple[type[Any], ...] = (), limit: int = FRAME_BYTES) -> Any:
     """Read one frame; gives one of `FRAMES` or of `also`, or None when the stream ends between two frames.
 
     Args:
         stream: Where from.
         also: Dataclasses that the caller understands besides `FRAMES`.
+        limit: Bytes that a frame may have.
 
     Raises:
         TooLarge: The frame says that it is longer than `FRAME_BYTES`; nothing of it has been read.
@@ -168,9 +170,9 @@ def read_frame(stream: IO[bytes], also: tuple[type[Any], ...] = ()) -> Any:
     if not head:
         return None
     (length,) = _LENGTH.unpack(head)
-    if length > FRAME_BYTES:
-        raise TooLarge(f"a frame of {length} bytes; the limit is {FRAME_BYTES}")
-    plain = unpack(_read_exactly(stream, length), FRAME_BYTES, _ITEMS_MAX)
+    if length > limit:
+        raise TooLarge(f"a frame of {length} bytes; the limit is {limit}")
+    plain = unpack(_read_exactly(stream, length), limit, limit // _BYTES_ITEM)
     if not isinstance(plain, dict):
         raise Malformed(f"expected a map, got {type(plain).__name__}")
     kind = plain.get("k")

@@ -65,7 +65,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults.
 
-``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For both bandits: ``granularity`` (theta),
+``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For all bandits: ``granularity`` (theta),
 ``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
 ``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
 ratios of a device's first rounds (``probes``), what learns the worth of deadlines (``curve``), and how strongly it is
@@ -105,12 +105,9 @@ def plan(
     params = state.scalars["params"]
     recipe = recipe_at(params, round_number)
     devices = tuple(sorted(devices, key=lambda d: d.name))
-    heard = ratios.read(state)
-    clients = _settled(heard, devices, params)
+    clients = _settled(ratios.read(state), devices, params)
     least = _least(state.spec, recipe, devices)
     known = dict(state.scalars)
-    if "common" in known:
-        known["common"] = common.settled(known["common"], heard, devices, _terms(params))
     devices = tuple(d for d in devices if d.name in least)
     known["stretch"] = _stretched(state, clients, devices)
     if "common" in known and len(_probing(params, clients, devices)) < len(devices):
@@ -136,13 +133,18 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     params, clients = state.scalars["params"], ratios.read(state)
     told, whole, widest = dict[str, ratios.Client](), whole_of(state), 0
+    turns = list[tuple[ratios.Due, float]]()
     for answer in counted(answers, whole):
         client = clients.get(answer.device) or ratios.Client(bandit.fresh(_terms(params)).edges)
         ratio = state.scalars["ratios"][answer.structure.capacity]
-        told[answer.device] = ratios.heard(client, state.round, ratio, answer)
+        told[answer.device] = after = ratios.heard(client, state.round, ratio, answer)
+        turns += [(after.due, answer.seconds_turn)] if after.due is not None else []
         widest = max(widest, answer.structure.capacity)
         del answer
     state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
+    if "common" in state.scalars:
+        learnt = common.settled(state.scalars["common"], turns, _terms(params))
+        state = dataclasses.replace(state, scalars={**state.scalars, "common": learnt})
     share = float(params["fade" if params["policy"] == "deadline" else "fade.others"])
     if told and share:
         state = dataclasses.replace(state, weights=faded(state.spec, state.weights, state.levels, widest, share))

@@ -188,6 +188,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         if answer.samples:
             turns.append(roundtime.took(state.spec, answer, _shortened(state, answer.samples)))
             accuracy = answer.metrics.get("accuracy.train", 0.0)
+        del answer
     if not turns:
         return state
     params, memo = state.scalars["params"], state.scalars["prunefl"]

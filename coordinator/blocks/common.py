@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithm import DeviceView
 from coordinator.blocks import bandit, ratios
 
 
@@ -27,35 +26,44 @@ def fresh(terms: bandit.Terms) -> dict[str, Any]:
 
 
 def settled(
-    common: Mapping[str, Any], clients: ratios.Clients, devices: Sequence[DeviceView], terms: bandit.Terms
+    common: Mapping[str, Any], turns: Sequence[tuple[ratios.Due, float]], terms: bandit.Terms
 ) -> dict[str, Any]:
-    """Teach the bandit its last play, from the answers and times of that round; one of which nothing is known is forgotten."""
-    known = bandit.Bandit(*(tuple(common[name]) for name in ("edges", "ratios", "rewards")))
-    if common["played"]:
-        round_number, share = common["played"]
-        earned = _earned(clients, devices, int(round_number))
-        if earned is not None:
-            known = bandit.learnt(known, _whole(terms), share, earned)
-    return _plain(known, ())
+    """Teach the bandit the round that it has played; one that it did not play, or of which nothing is known, teaches nothing.
+
+    Args:
+        common: What is remembered.
+        turns: What each device that answered said, and the seconds of its turn; 0 where they are not known.
+        terms: The bandit's constants, but for the interval.
+    """
+    known, waiting = _bandit(common), common["played"]
+    earned = _earned([(due, took) for due, took in turns if due.round == waiting[0]]) if waiting else None
+    return _plain(known if earned is None else bandit.learnt(known, _whole(terms), waiting[1], earned), ())
 
 
 def played(
     common: Mapping[str, Any], round_number: int, terms: bandit.Terms, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Choose a round's deadline, as the share that `deadline.at` takes; it stands in ``played``."""
-    known = bandit.Bandit(*(tuple(common[name]) for name in ("edges", "ratios", "rewards")))
+    known = _bandit(common)
     share = bandit.choose(known, _whole(terms), rng)
     return _plain(known, (round_number, share))
 
 
-def _earned(clients: ratios.Clients, devices: Sequence[DeviceView], round_number: int) -> float | None:
-    """Give the mean share of its loss that a device lost in a round, per second of the slowest; None if nobody says."""
-    took = {d.name: d.seconds_turn for d in devices if d.name in clients and d.seconds_turn > 0.0}
-    dues = {name: due for name in took if (due := clients[name].due) is not None and due.round == round_number}
-    lost = [due.decrease / due.before for due in dues.values() if due.decrease is not None and due.before > 0.0]
+def _earned(turns: Sequence[tuple[ratios.Due, float]]) -> float | None:
+    """Give the mean share of its loss that a device lost, per second of the slowest; None if nobody says.
+
+    A device counts for no more than all of its loss, lost or gained: what it says is its word, and small losses may double.
+    """
+    timed = [(due, took) for due, took in turns if took > 0.0]
+    lost = [due.decrease / due.before for due, _ in timed if due.decrease is not None and due.before > 0.0]
     if not lost:
         return None
-    return bandit.speed_reward(sum(lost) / len(lost), max(took[name] for name in dues))
+    mean = sum(min(1.0, max(-1.0, share)) for share in lost) / len(lost)
+    return bandit.speed_reward(mean, max(took for _, took in timed))
+
+
+def _bandit(common: Mapping[str, Any]) -> bandit.Bandit:
+    return bandit.Bandit(*(tuple(common[name]) for name in ("edges", "ratios", "rewards")))
 
 
 def _whole(terms: bandit.Terms) -> bandit.Terms:

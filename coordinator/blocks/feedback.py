@@ -151,6 +151,7 @@ def closed(state: State, pruning: Pruning, answers: Answers | Iterable[Answer]) 
     for answer in Asked(answers, structure):
         samples.append(answer.samples)
         fades.append(min(1.0, max(0.0, answer.metrics.get("dpf.fade", 1.0))))
+        del answer
     if not sum(samples):
         return state
     weights = masked_mean(state.spec, state.weights, answers)

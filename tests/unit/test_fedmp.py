@@ -256,29 +256,24 @@ def test_a_device_that_says_nothing_still_tells_its_time():
 
 
 def test_one_bandit_learns_what_a_round_of_all_devices_earned_by_hand():
-    state = start(spec=SPEC, policy="deadline", curve="bandit", probes="0.8")
-    state = settle(state, [{"loss.first": 4.0, "loss": 3.0}, {"loss.first": 4.0, "loss": 2.0}], [1.0, 2.0])
-    first = state.scalars["common"]
-    assert first["rewards"] == [], "the first round was a probe, which the bandit did not choose"
-    assert first["played"][0] == state.round
-    drafts = fedmp.plan(state, 3, views(2), rng_of(0, 3))[1]
-    told = tuple(answer(state, d, metrics=m) for d, m in zip(drafts, ({"loss": 1.5}, {"loss": 2.2}), strict=True))
-    told = tuple(
-        dataclasses.replace(a, structure=whole_of(state), update=random_arrays(SPEC, whole_of(state))) for a in told
-    )
-    told = tuple(dataclasses.replace(a, metrics={**a.metrics, "loss.first": 3.0}) for a in told)
-    state = fedmp.close(state, told)
-    seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=took) for i, took in enumerate((0.5, 4.0)))
-    state = fedmp.plan(state, 3, seen, rng_of(0, 3))[0]
-    common = state.scalars["common"]
-    assert common["ratios"] == [first["played"][1]]
-    assert common["rewards"] == [pytest.approx(((3.0 - 1.5) / 3.0 - 0.1) / 2.0 / 4.0)], (
+    state = start(policy="deadline", curve="bandit", probes="0.8")
+    for number, losses, took in ((1, ((4.0, 3.0), (4.0, 2.0)), (1.0, 2.0)), (2, ((3.0, 1.5), (3.0, 2.2)), (0.5, 4.0))):
+        seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=float(number > 1)) for i in range(2))
+        state, drafts = fedmp.plan(state, number, seen, rng_of(0, number))
+        told = [
+            answer(state, d, metrics={"loss.first": f, "loss": e}) for d, (f, e) in zip(drafts, losses, strict=True)
+        ]
+        common = state.scalars["common"]
+        told = [dataclasses.replace(one, seconds_turn=t) for one, t in zip(told, took, strict=True)]
+        state = fedmp.close(state, told)
+        if number == 1:
+            assert common["played"] == [], "the first round is a probe, which the bandit does not choose"
+            assert state.scalars["common"]["rewards"] == []
+    assert common["played"][0] == 2
+    after = state.scalars["common"]
+    assert (after["ratios"], after["played"]) == ([common["played"][1]], [])
+    assert after["rewards"] == [pytest.approx(((3.0 - 1.5) / 3.0 - 0.1) / 2.0 / 4.0)], (
         "half lost, a tenth gained, in 4 s"
-    )
-    assert common["played"][0] == 3
-    again = fedmp.plan(dataclasses.replace(state, round=2), 3, views(2), rng_of(0, 3))[0]
-    assert again.scalars["common"]["rewards"] == common["rewards"], (
-        "a round of which nobody's time is known teaches nothing"
     )
 
 

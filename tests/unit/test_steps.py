@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 
 import psutil
+import pytest
 
+from coordinator.advance import STEP_BYTES, Task
+from coordinator.algorithm import DeviceView
 from coordinator.config import Config, RoundConfig
 from coordinator.events import Arrived, Issued
 from coordinator.fleet import Fleet
@@ -21,7 +27,9 @@ from coordinator.steps import Step, Steps, Store
 from tests.support.messages import RUN, a_presence, a_reply, order_id
 from wire import zoo
 from wire.child import Ended, Said
-from wire.spec import ModelSpec, encode
+from wire.errors import StoreError, TooLarge
+from wire.job import read_frame, write_frame
+from wire.spec import ModelSpec, Structure, encode
 from wire.spool import Spool
 
 NAMES = ("d1", "d2", "d3", "d4", "d5")
@@ -111,7 +119,6 @@ class Large:
         self.heard: Queue[Said | Ended] = Queue()
         self.steps = Steps(self.config, self.store, self.heard.put)
         self.fleet = fleet_where_only_one_holds_the_model("d1")
-        self.reply = a_reply("d1", order_id("d1", 1))
 
     def planned(self) -> Step:
         """Begin a plan and take in what is said until it is there."""
@@ -126,7 +133,11 @@ class Large:
 
 
 def children() -> set[int]:
-    return {process.pid for process in psutil.Process().children() if "coordinator.advance" in process.cmdline()}
+    found = set()
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # and of a zombie
+            found |= {process.pid} if "coordinator.advance" in process.cmdline() else set()
+    return found
 
 
 LARGE = zoo.mlp("large", (1, 8, 8), 10, (1024, 1024))
@@ -136,8 +147,8 @@ def test_a_child_is_ready_before_it_is_needed_and_does_one_step(tmp_path):
     with closing(Journal(tmp_path / "journal")) as journal:
         large = Large(tmp_path, journal, LARGE)
         before = children()
-        large.steps.ready(large.reply, 1)
-        large.steps.ready(large.reply, 1)
+        large.steps.ready()
+        large.steps.ready()
         (ready,) = children() - before
         _, outcome = large.planned()
         assert outcome.state
@@ -147,7 +158,8 @@ def test_a_child_is_ready_before_it_is_needed_and_does_one_step(tmp_path):
         assert large.steps.take(ended) is None
         assert children() == before
         assert large.planned()[1].state == outcome.state, "another child, which was not ready, says the same"
-        large.steps.ready(large.reply, 1)
+        assert type(large.heard.get(timeout=10.0)) is Ended
+        large.steps.ready()
         large.steps.stop()
         assert children() == before
 
@@ -157,14 +169,14 @@ def test_a_child_that_died_while_it_waited_is_replaced(tmp_path):
         large = Large(tmp_path, journal, LARGE)
         before = children()
         for told in (True, False):
-            large.steps.ready(large.reply, 1)
+            large.steps.ready()
             (ready,) = children() - before
             os.kill(ready, signal.SIGKILL)
             ended = large.heard.get(timeout=10.0)
             assert (type(ended), ended.pid) == (Ended, ready)
             if told:
                 assert large.steps.take(ended) is None
-                large.steps.ready(large.reply, 1)
+                large.steps.ready()
                 (again,) = children() - before
                 assert again != ready
             assert large.planned()[1].state, "also where its end is only found on giving it the task"
@@ -174,14 +186,52 @@ def test_a_child_that_died_while_it_waited_is_replaced(tmp_path):
         assert children() == before
 
 
-def test_a_small_model_has_no_child(tmp_path):
+def test_a_small_model_has_no_child_but_where_its_updates_are_large(tmp_path):
     with closing(Journal(tmp_path / "journal")) as journal:
         small = Large(tmp_path, journal, zoo.load("digits-mlp"))
         before = children()
-        small.steps.ready(small.reply, 1)
+        small.steps.ready()
         assert children() == before
+        _, outcome = small.steps.begin(Standing(), None, small.fleet, closing=False)
+        reply = replace(a_reply("d1", order_id("d1", 1)), structure=Structure(), samples=0)
+        reply = replace(reply, update=replace(reply.update, size=5 << 20))
+        current = open_round(1, RUN, {"d1": reply.order}, quorum=None, seconds=60.0)
+        current, _ = step(step(current, Issued(0.0))[0], Arrived("d1", reply.order, reply))
+        assert small.steps.begin(Standing(state=outcome.state), current, small.fleet, closing=True) is None
+        with pytest.raises(StoreError, match="failed"):
+            small.taken()  # there is no such update
+        assert type(small.heard.get(timeout=10.0)) is Ended
+        small.steps.ready()
+        assert len(children() - before) == 1
         assert small.steps.begin(Standing(), None, small.fleet, closing=False) is not None
-        small.steps.ready(replace(small.reply, update=replace(small.reply.update, size=3 << 20)), 2)
-        assert len(children() - before) == 1, "two updates of three mebibytes are no small matter"
-        small.steps.stop()
+        assert type(small.heard.get(timeout=10.0)) is Ended, "what nothing is left for is let go"
         assert children() == before
+
+
+def test_a_task_may_have_ten_thousand_devices():
+    reply = replace(a_reply("d1", order_id("d1", 1)), metrics={f"seconds.layer{i}.weight": 0.125 for i in range(20)})
+    names = [f"raspberry-pi-of-the-greenhouse-{i}" for i in range(10_000)]
+    devices = tuple(DeviceView(name, 1 << 30, 100) for name in names)
+    task = Task("spool", "0" * 64, "fedavg", {}, {}, 0, "", tuple(replace(reply, device=n) for n in names), 1, devices)
+    stream = io.BytesIO()
+    write_frame(stream, task, STEP_BYTES)
+    assert stream.tell() < STEP_BYTES / 2
+    stream.seek(0)
+    assert read_frame(stream, (Task,), STEP_BYTES) == task
+    with pytest.raises(TooLarge):
+        write_frame(io.BytesIO(), task)
+
+
+def test_ctrl_c_is_the_coordinators_business(tmp_path):
+    with closing(Journal(tmp_path / "journal")) as journal:
+        large = Large(tmp_path, journal, LARGE)
+        before = children()
+        large.steps.ready()
+        (ready,) = children() - before
+        deadline = time.monotonic() + 30.0
+        while not int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{ready}/status").read_text())[1], 16) & 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(ready, signal.SIGINT)
+        assert large.planned()[1].state
+        large.steps.stop()
