@@ -32,7 +32,7 @@ from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
 from wire.errors import Malformed, NestlingError, SpecError
-from wire.job import read_frame, write_frame
+from wire.job import STEP_BYTES, read_frame, write_frame
 from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
 from wire.masks import unpacked
 from wire.messages import BlobRef, Order, Recipe, Reply
@@ -40,9 +40,6 @@ from wire.norms import OWN
 from wire.schema import Amount, Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
-
-STEP_BYTES = 64 << 20
-"""What a task or an outcome may have as a frame: some kilobytes for each of ten thousand devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,11 +377,7 @@ def _into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:
 
 
 def main(words: Sequence[str]) -> None:
-    """Do the one task that stands on stdin and write its outcome to stdout.
-
-    Args:
-        words: Name of the algorithm that the task will be for, to have all of it here when the task comes.
-    """
+    """Do the one task that stands on stdin and write its outcome to stdout; the algorithm of that name is here by then."""
     die_with_parent(os.getppid())
     signal.signal(
         signal.SIGINT, signal.SIG_IGN

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.advance import STEP_BYTES, Head, Outcome, Task, advance
+from coordinator.advance import Head, Outcome, Task, advance
 from coordinator.algorithm import DeviceView
 from coordinator.algorithms import wanted_by
 from coordinator.config import Config
@@ -18,6 +18,7 @@ from coordinator.select import choose
 from coordinator.standing import Standing
 from wire.child import Child, Ended, Said
 from wire.errors import StoreError, WorkerLost
+from wire.job import STEP_BYTES
 from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order
 from wire.spec import ModelSpec, Structure, parameter_count

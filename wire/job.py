@@ -19,6 +19,8 @@ from wire.schema import Fraction, Limit, Name, Natural, Positive, Text, from_pla
 from wire.spec import Structure
 
 FRAME_BYTES = 1 << 20
+STEP_BYTES = 64 << 20
+"""What a frame may have between the coordinator and its own process: some kilobytes for each of ten thousand devices."""
 _LENGTH = struct.Struct(">I")
 _BYTES_ITEM = 16
 """A frame may hold an item for so many of the bytes that it may have."""

@@ -41,7 +41,7 @@ CHOSEN = {
     },
     ("lenet-5", "fashion-mnist"): {
         "fedavg": {"recipe.rate": "0.2"},
-        "feddip": {"recipe.rate": "0.2", "horizon": "75", "start": "dense", "penalty": "norm"},
+        "feddip": {"recipe.rate": "0.2", "horizon": "225", "start": "dense", "penalty": "norm"},
         "taper": {"recipe.rate": "0.2"},
     },
     ("conv-2", "mnist"): {
@@ -154,7 +154,7 @@ TABLES = {
     ),
     "conv-2-here": Table(_CONV, ".1", model="conv-2", fleet="this-machine", rounds=60, target=_NEAR),
     "rates-fashion": dataclasses.replace(_CLOTHES, tuned="sparse-fashion-configs.json"),
-    "fashion": dataclasses.replace(_CLOTHES, densities=".1,.05", seeds="0,1,2"),
+    "fashion": dataclasses.replace(_CLOTHES, densities=".1,.05", seeds="0,1,2", rounds=300),
     "more": Table(
         "prunefl-both=prunefl,prunefl-initial=prunefl,prunefl-all=prunefl,dpf,snip-one=snip,online,"
         "prunetrain,prunetrain-50=prunetrain,lotteryfl",

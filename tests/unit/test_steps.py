@@ -15,7 +15,7 @@ from queue import Queue
 import psutil
 import pytest
 
-from coordinator.advance import STEP_BYTES, Task
+from coordinator.advance import Task
 from coordinator.algorithm import DeviceView
 from coordinator.config import Config, RoundConfig
 from coordinator.events import Arrived, Issued
@@ -28,7 +28,7 @@ from tests.support.messages import RUN, a_presence, a_reply, order_id
 from wire import zoo
 from wire.child import Ended, Said
 from wire.errors import StoreError, TooLarge
-from wire.job import read_frame, write_frame
+from wire.job import STEP_BYTES, read_frame, write_frame
 from wire.spec import ModelSpec, Structure, encode
 from wire.spool import Spool
 
