@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from coordinator.events import Arrived, Issued
 from coordinator.fleet import Fleet
 from coordinator.journal import Journal
 from coordinator.round import open_round, step
+from coordinator.server import Server
 from coordinator.standing import Standing
 from coordinator.steps import Step, Steps, Store
 from tests.support.messages import RUN, a_presence, a_reply, order_id
@@ -206,6 +208,21 @@ def test_a_small_model_has_no_child_but_where_its_updates_are_large(tmp_path):
         assert small.steps.begin(Standing(), None, small.fleet, closing=False) is not None
         assert type(small.heard.get(timeout=10.0)) is Ended, "what nothing is left for is let go"
         assert children() == before
+
+
+def test_a_child_is_asked_for_when_an_update_is_offered(tmp_path):
+    with closing(Journal(tmp_path / "journal")) as journal:
+        large, here, asked = Large(tmp_path, journal, LARGE), [False], []
+        uploads = SimpleNamespace(offer=lambda reply, now: here.pop())
+        mail = SimpleNamespace(link=SimpleNamespace(post=print), uploads=uploads)
+        server = Server(large.config, large.store, Standing(), mail, None)
+        reply = replace(a_reply("d1", order_id("d1", 1)), structure=Structure())
+        current = open_round(1, RUN, {"d1": reply.order}, quorum=None, seconds=60.0)
+        server._round, server._steps = step(current, Issued(0.0))[0], SimpleNamespace(ready=lambda: asked.append(1))
+        server._offered("d2", reply)
+        assert not asked, "an answer in another's name"
+        server._offered("d1", reply)
+        assert asked == [1]
 
 
 def test_a_task_may_have_ten_thousand_devices():
