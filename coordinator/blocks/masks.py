@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from coordinator.algorithm import Answer, Answers, Arrays, Levels, Masks
 from coordinator.blocks.aggregate import landed, shares_of, summed
 from wire.errors import NonFinite
+from wire.largest import largest
 from wire.spec import ModelSpec, Structure
 from wire.structure import add_scaled, masked
 
@@ -189,18 +190,7 @@ def _largest(line: NDArray[Any], count: int) -> Mask:
     """Mark the `count` largest of a line; of equal ones the first."""
     if not 0 <= count <= line.size:
         raise ValueError(f"{count} of {line.size} weights cannot be kept")
-    if count == line.size or not count:
-        return np.full(line.size, bool(count), np.bool_)
-    lowest = line.min()
-    above = line > lowest
-    many = int(np.count_nonzero(above))
-    # Where most are equal, as under masks, a partial sort of all takes a second where one of the others takes a fiftieth.
-    part = line[above] if count <= many < line.size // 2 else line
-    least = lowest if count > many else np.partition(part, part.size - count)[part.size - count]
-    kept: Mask = line > least
-    missing = count - int(np.count_nonzero(kept))
-    kept[np.flatnonzero(line == least)[:missing]] = True
-    # Values that are no numbers sort to the end and equal nothing.
+    kept = largest(line, count)
     if int(np.count_nonzero(kept)) != count or np.isnan(line).any():
         raise NonFinite("a score is not a number")
     return kept

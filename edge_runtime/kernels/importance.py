@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.engines.arrays import Floats
 from wire.errors import DataError, SpecError
+from wire.largest import largest
 from wire.spec import Node
 
 BLOCK_BYTES = 1 << 20
@@ -141,7 +142,7 @@ def largest_of(blocks: Iterable[tuple[int, Floats]], count: int) -> tuple[NDArra
     for first, block in blocks:
         flat = block.reshape(-1)
         # Once there are enough, equal values that stand later lose.
-        new = np.flatnonzero(flat > least) if least >= 0 else np.flatnonzero(_largest(flat, count))
+        new = np.flatnonzero(flat > least) if least >= 0 else np.flatnonzero(largest(flat, count))
         places.append(new + first * (block.size // len(block)))
         values.append(flat[new])
         held += len(new)
@@ -156,25 +157,12 @@ def _squeeze(places: list[NDArray[np.int64]], values: list[Floats], count: int) 
     """Leave one part in both lists, of the `count` largest; one list after the other, since they are long."""
     line = np.concatenate(values)
     values.clear()
-    chosen = _largest(line, count)
+    chosen = largest(line, count)
     values.append(line[chosen])
     del line
     where = np.concatenate(places)
     places.clear()
     places.append(where[chosen])
-
-
-def _largest(values: Floats, count: int) -> NDArray[np.bool_]:
-    """Mark the `count` largest; of equal values the first are taken."""
-    if count >= len(values):
-        return np.ones(len(values), np.bool_)
-    if count <= 0:
-        return np.zeros(len(values), np.bool_)
-    least = np.partition(values, len(values) - count)[len(values) - count]
-    chosen: NDArray[np.bool_] = values > least
-    equal = np.flatnonzero(values == least)
-    chosen[equal[: count - np.count_nonzero(chosen)]] = True
-    return chosen
 
 
 def _check(passed: Passed) -> None:
