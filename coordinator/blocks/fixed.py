@@ -66,13 +66,14 @@ def ask_to_train(
 
 
 def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
-    """Close an ordinary round: the mean of the kept weights, by samples (`masks.masked_mean`).
+    """Close an ordinary round: the mean of the kept weights, by samples (`masks.masked_mean`); the state itself without any.
 
     Raises:
         Malformed: An answer is of other masks than the state's.
     """
-    asked = Asked(answers, masked(state.masks))
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, asked))
+    weights = masked_mean(state.spec, state.weights, Asked(answers, masked(state.masks)))
+    nobody = all(weights[name] is array for name, array in state.weights.items())
+    return state if nobody else dataclasses.replace(state, weights=weights)
 
 
 def told_scores(spec: ModelSpec, answers: Answers | Iterable[Answer]) -> list[bool]:
