@@ -379,9 +379,7 @@ def _into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:
 def main(words: Sequence[str]) -> None:
     """Do the one task that stands on stdin and write its outcome to stdout; the algorithm of that name is here by then."""
     die_with_parent(os.getppid())
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the coordinator decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides about it
     for word in words:
         by_name(word)
         rng_of(0, 0)
