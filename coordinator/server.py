@@ -137,10 +137,10 @@ class Server:
     def _needed(self, device: str, need: Need) -> None:
         """Publish once more what an open order needs; whose order is over is told so instead."""
         said = "unwanted" if self._round is None else word(self._round, device, need.order)
-        if said != "more":
+        if said == "more":
+            self._mail.publisher.renew(need.blob)
+        else:
             self._turn.sends.append((device, Ack(need.order, said)))
-            return
-        self._mail.publisher.renew(need.blob)
 
     def _announce(self, presence: Presence, told: Born | Lost | None) -> None:
         if told is None:
@@ -346,8 +346,8 @@ class Server:
 
     def _clear(self, wanted: set[str]) -> None:
         gone = tuple(ref for ref in self._standing.live.values() if ref.digest not in wanted)
-        self._pace.clearing += gone
         self._mail.publisher.clear(gone)
+        self._pace.clearing += gone
 
     def _tidy(self) -> None:
         """Delete blobs that nobody needs any more: not after every round, because deleting files is slow on some disks."""

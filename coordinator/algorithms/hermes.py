@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks.aggregate import Asked, landed, shares_of, summed
+from coordinator.blocks.aggregate import Expected, landed, shares_of, summed
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.roster import latest
@@ -93,7 +93,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is not about the whole model.
     """
     seats: dict[str, int] = {}
-    common, whole = all_kept(state.spec), Asked(answers)
+    common, whole = all_kept(state.spec), Expected(answers)
     for answer in whole:
         kept = channels_of(state.spec, answer.sent) if answer.samples else None
         if kept is not None:

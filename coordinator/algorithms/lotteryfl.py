@@ -21,7 +21,7 @@ from types import MappingProxyType
 import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
-from coordinator.blocks.aggregate import Asked
+from coordinator.blocks.aggregate import Expected
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import merged, recipe_of, scheduled
@@ -75,4 +75,4 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, Asked(answers), evenly=True))
+    return dataclasses.replace(state, weights=masked_mean(state.spec, state.weights, Expected(answers), evenly=True))

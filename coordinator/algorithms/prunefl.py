@@ -42,7 +42,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Masks, State
 from coordinator.blocks import roundtime, timecost
-from coordinator.blocks.aggregate import Asked
+from coordinator.blocks.aggregate import Expected
 from coordinator.blocks.drafts import drafted, ranked_from
 from coordinator.blocks.feedback import choice, fraction, rounds
 from coordinator.blocks.importance import Base, Chosen, Layer, climb, protected, solve, stopped, undecided
@@ -184,7 +184,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is about other masks.
     """
     turns, accuracy = [], 0.0
-    for answer in Asked(answers, _structure(state)):
+    for answer in Expected(answers, _structure(state)):
         if answer.samples:
             turns.append(roundtime.took(state.spec, answer, _shortened(state, answer.samples)))
             accuracy = answer.metrics.get("accuracy.train", 0.0)

@@ -73,7 +73,7 @@ def counted(answers: Answers | Iterable[Answer], whole: Structure) -> Iterator[A
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Expected:
     """Answers that are all about one structure, as often as one likes; Malformed says which one is not.
 
     Attributes:
@@ -165,7 +165,7 @@ def joined(state: State, answers: Answers | Iterable[Answer], weigh: Weigh) -> S
     Args:
         state: With levels and widths.
         answers: Gone through twice. None leave the model as it is, and so does a partition that nobody covers.
-        weigh: Asked once for each partition that somebody covers.
+        weigh: Expected once for each partition that somebody covers.
 
     Raises:
         Malformed: As `counted`.

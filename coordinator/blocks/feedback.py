@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, State
-from coordinator.blocks.aggregate import Asked, shares
+from coordinator.blocks.aggregate import Expected, shares
 from coordinator.blocks.erk import erk_counts
 from coordinator.blocks.masks import densities, masked_mean, masked_weights, random_masks, top_global
 from coordinator.blocks.schedule import cubic, progress
@@ -148,7 +148,7 @@ def closed(state: State, pruning: Pruning, answers: Answers | Iterable[Answer]) 
     """
     structure = masked(state.masks) if state.masks else Structure()
     samples, fades = [], []
-    for answer in Asked(answers, structure):
+    for answer in Expected(answers, structure):
         samples.append(answer.samples)
         fades.append(min(1.0, max(0.0, answer.metrics.get("dpf.fade", 1.0))))
         del answer

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import Answer, Answers, DeviceView, Draft, State
-from coordinator.blocks.aggregate import Asked
+from coordinator.blocks.aggregate import Expected
 from coordinator.blocks.drafts import drafted
 from coordinator.blocks.masks import masked_mean
 from coordinator.recipes import recipe_of, scheduled
@@ -71,7 +71,7 @@ def joined(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is of other masks than the state's.
     """
-    weights = masked_mean(state.spec, state.weights, Asked(answers, masked(state.masks)))
+    weights = masked_mean(state.spec, state.weights, Expected(answers, masked(state.masks)))
     nobody = all(weights[name] is array for name, array in state.weights.items())
     return state if nobody else dataclasses.replace(state, weights=weights)
 
