@@ -166,10 +166,11 @@ def memory_scale(known: float, usage: Usage, bytes_predicted: int) -> float:
     one that was too high only a little width. As long as predictions are upper bounds the factor is exactly 1 and a
     run does not depend on measurements. The factor known is in the prediction already. What was granted and not exceeded
     teaches nothing: with room a device may hold masked weights dense, or take an engine that is faster and larger than
-    the one that the order was priced for.
+    the one that the order was priced for. The factor stays below `_SCALE_MAX` (or what it was), as in `oom_scale`.
     """
     exceeded = usage.bytes_peak > usage.bytes_budget and bytes_predicted > 0
-    return _scaled(known, known * usage.bytes_peak / bytes_predicted if exceeded else 1.0)
+    measured = known * usage.bytes_peak / bytes_predicted if exceeded else 1.0
+    return _scaled(known, min(measured, max(known, _SCALE_MAX)))
 
 
 def _scaled(known: float, measured: float) -> float:

@@ -62,7 +62,7 @@ def plan(
     state, recipe = dataclasses.replace(state, round=round_number, levels=levels), recipe_at(params, round_number)
     if norms.due(params, round_number):
         return norms.asked(state, recipe, devices, rng)
-    return pace.asked(state, recipe, devices, rng, deadline=0.0)
+    return pace.asked(state, recipe, devices, rng, {})
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:

@@ -4,7 +4,7 @@ With uneven data the trouble of nested widths is at both ends. The narrow widths
 the wide one, and what only wide widths have is trained by few devices, on few classes. Here
 
 * channels are ranked as in NestFL, by progressive L1 pruning; each device trains the widest width that its memory holds and,
-  with ``deadline`` seconds, whose turn is over by then, judged by its own turns;
+  with ``deadline`` or ``slack``, whose turn is over in time, judged by its own turns (`blocks.pace`);
 * in every step a device also trains the narrowest width and a random one between (``recipe.widths``). The narrowest learns
   from the labels; its output, which knows what all devices have seen, is the share of what the wider ones learn that the
   device's own labels lack, times ``recipe.upward`` (the rule `sgd`; in-place distillation upside down). That costs no memory
@@ -44,7 +44,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         **TRAINING,
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
-        "deadline": 0.0,
+        **pace.LIMITS,
         **norms.CALIBRATE,
         **affines.NORMS,
         "beta": 0.7,
@@ -64,8 +64,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     widths = widths_of(spec, fractions_of(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fledge needs some, fedavg does not")
-    if not float(known["deadline"]) >= 0.0:
-        raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
+    pace.check(known)
     _check_own(spec, known)
     norms.check(spec, known)
     affines.check(spec, known)
@@ -88,7 +87,7 @@ def plan(
         recipe = dataclasses.replace(recipe, knobs=knobs)
     if norms.due(params, round_number):
         return norms.asked(pace.known(state, devices), recipe, devices, rng)
-    return pace.asked(state, recipe, devices, rng, float(params["deadline"]))
+    return pace.asked(state, recipe, devices, rng, params)
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -102,7 +101,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     params = state.scalars["params"]
     if norms.due(params, state.round):
         return norms.pooled(state, answers)
-    if params["deadline"] and (_always(params) or not _tunes(params, state.round)):
+    if pace.timed(params) and (_always(params) or not _tunes(params, state.round)):
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
     after = joined(state, affines.shared(state, answers), evenly)
     return affines.joined(state, momentum.carried(state, norms.unmoved(state, after)), answers, evenly)

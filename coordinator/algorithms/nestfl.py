@@ -8,9 +8,9 @@ filled in and why.
 * Joining goes partition by partition, from the narrowest width outward. On each, a device's weight is its samples times a
   function of the angle between its update and the mean update of all that cover the partition (FedAdp; ``angle`` is that
   function's steepness, and 0 leaves only the samples), the angle being averaged over the device's own rounds.
-* A device trains the widest width that its memory holds and, where ``deadline`` (seconds; 0 for memory alone) is set, whose
-  turn is over by then, judged by the turns that were measured there. A device that drops to a narrower width while it trains
-  is joined on what it then covers.
+* A device trains the widest width that its memory holds and, where ``deadline`` (seconds) or ``slack`` (times the turn of the
+  round's median device) is set, whose turn is over by then, judged by the turns that were measured there. A device that drops
+  to a narrower width while it trains is joined on what it then covers.
 * The recipe's ``widths`` and ``distil`` train narrower widths inside each device as well (see the rule `sgd`). The poster has
   nothing like it; without it (``recipe.widths`` 0) the narrow widths, and now and then the whole model, fail on uneven data.
 """
@@ -44,7 +44,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
         "angle": 5.0,
-        "deadline": 0.0,
+        **pace.LIMITS,
         **norms.CALIBRATE,
         **affines.NORMS,
         **momentum.MOMENTUM,
@@ -86,8 +86,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     widths = widths_of(spec, fractions_of(str(known["fractions"])))
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
-    if not float(known["deadline"]) >= 0.0:
-        raise ConfigError(f"parameter deadline = {known['deadline']}: write seconds, or 0 for none")
+    pace.check(known)
     if not 0.0 <= float(known["angle"]) <= _ANGLE_MAX:
         raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
     norms.check(spec, known)
@@ -109,7 +108,7 @@ def plan(
     state = dataclasses.replace(state, round=round_number)
     if norms.due(params, round_number):
         return norms.asked(pace.known(state, devices), recipe, devices, rng)
-    return pace.asked(state, recipe, devices, rng, float(params["deadline"]))
+    return pace.asked(state, recipe, devices, rng, params)
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
@@ -122,7 +121,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     """
     if norms.due(state.scalars["params"], state.round):
         return norms.pooled(state, answers)
-    if state.scalars["params"]["deadline"]:
+    if pace.timed(state.scalars["params"]):
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
     whole, shared = whole_of(state), affines.shared(state, answers)
     covers = covers_of(shared, whole)

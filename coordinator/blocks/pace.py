@@ -4,6 +4,10 @@ A turn is measured from the issue of an order to its answer, both transfers and 
 lately it is what that took; at any other it is the device's newest turn, scaled by the work of a step. Only a device's last
 `TURNS` turns count, so that one that was slow for a while is tried at a wider width again.
 
+What is in time is said by parameters: ``deadline`` in seconds, ``slack`` as so many times what the median device of the round
+takes at the widest width that its memory holds. Of both the shorter counts; 0, the default, is none, so that a run does not
+depend on what was measured.
+
 What is remembered is plain, by device name: ``turns``, a list of [capacity, seconds], the newest last, and ``due``, the
 capacity of an answer whose time will be known when the device is seen next. Both are bounded (`roster.latest`).
 """
@@ -11,19 +15,26 @@ capacity of an answer whose time will be known when the device is seen next. Bot
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from coordinator.algorithm import Answer, DeviceView, Draft, State
 from coordinator.blocks.roster import latest
-from coordinator.blocks.widths import structures_of
+from coordinator.blocks.widths import structures_of, widest
 from coordinator.fitting import Means, Plan, fit
+from coordinator.recipes import Params
+from wire.errors import ConfigError
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
 from wire.work import multiplications
 
+LIMITS: Mapping[str, float] = MappingProxyType({"deadline": 0.0, "slack": 0.0})
+"""Parameters of a method that knows time, with their defaults."""
 TURNS = 8
 """Measured turns that are remembered of a device."""
 
@@ -76,8 +87,38 @@ def widest_in_time(turns: Turns, load: Sequence[float], deadline: float) -> int:
     return max(0, sum(seconds <= deadline for seconds in seconds_at(turns, load)) - 1)
 
 
+def check(params: Params) -> None:
+    """Refuse limits that cannot be meant.
+
+    Raises:
+        ConfigError: One is.
+    """
+    if not float(params["deadline"]) >= 0.0:
+        raise ConfigError(f"parameter deadline = {params['deadline']}: write seconds, or 0 for none")
+    if not (float(params["slack"]) == 0.0 or float(params["slack"]) >= 1.0):
+        raise ConfigError(f"parameter slack = {params['slack']}: write a number from 1, such as 2, or 0 for none")
+
+
+def timed(params: Params) -> bool:
+    """Say whether time is a matter at all."""
+    return bool(params.get("deadline") or params.get("slack"))
+
+
+def end_of(params: Params, seconds: Sequence[float]) -> float:
+    """Give the seconds in which a turn has to be over.
+
+    Args:
+        params: See `LIMITS`.
+        seconds: What those devices take that have been measured, each at the widest width that its memory holds.
+    """
+    ends = [float(params["deadline"])] if params.get("deadline") else []
+    if params.get("slack") and seconds:
+        ends.append(float(params["slack"]) * statistics.median(seconds))
+    return min(ends, default=math.inf)
+
+
 def asked(
-    state: State, recipe: Recipe, devices: Sequence[DeviceView], rng: np.random.Generator, deadline: float
+    state: State, recipe: Recipe, devices: Sequence[DeviceView], rng: np.random.Generator, params: Params
 ) -> tuple[State, tuple[Draft, ...]]:
     """Ask each device to train the widest width that its memory holds and, by its own turns, whose turn is over in time.
 
@@ -86,30 +127,47 @@ def asked(
         recipe: How; each device gets a seed of its own.
         devices: In any order; one that cannot hold the narrowest width even with one sample at a time gets no draft.
         rng: Of the round. It is drawn from once for every device, whether anything fits there or not.
-        deadline: Seconds; 0 for memory alone. A device without a turn is asked by its memory, and one for which even the
-            narrowest width takes longer trains that.
+        params: See `LIMITS`; without them it is memory alone. A device without a turn is asked by its memory, and one for
+            which even the narrowest width takes longer trains that.
 
     Returns:
         The state with the times that became known, and the drafts in the order of the devices' names.
     """
-    structures, scalars = structures_of(state), state.scalars
-    if deadline:
-        scalars = settled(scalars, devices)
-        load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
+    structures = structures_of(state)
+    plans = widest(state.spec, structures, recipe, devices)
+    if timed(params):
+        state = dataclasses.replace(state, scalars=settled(state.scalars, devices))
+        plans = _in_time(state, recipe, devices, plans, params)
     drafts = []
-    known: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
-        most = (
-            widest_in_time(scalars["turns"].get(device.name, ()), load, deadline) if deadline else len(structures) - 1
-        )
+        fits = plans.get(device.name)
+        if fits is not None:
+            drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))
+    return state, tuple(drafts)
+
+
+def _in_time(
+    state: State, recipe: Recipe, devices: Sequence[DeviceView], plans: Mapping[str, Plan], params: Params
+) -> dict[str, Plan]:
+    """Put a narrower plan in the place of one whose turn would not be over in time."""
+    structures = structures_of(state)
+    load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
+    turns = {name: state.scalars["turns"].get(name, ()) for name in plans}
+    end = end_of(params, [seconds_at(turns[name], load)[plan.capacity] for name, plan in plans.items() if turns[name]])
+    found = dict(plans)
+    known: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    for device in devices:
+        most = widest_in_time(turns[device.name], load, end) if device.name in plans else len(structures)
+        if device.name not in plans or most >= plans[device.name].capacity:
+            continue
         means = device.means, most
         if means not in known:
             known[means] = fit(state.spec, structures[: most + 1], recipe, device.means)
-        fits = known[means]
-        if fits is not None:
-            drafts.append(Draft(device.name, "train", structures[fits.capacity], seeded, fits.bytes_bound))
-    return dataclasses.replace(state, scalars=scalars), tuple(drafts)
+        narrower = known[means]
+        if narrower is not None:
+            found[device.name] = narrower
+    return found
 
 
 def heard(scalars: Mapping[str, Any], answers: Iterable[Answer]) -> dict[str, Any]:

@@ -154,6 +154,12 @@ def test_an_order_that_ran_out_of_memory_teaches_at_once_and_others_refusals_not
     assert unseen.scales["d1"] == 2.0
 
 
+def test_a_device_that_lies_about_its_peak_can_be_asked_again() -> None:
+    assert memory_scale(1.0, Usage(bytes_peak=2**53), 1) == 4.0
+    assert memory_scale(6.0, Usage(bytes_peak=2**53), 1) == 6.0
+    assert memory_scale(6.0, Usage(bytes_peak=90), 100) == pytest.approx(5.5)
+
+
 def test_a_peak_below_the_prediction_raises_the_scale_all_the_same_but_not_for_ever() -> None:
     scale, seen = 1.0, []
     for _ in range(10):

@@ -94,6 +94,29 @@ def test_a_slow_device_is_given_a_narrower_width_and_a_fast_one_is_not():
     assert capacities(drafts) == {"fast": 1, "slow": 0}, "even where nothing is in time the narrowest is trained"
 
 
+def test_the_end_of_a_turn_by_hand():
+    assert pace.end_of({"deadline": 0.0, "slack": 0.0}, [1.0]) == float("inf")
+    assert pace.end_of({"deadline": 5.0, "slack": 0.0}, [1.0]) == 5.0
+    assert pace.end_of({"deadline": 0.0, "slack": 2.0}, [9.0, 1.0, 2.0]) == 4.0, "twice the median"
+    assert pace.end_of({"deadline": 3.0, "slack": 2.0}, [9.0, 1.0, 2.0]) == 3.0, "the shorter of both"
+    assert pace.end_of({"deadline": 0.0, "slack": 2.0}, []) == float("inf"), "nobody was measured"
+
+
+def test_a_device_that_is_slow_beside_the_others_is_given_a_narrower_width():
+    names = ("a", "b", "slow")
+    state, drafts = nestfl.plan(start(slack=2.0), 1, tuple(map(view, names)), rng_of(0, 1))
+    state = nestfl.close(state, tuple(answered(state, drafts)))
+    load = pace.loads(SPEC, structures_of(state), 1)
+    slow = 8.0 * load[2] / load[1] * 0.99  # the width between is over just in time
+    fleet = (view("a", 3.0), view("b", 4.0), view("slow", slow))
+    state, drafts = nestfl.plan(state, 2, fleet, rng_of(0, 2))
+    assert capacities(drafts) == {"a": 2, "b": 2, "slow": 1}
+    state = nestfl.close(state, tuple(answered(state, drafts)))
+    fleet = (view("a", 3.0), view("b", 4.0), view("new"), view("slow", 7.92))
+    _, drafts = nestfl.plan(state, 3, fleet, rng_of(0, 3))
+    assert capacities(drafts) == {"a": 2, "b": 2, "new": 2, "slow": 1}, "of a new device nothing is known"
+
+
 def test_without_a_deadline_time_is_no_matter():
     state, drafts = nestfl.plan(start(), 1, (view("slow"),), rng_of(0, 1))
     state = nestfl.close(state, tuple(answered(state, drafts)))
@@ -128,6 +151,9 @@ def test_memory_and_time_both_bind():
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ConfigError, match="deadline"):
             start(deadline=wrong)
+    for wrong in (-1.0, 0.5, float("nan")):
+        with pytest.raises(ConfigError, match="slack"):
+            start(slack=wrong)
 
 
 def test_a_device_that_dropped_is_joined_on_what_it_covers():
