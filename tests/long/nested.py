@@ -46,7 +46,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     **{f"uniform-{r}": {"policy": "uniform", "ratio": str(r / 100), "run.rounds": str(n)} for r, n in RATIOS.items()},
 }
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
-_RATES, _RATES_ALONE = "nested-configs.json", "nested-rates-configs.json"
+_RATES, _RATES_50, _RATES_PEOPLE = (f"nested-{name}configs.json" for name in ("", "50-", "people-"))
 """What a tuned table tries for each method: three rates with and without a momentum at the coordinator, or four rates."""
 
 
@@ -128,7 +128,7 @@ TABLES = {
     "equal": Table(f"fledge,{','.join(f'{label}=fedavg' for label in ALONE)}", 15, target="0.95*fledge"),
     "momentum": Table(f"{NESTED},fedavg-20=fedavg,fedavg-all=fedavg", 15, sets=_SAME),
     "digits-50": Table(
-        f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3, tuned=_RATES_ALONE
+        f"{NESTED},{PLAIN},{PERSONAL}", 15, data=("digits", "dir0.3", "50"), measured=3, tuned=_RATES_50
     ),
     "mnist": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
@@ -146,7 +146,7 @@ TABLES = {
         data=("motionsense", "people", "24"),
         measured=2,
         recipe=_HAR,
-        tuned=_RATES_ALONE,
+        tuned=_RATES_PEOPLE,
         sets={"fledge.personal_every": "4"},
     ),
     "ratios": Table(
