@@ -166,11 +166,12 @@ def memory_scale(known: float, usage: Usage, bytes_predicted: int) -> float:
     one that was too high only a little width. As long as predictions are upper bounds the factor is exactly 1 and a
     run does not depend on measurements. The factor known is in the prediction already. What was granted and not exceeded
     teaches nothing: with room a device may hold masked weights dense, or take an engine that is faster and larger than
-    the one that the order was priced for. The factor stays below `_SCALE_MAX` (or what it was), as in `oom_scale`.
+    the one that the order was priced for. The factor is at most `_SCALE_MAX`, as in `oom_scale`; a device that really takes
+    more is asked for too much each time.
     """
     exceeded = usage.bytes_peak > usage.bytes_budget and bytes_predicted > 0
     measured = known * usage.bytes_peak / bytes_predicted if exceeded else 1.0
-    return _scaled(known, min(measured, max(known, _SCALE_MAX)))
+    return _scaled(known, min(measured, _SCALE_MAX))
 
 
 def _scaled(known: float, measured: float) -> float:
@@ -181,12 +182,11 @@ def oom_scale(known: float, bytes_needed: int, bytes_predicted: int) -> float:
     """Correct the same factor after an order that a device ran out of memory with.
 
     What was seen before the end need not be more than what was predicted, since nobody sees the byte that was one too many.
-    So the factor rises by a quarter at least; it stays below `_SCALE_MAX` (or what it was), as a device that never gets an
-    order again could never show that it has recovered.
+    So the factor rises by a quarter at least; it is at most `_SCALE_MAX`, as a device that never gets an order again could
+    never show that it has recovered.
     """
     measured = bytes_needed / bytes_predicted if bytes_predicted > 0 else 1.0
-    risen = max(known * _RISE, _scaled(known, measured))
-    return max(known, min(risen, _SCALE_MAX))
+    return min(max(known * _RISE, _scaled(known, measured)), _SCALE_MAX)
 
 
 def _alive(known: Device | None, presence: Presence, now: float) -> Device:

@@ -127,7 +127,7 @@ def _check_own(spec: ModelSpec, params: Mapping[str, float | str]) -> None:
 def _tunes(params: Mapping[str, float | str], round_number: int) -> bool:
     """Say whether devices make their models their own; for a round that calibrates they do so in the one before.
 
-    It takes longer than the other rounds, whose turns tell what is over by a deadline.
+    It takes longer than the other rounds, whose turns tell what is over in time.
     """
     every = int(params.get("personal_every", 0.0)) if params.get("recipe.personal") else 0
     if not every or norms.due(params, round_number):

@@ -9,8 +9,8 @@ filled in and why.
   function of the angle between its update and the mean update of all that cover the partition (FedAdp; ``angle`` is that
   function's steepness, and 0 leaves only the samples), the angle being averaged over the device's own rounds.
 * A device trains the widest width that its memory holds and, where ``deadline`` (seconds) or ``slack`` (times the turn of the
-  round's median device) is set, whose turn is over by then, judged by the turns that were measured there. A device that drops
-  to a narrower width while it trains is joined on what it then covers.
+  round's median device) is set, that is over by then, judged by the turns that were measured there (`blocks.pace`). A device
+  that drops to a narrower width while it trains is joined on what it then covers.
 * The recipe's ``widths`` and ``distil`` train narrower widths inside each device as well (see the rule `sgd`). The poster has
   nothing like it; without it (``recipe.widths`` 0) the narrow widths, and now and then the whole model, fail on uneven data.
 """

@@ -4,9 +4,10 @@ A turn is measured from the issue of an order to its answer, both transfers and 
 lately it is what that took; at any other it is the device's newest turn, scaled by the work of a step. Only a device's last
 `TURNS` turns count, so that one that was slow for a while is tried at a wider width again.
 
-What is in time is said by parameters: ``deadline`` in seconds, ``slack`` as so many times what the median device of the round
-takes at the widest width that its memory holds. Of both the shorter counts; 0, the default, is none, so that a run does not
-depend on what was measured.
+What is in time is said by parameters: ``deadline`` in seconds, and ``slack`` as so many times the median, over the devices of
+the round whose turns are known, of what a turn is expected to take at the widest width that the device's memory holds (of two
+devices, the faster one's). The shorter of the two counts. 0, the default, is no limit; without limits a run does not depend on
+what was measured.
 
 What is remembered is plain, by device name: ``turns``, a list of [capacity, seconds], the newest last, and ``due``, the
 capacity of an answer whose time will be known when the device is seen next. Both are bounded (`roster.latest`).
@@ -34,7 +35,7 @@ from wire.spec import ModelSpec, Structure
 from wire.work import multiplications
 
 LIMITS: Mapping[str, float] = MappingProxyType({"deadline": 0.0, "slack": 0.0})
-"""Parameters of a method that knows time, with their defaults."""
+"""Parameters that limit a turn, see above, with their defaults."""
 TURNS = 8
 """Measured turns that are remembered of a device."""
 
@@ -109,18 +110,21 @@ def end_of(params: Params, seconds: Sequence[float]) -> float:
 
     Args:
         params: See `LIMITS`.
-        seconds: What those devices take that have been measured, each at the widest width that its memory holds.
+        seconds: Of each device that was measured, what it takes at the widest width that its memory holds.
+
+    Returns:
+        Infinity where nothing limits.
     """
     ends = [float(params["deadline"])] if params.get("deadline") else []
     if params.get("slack") and seconds:
-        ends.append(float(params["slack"]) * statistics.median(seconds))
+        ends.append(float(params["slack"]) * statistics.median_low(seconds))
     return min(ends, default=math.inf)
 
 
 def asked(
     state: State, recipe: Recipe, devices: Sequence[DeviceView], rng: np.random.Generator, params: Params
 ) -> tuple[State, tuple[Draft, ...]]:
-    """Ask each device to train the widest width that its memory holds and, by its own turns, whose turn is over in time.
+    """Ask each device to train the widest width that its memory holds and, judged by its own turns, that is over in time.
 
     Args:
         state: With levels and widths.
@@ -155,18 +159,17 @@ def _in_time(
     load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
     turns = {name: state.scalars["turns"].get(name, ()) for name in plans}
     end = end_of(params, [seconds_at(turns[name], load)[plan.capacity] for name, plan in plans.items() if turns[name]])
-    found = dict(plans)
-    known: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
+    found = {}
+    fits: dict[tuple[Means, int], Plan | None] = {}  # many devices are alike, and a prediction is not free
     for device in devices:
-        most = widest_in_time(turns[device.name], load, end) if device.name in plans else len(structures)
-        if device.name not in plans or most >= plans[device.name].capacity:
-            continue
-        means = device.means, most
-        if means not in known:
-            known[means] = fit(state.spec, structures[: most + 1], recipe, device.means)
-        narrower = known[means]
-        if narrower is not None:
-            found[device.name] = narrower
+        plan = plans.get(device.name)
+        if plan is not None and (most := widest_in_time(turns[device.name], load, end)) < plan.capacity:
+            means = device.means, most
+            if means not in fits:
+                fits[means] = fit(state.spec, structures[: most + 1], recipe, device.means)
+            plan = fits[means]
+        if plan is not None:
+            found[device.name] = plan
     return found
 
 

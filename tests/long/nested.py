@@ -47,7 +47,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
 }
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
 _RATES, _RATES_50, _RATES_PEOPLE = (f"nested-{name}configs.json" for name in ("", "50-", "people-"))
-"""What a tuned table tries for each method: three rates with and without a momentum at the coordinator, or four rates."""
+"""What a tuned table tries for each method, as the file says; of the last two, four rates for all."""
 
 
 @dataclass(frozen=True, slots=True)

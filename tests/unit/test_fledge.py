@@ -181,7 +181,7 @@ def test_a_model_or_loss_that_devices_cannot_make_their_own_is_refused_at_once()
 
 def test_a_run_of_before_goes_on_without_what_it_does_not_know():
     state = start(deadline=2.0)
-    new = ("norms", "calibrate", "recipe.personal", "personal_every")
+    new = ("norms", "calibrate", "recipe.personal", "personal_every", "slack")
     old = {name: value for name, value in state.scalars["params"].items() if name not in new}
     state = dataclasses.replace(state, scalars={"params": old}, norms={})
     for number in range(1, 6):
@@ -192,9 +192,14 @@ def test_a_run_of_before_goes_on_without_what_it_does_not_know():
 
 
 def test_a_round_with_more_to_do_tells_nothing_of_the_time_that_training_takes():
-    for every, count, heard in ((2.0, 1.0, False), (1.0, 1.0, True), (2.0, 0.0, True)):
-        params = {"personal_every": every, "recipe.personal": count}
-        state, drafts = planned(start(deadline=9.0, **params), 2, (DeviceView("a", GREAT),))
+    for every, count, heard, limit in (
+        (2.0, 1.0, False, "deadline"),
+        (1.0, 1.0, True, "deadline"),
+        (2.0, 0.0, True, "slack"),
+        (2.0, 1.0, False, "slack"),
+    ):
+        params = {"personal_every": every, "recipe.personal": count, limit: 9.0}
+        state, drafts = planned(start(**params), 2, (DeviceView("a", GREAT),))
         assert drafts[0].recipe.knobs.get("personal", 0.0) == count
         state = fledge.close(state, (said(state, "a", TOP),))
         assert ("a" in state.scalars.get("due", {})) == heard
@@ -221,7 +226,14 @@ def test_a_run_goes_on_from_its_saved_state(tmp_path):
 
 
 def test_wrong_parameters_and_answers_are_explained():
-    for wrong in ({"beta": 1.0}, {"beta": -0.1}, {"beta": float("nan")}, {"deadline": -1.0}, {"fractions": "0.5"}):
+    for wrong in (
+        {"beta": 1.0},
+        {"beta": -0.1},
+        {"beta": float("nan")},
+        {"deadline": -1.0},
+        {"slack": 0.5},
+        {"fractions": "0.5"},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             start(**wrong)
     with pytest.raises(ConfigError, match="fedavg"):

@@ -99,6 +99,7 @@ def test_the_end_of_a_turn_by_hand():
     assert pace.end_of({"deadline": 5.0, "slack": 0.0}, [1.0]) == 5.0
     assert pace.end_of({"deadline": 0.0, "slack": 2.0}, [9.0, 1.0, 2.0]) == 4.0, "twice the median"
     assert pace.end_of({"deadline": 3.0, "slack": 2.0}, [9.0, 1.0, 2.0]) == 3.0, "the shorter of both"
+    assert pace.end_of({"deadline": 0.0, "slack": 2.0}, [9.0, 1.0]) == 2.0, "of two, the faster one"
     assert pace.end_of({"deadline": 0.0, "slack": 2.0}, []) == float("inf"), "nobody was measured"
 
 
@@ -112,9 +113,31 @@ def test_a_device_that_is_slow_beside_the_others_is_given_a_narrower_width():
     state, drafts = nestfl.plan(state, 2, fleet, rng_of(0, 2))
     assert capacities(drafts) == {"a": 2, "b": 2, "slow": 1}
     state = nestfl.close(state, tuple(answered(state, drafts)))
-    fleet = (view("a", 3.0), view("b", 4.0), view("new"), view("slow", 7.92))
+    fleet = (view("a", 3.0), view("b", 4.0), view("new"), view("slow", 7.92), DeviceView("none", 0, seconds_turn=1.0))
     _, drafts = nestfl.plan(state, 3, fleet, rng_of(0, 3))
     assert capacities(drafts) == {"a": 2, "b": 2, "new": 2, "slow": 1}, "of a new device nothing is known"
+
+
+def test_devices_are_compared_at_the_widest_width_that_memory_holds():
+    """Two have dropped to the narrowest; by what they took there, the third would be five times as slow as they are."""
+    state, drafts = nestfl.plan(start(slack=1.5), 1, tuple(map(view, "abc")), rng_of(0, 1))
+    load = pace.loads(SPEC, structures_of(state), 1)
+    said = [*answered(state, drafts[:2], capacity=0), *answered(state, drafts[2:])]
+    state = nestfl.close(state, tuple(said))
+    fleet = (view("a", 1.0), view("b", 1.0), view("c", 1.4 * load[2] / load[0]))
+    assert load[2] / load[0] > 3.0
+    _, drafts = nestfl.plan(state, 2, fleet, rng_of(0, 2))
+    assert capacities(drafts) == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_run_that_knows_no_slack_goes_on():
+    state = start(deadline=4.0)
+    old = {name: value for name, value in state.scalars["params"].items() if name != "slack"}
+    state = dataclasses.replace(state, scalars={**state.scalars, "params": old})
+    for number in (1, 2):
+        state, drafts = nestfl.plan(state, number, (view("a", 9.0),), rng_of(0, number))
+        state = nestfl.close(state, tuple(answered(state, drafts)))
+    assert capacities(drafts) == {"a": 0}
 
 
 def test_without_a_deadline_time_is_no_matter():
