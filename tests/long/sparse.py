@@ -152,7 +152,7 @@ TABLES = {
     "conv-2": Table(
         f"{_CONV},prunefl-free=prunefl", ".1", "0,1,2", model="conv-2", fleet="pi4-prunefl", rounds=300, target=_NEAR
     ),
-    "conv-2-here": Table(_CONV, ".1", model="conv-2", fleet="this-machine", rounds=60, target=_NEAR),
+    "conv-2-here": Table(_CONV, ".1", "0,1,2", model="conv-2", fleet="this-machine", rounds=60, target=_NEAR),
     "rates-fashion": dataclasses.replace(_CLOTHES, tuned="sparse-fashion-configs.json"),
     "fashion": dataclasses.replace(_CLOTHES, densities=".1,.05", seeds="0,1,2", rounds=300),
     "more": Table(
