@@ -119,7 +119,7 @@ def test_a_device_that_is_slow_beside_the_others_is_given_a_narrower_width():
 
 
 def test_devices_are_compared_at_the_widest_width_that_memory_holds():
-    """Two have dropped to the narrowest; by what they took there, the third would be five times as slow as they are."""
+    """Two have dropped to the narrowest; by what they took there, the third would be several times as slow as they are."""
     state, drafts = nestfl.plan(start(slack=1.5), 1, tuple(map(view, "abc")), rng_of(0, 1))
     load = pace.loads(SPEC, structures_of(state), 1)
     said = [*answered(state, drafts[:2], capacity=0), *answered(state, drafts[2:])]
