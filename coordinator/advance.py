@@ -11,8 +11,7 @@ import dataclasses
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,18 +24,15 @@ from coordinator.algorithms import by_name, wanted_by
 from coordinator.answers import Answers
 from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
-from coordinator.blocks.masks import capacities_of, masks_at, structure_at
 from coordinator.facts import facts_of
+from coordinator.shells import Sized, encode_shells, encode_sizes, held_by, into, sizes_of, write
 from coordinator.weights import KIND, started
-from wire import structure as cutting
 from wire import tensor
 from wire.child import die_with_parent
-from wire.errors import Malformed, NestlingError, SpecError
+from wire.errors import Malformed, NestlingError
 from wire.job import STEP_BYTES, read_frame, write_frame
-from wire.maskfile import WHOLE, Held, outline_of_model, write_masks
-from wire.masks import unpacked
+from wire.maskfile import write_masks
 from wire.messages import BlobRef, Order, Recipe, Reply
-from wire.norms import OWN
 from wire.schema import Amount, Name, Natural
 from wire.spec import ModelSpec, Structure, decode
 from wire.spool import Spool
@@ -90,24 +86,6 @@ class Head:
     round: int
     spec: BlobRef
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """What one size of a model with nested masks is published as: values alone, and where they stand.
-
-    Attributes:
-        shell: The kept weights.
-        masks: The masks; None where every weight is kept.
-    """
-
-    shell: BlobRef
-    masks: BlobRef | None
-
-    @property
-    def blobs(self) -> tuple[BlobRef, ...]:
-        """Both, or the one that there is."""
-        return (self.shell,) if self.masks is None else (self.masks, self.shell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +175,10 @@ def advance(task: Task) -> Outcome:
     state, drafts = algorithm.plan(state, task.round, _asked(task, state), rng_of(task.seed, task.round))
     outcome = Outcome(save_state(spool, state).digest, tuple(drafts), note=note, facts=facts)
     if state.mask_levels:
-        structures = structures_of(state)
-        sized = tuple(_sized(spool, spec, state, structure.capacity) for structure in structures)
+        structures, sized = encode_sizes(spool, spec, state)
         return dataclasses.replace(outcome, structures=structures, sized=sized)
     shells, shell_of, structures = encode_shells(spool, spec, state)
-    masks = _into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
+    masks = into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
     return dataclasses.replace(outcome, shells=shells, shell_of=shell_of, structures=structures, masks=masks)
 
 
@@ -225,85 +202,6 @@ def _closed(algorithm: Algorithm, state: State, answers: Answers) -> tuple[State
     return algorithm.close(
         state, ()
     ), f"round {state.round} would leave a weight that is not finite; its answers are left out"
-
-
-def sizes_of(spec: ModelSpec, state: State) -> dict[str, Held]:
-    """Give, by the digest that a structure names, the masks of every size as its devices hold them; none without levels.
-
-    Memory: a byte per weight and size.
-    """
-    found = {}
-    for structure in structures_of(state) if state.mask_levels else ():
-        if structure.masks:
-            masks = masks_at(state.mask_levels, structure.capacity)
-            found[structure.masks] = Held(masks, outline_of_model(spec, masks))
-    return found
-
-
-def _sized(spool: Spool, spec: ModelSpec, state: State, capacity: int) -> Sized:
-    """Write one size: its values, and its masks."""
-    masks = masks_at(state.mask_levels, capacity)
-    if not masks:
-        weights = {name: np.ascontiguousarray(array, np.float32).ravel() for name, array in state.weights.items()}
-        return Sized(write(spool, "shell", weights, {"capacity": 0}), None)
-    held = Held(masks, outline_of_model(spec, masks))
-    return Sized(_masked_shell(spool, state, held), _into(spool, lambda path: write_masks(path, masks)))
-
-
-def held_by(spec: ModelSpec, state: State) -> Held:
-    """Give a state's masks as those devices hold them that work for it."""
-    return Held(state.masks, outline_of_model(spec, state.masks)) if state.masks else WHOLE
-
-
-def encode_shells(
-    spool: Spool, spec: ModelSpec, state: State
-) -> tuple[tuple[BlobRef, ...], tuple[int, ...], tuple[Structure, ...]]:
-    """Write the state's weights into the spool as nested shells (DESIGN decision 8).
-
-    Returns:
-        The blobs, smallest shell first; for each capacity the number of them that it needs; and every width's structure.
-    """
-    structures = structures_of(state)
-    if state.masks:
-        return (_masked_shell(spool, state, held_by(spec, state)),), (1,), structures
-    whole = cutting.to_wire(spec, state.weights, state.levels)
-    refs: list[BlobRef] = []
-    shell_of = []
-    for structure in structures:
-        shell = cutting.shell(spec, whole, structure)
-        shell |= {OWN + name: array for name, array in norms.own(state, structure).items()}
-        if shell:
-            meta = {"capacity": structure.capacity, "ranking": structure.ranking}
-            refs.append(write(spool, "shell", shell, meta))
-        shell_of.append(len(refs))
-    return tuple(refs), tuple(shell_of), structures
-
-
-def _masked_shell(spool: Spool, state: State, held: Held) -> BlobRef:
-    """Write the kept weights and nothing else; where they stand is said by the masks' own blob."""
-    lines = {
-        name: np.ascontiguousarray(array[unpacked(held.masks[name])] if name in held.masks else array, np.float32)
-        for name, array in state.weights.items()
-    }
-    coding = tensor.Coding(outline=held.outline, form=state.form)
-    return _into(spool, lambda path: tensor.write_blob(path, "shell", lines, meta={"capacity": 0}, coding=coding))
-
-
-def structures_of(state: State) -> tuple[Structure, ...]:
-    """Give every width of a state, narrowest first; exactly one, the whole model, when nothing is cut."""
-    if state.mask_levels:
-        if state.widths or state.masks:
-            raise SpecError(
-                "a state has nested masks, and widths or masks beside them; this runtime knows one of these"
-            )
-        return tuple(structure_at(state.mask_levels, k) for k in range(capacities_of(state.mask_levels)))
-    if not state.widths:
-        return (cutting.masked(state.masks) if state.masks else Structure(),)
-    if state.masks:
-        raise SpecError("a state has widths and masks; this runtime knows one or the other")
-    count = len(next(iter(state.widths.values())))
-    ranking = cutting.ranking_digest(state.levels)
-    return tuple(Structure(k, state.widths, ranking) for k in range(count))
 
 
 def save_state(spool: Spool, state: State) -> BlobRef:
@@ -360,20 +258,9 @@ def _by_capacity(named: Mapping[str, Floats]) -> dict[int, dict[str, Floats]]:
     return found
 
 
-def write(spool: Spool, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]) -> BlobRef:
-    """Write one blob into the spool."""
-    return _into(spool, lambda path: tensor.write_blob(path, kind, tensors, meta=meta))
-
-
 def stored(spool: Spool, weights: Mapping[str, np.ndarray[Any, Any]]) -> str:
     """Put weights that a run is to start from into the spool; gives the digest for `Task.weights`."""
     return write(spool, KIND, weights, {}).digest
-
-
-def _into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:
-    handle, name = tempfile.mkstemp(dir=spool.root, prefix=".new-")
-    os.close(handle)
-    return spool.add_file(Path(name), write_to(Path(name)).digest)
 
 
 def main(words: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ class State:
         arrays: Whatever else is an array.
         masks: What is kept of which weights, by tensor name, in the tensor's whole shape; empty when every weight is kept.
             What devices are sent and what is measured are the kept weights alone; what `weights` holds elsewhere is the
-            algorithm's own business. Masks and widths do not go together yet.
+            algorithm's own business. With widths there are `mask_levels` instead.
         mask_levels: Nested masks, for devices of several sizes, instead of `masks`: tensor name to the narrowest capacity that
             keeps each weight, in the tensor's shape, and 255 for a weight that none keeps. Capacity k keeps the levels up to
             k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`).

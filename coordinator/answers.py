@@ -140,6 +140,16 @@ def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, AnyMask]) -> np.ndar
     return unpacked(masks[name]) if blob.entry(name).encoding == "values" else blob.mask(name, masks.get(name))
 
 
+def within(structure: Structure, asked: Structure) -> bool:
+    """Say whether a device may answer about a structure: what it was asked about, or a narrower width of that.
+
+    Masks of a size are its own, so that of one with masks no narrower width can be answered.
+    """
+    if structure.capacity >= asked.capacity or not asked.widths or asked.masks:
+        return structure == asked
+    return structure == asked.narrowed(structure.capacity)
+
+
 def size_limit(spec: ModelSpec, structure: Structure) -> int:
     """Give the most bytes that an update can sensibly have: every weight moved, and as much told beside it."""
     return 8 * parameter_count(spec, structure) + _HEADROOM

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.advance import load_state, structures_of
+from coordinator.advance import load_state
 from coordinator.algorithm import State
 from coordinator.blocks import norms
+from coordinator.blocks.masks import kept_by, masked_weights
 from coordinator.journal import Journal
+from coordinator.shells import structures_of
 from coordinator.standing import Standing, fold
 from wire import structure as cutting
 from wire.errors import ConfigError
@@ -63,8 +65,7 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     spec = decode(spool.path(str(standing.started.about["spec"])).read_bytes())
     state = load_state(spool, standing.state, spec)
     structure = choose_width(spec, state, width)
-    weights = dict(state.weights)
-    weights |= {name: np.where(mask, weights[name], np.float32(0)) for name, mask in state.masks.items()}
+    weights = masked_weights(state.weights, kept_by(state, None if width is None else structure.capacity))
     if width is None:
         arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
     else:

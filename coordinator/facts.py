@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from coordinator.algorithm import Algorithm, State
-from coordinator.blocks.masks import capacities_of, densities, density, masks_at
+from coordinator.blocks.masks import densities, density, kept_by
 
 FACTS_MAX = 64
 """Numbers of one round."""
@@ -31,7 +31,7 @@ def facts_of(algorithm: Algorithm, state: State) -> dict[str, float]:
     """
     ask: Callable[[State], Mapping[str, float]] | None = getattr(algorithm, "facts", None)
     found = {name: float(value) for name, value in (ask(state) if ask is not None else {}).items()}
-    masks = state.masks or masks_at(state.mask_levels, capacities_of(state.mask_levels) - 1)
+    masks = kept_by(state)
     if masks:
         found["density"] = density(masks)
         by_size = sorted(masks, key=lambda name: -masks[name].size)

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator import events as ev
 from coordinator.advance import Outcome, Task
-from coordinator.answers import check_update, size_limit
+from coordinator.answers import check_update, size_limit, within
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator, Measured
 from coordinator.events import Arrived, Born, Lost, Refused
@@ -167,8 +167,7 @@ class Server:
     def _unusable(self, reply: Reply) -> str:
         order = self._standing.orders.get(reply.device)
         asked = order.structures[0] if order is not None else reply.structure
-        narrower = asked.narrowed(reply.structure.capacity) if asked.widths else asked  # masks of a size are its own
-        if reply.structure.capacity > asked.capacity or reply.structure != narrower:
+        if not within(reply.structure, asked):
             return "the reply is for a structure that was not asked"
         if reply.update is None:
             return "the reply brings no update"

@@ -5,7 +5,7 @@ a slice of the weights that are being trained, and of whatever goes along with t
 coordinator's own (`wire.structure.cut`). The answer names the narrower structure and is about that width alone.
 
 Where there is no narrower width, or even the narrowest does not fit, batches go through the model in smaller parts from there
-on; the answer is about the same width then.
+on; the answer is about the same width then. With masks there is none: a narrower width has other masks than a slice of these.
 
 It is looked at between two batches, so that a step that has begun is the last at the old width.
 """
@@ -116,7 +116,8 @@ class Squeezed:
         """Give what can be gone down to, the best first: narrower widths, then the narrowest in smaller and smaller parts."""
         structure, micro_batch = self._engine.structure, self.micro_batch
         ways = [
-            (structure.narrowed(k), micro_batch) for k in reversed(range(structure.capacity if structure.widths else 0))
+            (structure.narrowed(k), micro_batch)
+            for k in reversed(range(structure.capacity if structure.widths and not structure.masks else 0))
         ]
         narrowest = ways[-1][0] if ways else structure
         while micro_batch > 1:

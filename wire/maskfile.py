@@ -68,7 +68,7 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
 
     Raises:
         Malformed: It is no blob of masks, or not there; or one is of another shape than its tensor; or the structure has
-            widths as well, or counts without masks.
+            counts without masks.
         DigestMismatch: They are not the masks of the structure, or do not keep as much as it says.
     """
     if not structure.masks:
@@ -76,13 +76,11 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
         if structure.kept:
             raise Malformed("a structure says how much masks keep, and names no masks", "$.structures")
         return WHOLE
-    if structure.widths:
-        raise Malformed("a structure has widths and masks; this runtime knows one or the other", "$.structures")
     try:
         status = Path(path or "nowhere/").stat()
     except OSError as error:
         raise Malformed(f"masks {Path(path).name!r}: {error.strerror}", "$.masks") from None
-    shapes, latest = tensor_shapes(spec, Structure()), _latest()
+    shapes, latest = tensor_shapes(spec, structure), _latest()
     key = (path, status.st_size, tuple(shapes.items()), structure.masks)
     if key not in latest:
         latest.clear()  # before others are made
@@ -113,9 +111,12 @@ def _read(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Held, str]:
     return Held(masks, _outline(shapes, masks)), masks_digest(masks)
 
 
-def outline_of_model(spec: ModelSpec, masks: Mapping[str, AnyMask]) -> Outline:
-    """Describe a model's weights, of which masks keep some. Cost: one pass over the masks, to name them."""
-    return _outline(tensor_shapes(spec, Structure()), masks)
+def outline_of_model(spec: ModelSpec, masks: Mapping[str, AnyMask], structure: Structure | None = None) -> Outline:
+    """Describe the weights of a model, or of its structure, of which masks keep some.
+
+    Cost: one pass over the masks, to name them.
+    """
+    return _outline(tensor_shapes(spec, structure or Structure()), masks)
 
 
 def _outline(shapes: Mapping[str, tuple[int, ...]], masks: Mapping[str, AnyMask]) -> Outline:

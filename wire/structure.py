@@ -7,8 +7,9 @@ adds to the next narrower one, as at most one box per dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -23,6 +24,7 @@ from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shap
 Floats = NDArray[np.float32]
 Levels = Mapping[str, NDArray[np.uint8]]
 Box = tuple[slice, ...]
+Where = Callable[[str], NDArray[np.bool_] | None]
 _BLOCK = 1 << 16
 """Products that are held at once."""
 
@@ -66,10 +68,10 @@ def masks_digest(masks: Mapping[str, AnyMask]) -> str:
     return hashlib.sha256(msgpack.packb(pairs)).hexdigest()
 
 
-def masked(masks: Mapping[str, AnyMask]) -> Structure:
-    """Give the structure that keeps, of the whole model, what masks keep. Cost: one pass over the masks."""
+def masked(masks: Mapping[str, AnyMask], width: Structure | None = None) -> Structure:
+    """Give the structure that keeps what masks keep of a width, None being the whole model. Cost: one pass over the masks."""
     kept = {name: count(mask) for name, mask in masks.items()}
-    return Structure(masks=masks_digest(masks), kept=kept)
+    return dataclasses.replace(width or Structure(), masks=masks_digest(masks), kept=kept)
 
 
 def to_wire(spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], levels: Levels) -> dict[str, NDArray[Any]]:
@@ -135,6 +137,8 @@ def paste_add(
     part: Mapping[str, NDArray[Any]],
     structure: Structure,
     scale: float = 1.0,
+    *,
+    where: Where | None = None,
 ) -> None:
     """Add ``scale * part`` into the prefix of `total` that the structure names; the adjoint of `cut`.
 
@@ -144,6 +148,7 @@ def paste_add(
         part: Compact arrays of the structure. A tensor that is left out adds nothing.
         structure: What `part` is of.
         scale: Factor; the product is taken in the type of `total`.
+        where: Gives, of a tensor's `part`, the entries that are added, bools of its shape; None for all.
 
     Raises:
         ValueError: A shape does not fit.
@@ -156,7 +161,8 @@ def paste_add(
         value = part[tensor.name]
         if value.shape != tensor_shape(tensor, sizes):
             raise ValueError(f"tensor {tensor.name!r} is {value.shape}, expected {tensor_shape(tensor, sizes)}")
-        add_scaled(place, value.reshape(place.shape), scale)
+        those = None if where is None else where(tensor.name)
+        add_scaled(place, value.reshape(place.shape), scale, None if those is None else those.reshape(place.shape))
 
 
 def add_scaled(place: NDArray[Any], value: NDArray[Any], scale: float, where: NDArray[np.bool_] | None = None) -> None:

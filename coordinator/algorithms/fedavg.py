@@ -71,5 +71,5 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     samples = {seat.device: seat.samples for seat in covers_of(answers, whole)[0]}
     if not samples:
         return state
-    total = summed(state.spec, state.weights, counted(answers, whole), shares_of(samples), structure=whole)
+    total = summed(state.spec, state.weights, counted(answers, whole), shares_of(samples))
     return momentum.carried(state, moved(state, total))

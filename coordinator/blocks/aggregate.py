@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,28 +103,25 @@ def summed(
     answers: Iterable[Answer],
     share: Mapping[str, float],
     *,
-    structure: Structure | None = None,
     cover: Cover | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Give ``sum of u_n delta_n`` over the devices that have a coordinate.
 
     Args:
         spec: The model.
-        weights: Whole arrays; the sums are as these.
+        weights: Whole arrays, where answers have widths in wire order; the sums are as these.
         answers: Gone through once.
         share: Device to its u; an answer of any other device counts for nothing.
-        structure: What all updates cover; None for the whole model.
         cover: Which coordinates of a tensor an answer has, where its update is not 0 in all others.
 
     Memory: the sums, one answer, and what `cover` gives for one tensor.
     """
     total = {name: np.zeros_like(array) for name, array in weights.items()}
     for answer in answers:
-        if answer.device in share and cover is None:
-            paste_add(spec, total, answer.update, structure or Structure(), share[answer.device])
-        elif answer.device in share and cover is not None:
-            for name, array in answer.update.items():
-                add_scaled(total[name], array, share[answer.device], cover(answer, name))
+        if answer.device in share:
+            where = None if cover is None else partial(cover, answer)
+            paste_add(spec, total, answer.update, answer.structure, share[answer.device], where=where)
+            del where
         del answer
     return total
 
@@ -246,8 +244,13 @@ def _add_rows(spec: ModelSpec, total: Arrays, answer: Answer, capacity: int, wei
         np.add(place, by_row * part, out=place)
 
 
-def moved(state: State, total: dict[str, NDArray[np.float32]]) -> State:
+def moved(state: State, total: dict[str, NDArray[np.float32]], factor: Factor | None = None) -> State:
     """Give the state with its weights moved by `total`, which is in wire order and is emptied on the way.
+
+    Args:
+        state: With levels, where anything is cut.
+        total: See `summed`.
+        factor: Multiplies a tensor's sums in place, once they are in canonical order; None for 1.
 
     Memory: the new weights take the place of the sums, tensor by tensor.
     """
@@ -257,6 +260,8 @@ def moved(state: State, total: dict[str, NDArray[np.float32]]) -> State:
         alone = dataclasses.replace(state.spec, tensors=(tensor,))
         levels = {axis.group: state.levels[axis.group] for axis in tensor.axes if axis.group in state.levels}
         step = to_canonical(alone, {name: total.pop(name)}, levels)[name]
+        if factor is not None:
+            factor(name, step)
         weights[name] = np.add(step, state.weights[name], out=step)
     return dataclasses.replace(state, weights=weights)
 

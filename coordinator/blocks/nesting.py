@@ -95,6 +95,24 @@ def rank(
     return levels
 
 
+def levels_of(tensor: TensorSpec, levels: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Give the narrowest capacity that has each weight of a tensor, in canonical order: the most that its channels say.
+
+    Args:
+        tensor: Of a shape that it has whole, or, where no axis is cut, of any.
+        levels: As `rank` gives them.
+
+    Returns:
+        An array that broadcasts to the tensor's shape. Cost: a byte per weight.
+    """
+    found = np.zeros((1,) * len(tensor.axes), np.uint8)
+    for place, axis in enumerate(tensor.axes):
+        if axis.group in levels:
+            line = np.tile(np.repeat(levels[axis.group], axis.inner), axis.outer)
+            found = np.maximum(found, line.reshape([-1 if i == place else 1 for i in range(len(tensor.axes))]))
+    return found
+
+
 def partition(
     spec: ModelSpec, arrays: Mapping[str, NDArray[Any]], structure: Structure, capacity: int
 ) -> Iterator[NDArray[Any]]:

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator import journal
-from coordinator.advance import Head, Outcome, Task, advance, load_state, stored, structures_of
+from coordinator.advance import Head, Outcome, Task, advance, load_state, stored
 from coordinator.algorithm import DeviceView, Draft
 from coordinator.algorithms import wanted_by
 from coordinator.answers import check_update
 from coordinator.round import Arm, Arrived, Deadline, Issued, Lost, Refused, Round, Send, Settle, open_round, step, word
 from coordinator.select import choose
+from coordinator.shells import structures_of
 from coordinator.show import RunView
 from coordinator.simulate import fleet, report, weather
 from coordinator.simulate.world import Config, World, build, token

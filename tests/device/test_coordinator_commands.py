@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from coordinator.advance import load_state, structures_of
+from coordinator.advance import load_state
 from coordinator.algorithm import State
 from coordinator.algorithms import ALGORITHMS, nestfl
 from coordinator.events import Arrived
@@ -21,6 +21,7 @@ from coordinator.export import JOURNAL, SPOOL, standing_of
 from coordinator.fitting import Means, fit
 from coordinator.journal import Closed, Entry, Journal, Planned, RunStarted
 from coordinator.recipes import merged, recipe_of
+from coordinator.shells import structures_of
 from tests.support.federation import Federation
 from tests.support.mosquitto import proc_memory
 from wire import spec as specs

@@ -90,9 +90,14 @@ def test_masks_are_fetched_once_and_the_personal_model_has_them(tmp_path):
     assert second < first, "the second time without masks"
 
 
-def test_devices_of_two_sizes_train_nested_masks_and_both_are_measured(tmp_path):
-    wide = federation(tmp_path, "fiarse", 3, sizes="0.05 1")
-    wide.model, wide.budgets, wide.evaluate = "digits-cnn", (24 * MIB, 512 * MIB), True
+@pytest.mark.parametrize(
+    ("budget", "sizes"),
+    [(24, {"sizes": "0.05 1"}), (16, {"sizes": "0.6 0.5", "fractions": "0.3 1", "by": "layer"})],
+    ids=["whole", "cut"],
+)
+def test_devices_of_two_sizes_train_nested_masks_and_both_are_measured(tmp_path, budget, sizes):
+    wide = federation(tmp_path, "fiarse", 3, **sizes)
+    wide.model, wide.budgets, wide.evaluate = "digits-cnn", (budget * MIB, 512 * MIB), True
     with wide as running:
         running.start()
         running.wait(lambda view: view.rounds.get(1) is not None and view.rounds[1].outcome == "closed")
@@ -105,10 +110,11 @@ def test_devices_of_two_sizes_train_nested_masks_and_both_are_measured(tmp_path)
         small, whole = orders["device-0"], orders["device-1"]
         assert [order.structures[0].capacity for order in (small, whole)] == [0, 1]
         assert small.masks is not None
-        assert whole.masks is None
+        assert (whole.masks is None) == (budget == 24)
+        assert all(bool(order.structures[0].widths) == ("fractions" in sizes) for order in (small, whole))
         kept = sum(small.structures[0].kept.values())
-        sizes = {name: reply.update.size for name, reply in view.rounds[number].replies.items()}
-        assert 4 * kept < sizes["device-0"] < sizes["device-1"] / 10
+        sent = {name: reply.update.size for name, reply in view.rounds[number].replies.items()}
+        assert 4 * kept < sent["device-0"] < sent["device-1"] / 5
     assert set(view.rounds[3].metrics) == {"accuracy.0", "loss.0", "accuracy.1", "loss.1"}
 
 

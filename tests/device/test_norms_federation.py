@@ -9,9 +9,10 @@ import sys
 import numpy as np
 from safetensors.numpy import load_file
 
-from coordinator.advance import load_state, structures_of
+from coordinator.advance import load_state
 from coordinator.blocks import norms
 from coordinator.export import standing_of, write_model
+from coordinator.shells import structures_of
 from edge_runtime import personal
 from edge_runtime.keep import Keep
 from tests.support.federation import Federation

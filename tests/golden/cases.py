@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from tests.support.models import linear
@@ -51,6 +53,18 @@ MESSAGES = {
         structures=(Structure(masks="ef" * 32, kept={"fc1.weight": 23_520, "out.weight": 0}),),
         recipe=m.Recipe(rule="topk", steps=40, loss="binary_cross_entropy", knobs={"adam": 1.0}, form="int8"),
         masks=m.BlobRef("04" * 32, 9876, 4096),
+    ),
+    "order-nested-masked": m.Order(
+        ORDER,
+        RUN,
+        5,
+        "pi-1",
+        "train",
+        m.BlobRef(DIGEST, 1589),
+        (m.BlobRef("03" * 32, 321),),
+        (dataclasses.replace(WIDTHS.narrowed(0), masks="ef" * 32, kept={"fc1.weight": 2_352}),),
+        m.Recipe(rule="fiarse"),
+        masks=m.BlobRef("04" * 32, 987),
     ),
     "reply": m.Reply(
         order=ORDER,

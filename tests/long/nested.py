@@ -36,6 +36,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "heterofl-dynamic": {"fractions": FRACTIONS, "assign": "dynamic"},
     "fjord-plain": {"recipe.distil": "0"},
     "fiarse": {"sizes": "0.04 0.16 0.36 0.64 1"},
+    "fiarse-cut": {"sizes": "0.5 0.5 0.5 0.5 0.5", "fractions": FRACTIONS, "by": "layer"},
     "perfedavg-hf-20": {"recipe.hf": "1", "recipe.alpha": "0.01"},
     "eucb": {"policy": "eucb", "padding": "1", "quantile": "0", "floor": "1e-6"},
     "eucb-clipped": {"policy": "eucb"},
@@ -153,7 +154,7 @@ TABLES = {
         f"fedavg,flexcom,{_FEDMP}", 25, data=("digits", "dir0.3", "10"), fleet="spread-whole", target="0.95*fedavg"
     ),
     "faithful": Table(
-        f"{NESTED},heterofl-dynamic=heterofl,fjord-plain=fjord,fiarse,fedprox-20=fedprox,fedprox-all=fedprox,"
+        f"{NESTED},heterofl-dynamic=heterofl,fjord-plain=fjord,fiarse,fiarse-cut=fiarse,fedprox-20=fedprox,fedprox-all=fedprox,"
         f"perfedavg-hf-20=perfedavg,{PERSONAL},{UNBOUND},{PLAIN}",
         15,
         seeds="0",

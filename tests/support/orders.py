@@ -55,16 +55,21 @@ def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
     return Job(order, str(folder / "spec"), tuple(paths), str(out), "", limit, micro, 1, engine=only)
 
 
-def masked_job(folder, spec, arrays, masks, recipe=None, verb="train", **limits):
-    """Write what an order with masks needs into `folder` and give its job; `arrays` are whole, `limits` as in `job`."""
-    plain = job(folder, spec, arrays, [WHOLE], recipe, verb, **limits)
+def masked_job(folder, spec, arrays, masks, recipe=None, verb="train", *, width=None, **limits):
+    """Write what an order with masks needs into `folder` and give its job; `limits` as in `job`.
+
+    Arrays and masks are whole, or compact of a width.
+    """
+    width = WHOLE if width is None else width
+    alone = Structure(0, {group: (counts[width.capacity],) for group, counts in width.widths.items()})
+    plain = job(folder, spec, arrays, [alone], recipe, verb, **limits)
     lines = {n: array[masks[n]] if n in masks else array for n, array in arrays.items()}
     shell, file = Path(folder) / "shell", Path(folder) / "masks"
-    coding = Coding(outline=outline_of_model(spec, masks))
+    coding = Coding(outline=outline_of_model(spec, masks, width))
     order = dataclasses.replace(
         plain.order,
         shells=(write_blob(shell, "shell", lines, meta={"capacity": 0}, coding=coding),),
-        structures=(cutting.masked(masks),),
+        structures=(cutting.masked(masks, width),),
         masks=write_masks(file, masks),
     )
     return dataclasses.replace(plain, order=order, shells=(str(shell),), masks=str(file))

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.advance import Task, advance, load_state, write
+from coordinator.advance import Task, advance, load_state
 from coordinator.algorithm import DeviceView
+from coordinator.shells import write
 from tests.support.models import small_cnn
 from wire.messages import Reply, Usage
 from wire.spec import encode, tensor_shapes

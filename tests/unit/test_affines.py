@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.advance import _closed, encode_shells, load_state, save_state
+from coordinator.advance import _closed, load_state, save_state
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import by_name
 from coordinator.answers import check_update
 from coordinator.blocks import norms
 from coordinator.blocks.nesting import whole_of
+from coordinator.shells import encode_shells
 from edge_runtime import personal
 from edge_runtime.apart import Apart
 from edge_runtime.holding import price

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.algorithm import Answer, DeviceView, rng_of
+from coordinator.algorithm import Answer, DeviceView, State, rng_of
 from coordinator.algorithms import fedavg, fiarse
 from coordinator.blocks.masks import (
     NEVER,
     capacities_of,
+    held_at,
     masks_at,
     nested_levels,
     structure_at,
@@ -27,7 +29,7 @@ from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
 from wire.memory import predict
 from wire.messages import Usage
-from wire.spec import Structure
+from wire.spec import Structure, group_sizes, tensor_shapes
 
 SPEC = small_cnn()
 NAMES = ("c.weight", "f.weight", "o.weight")
@@ -40,10 +42,14 @@ def begun(params=None, seed=0, spec=SPEC):
 
 
 def answer(state, device, capacity, update, samples=7):
-    structure = structure_at(state.mask_levels, capacity)
+    structure = structure_at(state, capacity)
     masks = masks_at(state.mask_levels, capacity)
     update = {name: array * masks.get(name, np.float32(1)) for name, array in update.items()}
     return Answer(device, samples, structure, {}, Usage(), update, masks)
+
+
+def leveled(levels):
+    return State(SPEC, 0, {}, mask_levels=levels)
 
 
 # --- the sizes ---------------------------------------------------------------------------------------------------------
@@ -73,6 +79,55 @@ def test_a_size_keeps_the_largest_weights_and_the_smaller_size(by, spec):
     assert any((level == NEVER).any() for level in state.mask_levels.values())
 
 
+@pytest.mark.parametrize("by", ["model", "layer"])
+def test_a_size_lacks_channels_and_weights_of_the_others(by):
+    """Against a loop: weights by falling magnitude, out of those that the next larger size keeps."""
+    sizes, fractions = (0.9, 0.7, 0.5), (0.3, 0.6, 1.0)
+    spec = zoo.by_name("digits-mlp")
+    words = {"sizes": " ".join(map(str, sizes)), "fractions": " ".join(map(str, fractions)), "by": by}
+    state = begun(words, 3, spec)
+    assert state.levels.keys() == state.widths.keys() == {g.name for g in spec.groups if g.prunable}
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
+
+    def has(name, index, capacity):
+        axes = zip(tensors[name].axes, index, strict=True)
+        return all(state.levels[a.group][i // a.inner] <= capacity for a, i in axes if a.group in state.levels)
+
+    kept = every = {(name, index) for name in maskable(spec) for index in np.ndindex(state.weights[name].shape)}
+    for capacity in (2, 1, 0):
+        had = {(name, index) for name, index in every if has(name, index, capacity)}
+        wanted = set()
+        for pool in [maskable(spec)] if by == "model" else [(name,) for name in maskable(spec)]:
+            own = sorted((-abs(state.weights[n][i]), pool.index(n), i, n) for n, i in had & kept if n in pool)
+            count = math.ceil(sizes[capacity] * sum(name in pool for name, _ in had) - 1e-9)
+            wanted |= {(name, index) for _, _, index, name in own[:count]}
+        kept = wanted
+        found = masks_at(state.mask_levels, capacity)
+        assert kept == {
+            (name, index) for name, mask in found.items() for index in map(tuple, np.argwhere(mask).tolist())
+        }
+        structure = structure_at(state, capacity)
+        assert sum(structure.kept.values()) == len(kept)
+        assert group_sizes(spec, structure) == group_sizes(spec, Structure(capacity, state.widths))
+        held = held_at(state, capacity)
+        assert {name: mask.shape for name, mask in held.items()} == {
+            name: shape for name, shape in tensor_shapes(spec, structure).items() if name in held
+        }
+
+
+def test_a_device_without_room_for_all_channels_takes_part():
+    spec = zoo.by_name("digits-cnn")
+    whole = begun({"sizes": "0.02 0.3 1", "recipe.batch": 64.0}, 1, spec)
+    narrow = begun({"sizes": "0.9 0.6 0.5", "fractions": "0.2 0.5 1", "by": "layer", "recipe.batch": 64.0}, 1, spec)
+    _, (great,) = fiarse.plan(whole, 1, (DeviceView("great", GREAT),), rng_of(0, 1))
+    least = [predict(spec, structure_at(state, 0), great.recipe, 1).bound for state in (whole, narrow)]
+    view = DeviceView("small", (least[0] + least[1]) // 2)
+    assert fiarse.plan(whole, 1, (view,), rng_of(0, 1))[1] == ()
+    _, (draft,) = fiarse.plan(narrow, 1, (view,), rng_of(0, 1))
+    assert draft.structure == structure_at(narrow, 0)
+    assert draft.recipe.knobs["threshold"] == fiarse.thresholds(narrow.weights, narrow.mask_levels)[0] > 0
+
+
 @given(st.lists(st.integers(-3, 3), min_size=3, max_size=40), st.data())
 @settings(deadline=None)
 def test_levels_and_masks_are_the_same_thing(values, data):
@@ -85,10 +140,10 @@ def test_levels_and_masks_are_the_same_thing(values, data):
         found = masks_at(levels, capacity)
         if counts[capacity] == len(values):
             assert found == {}
-            assert structure_at(levels, capacity) == Structure(capacity)
+            assert structure_at(leveled(levels), capacity) == Structure(capacity)
         else:
             assert {name: mask.tolist() for name, mask in found.items()} == {n: m.tolist() for n, m in masks.items()}
-            structure = structure_at(levels, capacity)
+            structure = structure_at(leveled(levels), capacity)
             assert (structure.capacity, sum(structure.kept.values())) == (capacity, counts[capacity])
     if len(sizes) > 1:
         with pytest.raises(ValueError, match="capacity"):
@@ -100,14 +155,13 @@ def test_each_device_gets_the_widest_size_that_it_holds_with_its_threshold():
     spec = zoo.by_name("digits-cnn")
     state = begun({"sizes": "0.02 0.3 1", "recipe.steps": 5.0}, 1, spec)
     _, (great,) = fiarse.plan(state, 1, (DeviceView("great", GREAT),), rng_of(0, 1))
-    levels = state.mask_levels
     recipe = dataclasses.replace(great.recipe, epochs=1)
-    bounds = [predict(spec, structure_at(levels, k), recipe, recipe.batch).bound for k in range(3)]
+    bounds = [predict(spec, structure_at(state, k), recipe, recipe.batch).bound for k in range(3)]
     assert bounds == sorted(bounds)
     views = (*(DeviceView(f"d{k}", bound) for k, bound in enumerate(bounds)), DeviceView("none", 1 << 20))
     after, drafts = fiarse.plan(state, 1, views, rng_of(0, 1))
     assert [(draft.device, draft.structure) for draft in drafts] == [
-        (f"d{k}", structure_at(after.mask_levels, k)) for k in range(3)
+        (f"d{k}", structure_at(after, k)) for k in range(3)
     ]
     least = [draft.recipe.knobs["threshold"] for draft in drafts]
     assert least == fiarse.thresholds(state.weights, after.mask_levels)
@@ -172,7 +226,7 @@ def test_who_has_no_samples_counts_for_nothing_and_other_masks_are_refused():
     for name, array in one.weights.items():
         np.testing.assert_array_equal(other.weights[name], array)
     assert fiarse.close(state, [none]) is state
-    for wrong in (Structure(), good.structure.narrowed(0), Structure(9), structure_at(begun(seed=9).mask_levels, 1)):
+    for wrong in (Structure(), good.structure.narrowed(0), Structure(9), structure_at(begun(seed=9), 1)):
         with pytest.raises(Malformed, match="other masks"):
             fiarse.close(state, [dataclasses.replace(good, structure=wrong)])
 
@@ -187,6 +241,9 @@ def test_parameters_that_make_no_sense_are_named():
         ("sizes", "0.5001 0.5002"),
         ("by", "tensor"),
         ("server", 0.0),
+        ("fractions", "0.5 1"),
+        ("fractions", "0.2 0.4 0.9"),
+        ("fractions", "1 0.5 0.2"),
     ):
         with pytest.raises(ConfigError, match=name):
             begun({name: value})
@@ -194,12 +251,20 @@ def test_parameters_that_make_no_sense_are_named():
     tied = dataclasses.replace(tied, nodes=(*tied.nodes, dataclasses.replace(tied.nodes[0], name="p")))
     with pytest.raises(ConfigError, match="masked"):
         fiarse.init(tied, random_arrays(tied, Structure()), {})
+    with pytest.raises(ConfigError, match="no prunable channels"):
+        fiarse.init(linear(), random_arrays(linear(), Structure()), {"sizes": "0.5 1", "fractions": "0.5 1"})
+    faint = {name: array * np.float32(1e-6 if name == "o.weight" else 1) for name, array in begun().weights.items()}
+    with pytest.raises(ConfigError, match="no size keeps any weight"):
+        fiarse.init(SPEC, faint, {"sizes": "0.1 0.4"})
+    assert fiarse.init(SPEC, faint, {"sizes": "0.1 0.4", "by": "layer"}).mask_levels
 
 
-def test_a_simulated_run_can_be_repeated_and_measures_every_size():
-    config = Config(
-        model="digits-cnn", algo="fiarse", partition="iid", devices=4, rounds=3, params={"sizes": "0.05 0.3 1"}
-    )
+@pytest.mark.parametrize(
+    "sizes", [{"sizes": "0.05 0.3 1"}, {"sizes": "0.8 0.7 0.6", "fractions": "0.3 0.6 1", "by": "layer"}]
+)
+def test_a_simulated_run_can_be_repeated_and_measures_every_size(sizes):
+    params = {**sizes, "recipe.steps": 20.0}
+    config = Config(model="digits-cnn", algo="fiarse", partition="iid", devices=4, rounds=3, params=params)
     one, two = simulate(config), simulate(config)
     assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in two.items() if k != "seconds"}
     assert set(one["accuracy"]["by_width"]) == {"0", "1", "2"}

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 from coordinator import export
 from coordinator.advance import save_state
 from coordinator.algorithm import State
+from coordinator.algorithms import fiarse
 from coordinator.answers import check_update
+from coordinator.blocks.masks import held_at, masks_at, structure_at
 from coordinator.journal import RunStarted
 from coordinator.standing import Standing
 from edge_runtime import personal, rules
@@ -33,7 +35,7 @@ from wire.masks import mask_digest, packed
 from wire.messages import Recipe
 from wire.spec import Structure, encode
 from wire.spool import Spool
-from wire.structure import masked
+from wire.structure import cut, masked, to_wire
 
 SPEC, WHOLE = small_cnn(), Structure()
 pytestmark = pytest.mark.usefixtures("every_engine")
@@ -152,13 +154,37 @@ def test_the_largest_of_many_take_what_is_said():
     assert np.array_equal(found, values.ravel()[wanted])
 
 
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    """Export a state, and give the file's arrays."""
+
+    def export_of(state, width):
+        spool = Spool(tmp_path / "spool")
+        ref = spool.add_bytes(encode(SPEC))
+        standing = Standing(RunStarted("ab" * 8, about={"spec": ref.digest}), save_state(spool, state).digest, done=3)
+        monkeypatch.setattr(export, "standing_of", lambda _: standing)
+        return load_file(export.write_model(tmp_path, width)[0])
+
+    return export_of
+
+
 @pytest.mark.parametrize("width", [None, 1.0])
-def test_what_is_not_kept_is_not_exported(tmp_path, monkeypatch, width):
-    spool, weights, masks = Spool(tmp_path / "spool"), random_arrays(SPEC, WHOLE), some_masks(SPEC)
-    ref = spool.add_bytes(encode(SPEC))
-    state = save_state(spool, State(SPEC, 3, weights, masks=masks))
-    standing = Standing(RunStarted("ab" * 8, about={"spec": ref.digest}), state.digest, done=3)
-    monkeypatch.setattr(export, "standing_of", lambda _: standing)
-    written, _ = export.write_model(tmp_path, width)
-    for name, array in load_file(written).items():
+def test_what_is_not_kept_is_not_exported(exported, width):
+    weights, masks = random_arrays(SPEC, WHOLE), some_masks(SPEC)
+    for name, array in exported(State(SPEC, 3, weights, masks=masks), width).items():
         np.testing.assert_array_equal(array, weights[name] * masks.get(name, np.True_))
+
+
+def test_a_size_is_exported_as_it_is_measured(exported):
+    weights = random_arrays(SPEC, WHOLE)
+    state = fiarse.init(SPEC, weights, {"sizes": "0.9 0.5", "fractions": "0.5 1", "by": "layer"})
+    for name, array in exported(state, None).items():
+        np.testing.assert_array_equal(array, weights[name] * masks_at(state.mask_levels, 1).get(name, np.True_))
+    half, structure = exported(state, 0.5), structure_at(state, 0)
+    held = held_at(state, 0)
+    compact = cut(SPEC, to_wire(SPEC, weights, state.levels), structure)
+    assert {name: int(np.count_nonzero(half[name])) for name in held} == structure.kept
+    for name, array in half.items():
+        np.testing.assert_array_equal(array, compact[name] * held.get(name, np.True_))
+    for name, array in exported(fiarse.init(SPEC, weights, {"sizes": "0.2 0.5"}), 1.0).items():
+        assert not name.endswith("weight") or np.count_nonzero(array) < array.size

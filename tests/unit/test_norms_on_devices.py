@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from coordinator import export
-from coordinator.advance import Head, Outcome, encode_shells, load_state, save_state, structures_of
+from coordinator.advance import Head, Outcome, load_state, save_state
 from coordinator.algorithm import Answer, DeviceView, State, rng_of
 from coordinator.answers import Answers, check_update
 from coordinator.blocks import norms
 from coordinator.blocks.nesting import whole_of
 from coordinator.journal import RunStarted
+from coordinator.shells import encode_shells, structures_of
 from coordinator.simulate import run
 from coordinator.simulate.flops import flops
 from coordinator.simulate.world import Config, build, named

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.advance import encode_shells, structures_of
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.algorithms import fedavg, prunetrain
 from coordinator.blocks.channels import largest_weights, narrowed, without
+from coordinator.shells import encode_shells, structures_of
 from edge_runtime import rules
 from edge_runtime.engines import open_engine
 from edge_runtime.rules import grouplasso

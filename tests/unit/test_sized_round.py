@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 import coordinator.evaluate as evaluating
-from coordinator.advance import Head, Outcome, Task, advance, load_state, save_state, sizes_of
+from coordinator.advance import Head, Outcome, Task, advance, load_state, save_state
 from coordinator.algorithm import DeviceView, State
 from coordinator.algorithms import fiarse
 from coordinator.answers import Answers, check_update
-from coordinator.blocks.masks import masks_at, top_global
+from coordinator.blocks.masks import held_at, masks_at
+from coordinator.blocks.nesting import levels_of
+from coordinator.shells import sizes_of, structures_of
 from edge_runtime.worker import perform
+from tests.support import coordinates
 from tests.support.by_torch import small_cnn_forward
 from tests.support.models import random_arrays, small_cnn
 from tests.support.orders import dataset
@@ -24,7 +28,7 @@ from wire.errors import MaskUnknown, PeerError, SpecError
 from wire.job import Done, Failed, Job
 from wire.maskfile import WHOLE, read_masks
 from wire.messages import BlobRef, Recipe, Reply, Usage
-from wire.spec import Structure, encode
+from wire.spec import Structure, encode, tensor_shapes
 from wire.spool import Spool
 from wire.structure import masked
 
@@ -32,18 +36,27 @@ SPEC = small_cnn()
 NAMES = ("c.weight", "f.weight", "o.weight")
 GREAT = 1 << 40
 SIZES = {"sizes": "0.1 0.4 1"}
+CUT = {"sizes": "0.9 0.7 0.5", "fractions": "0.3 0.6 1", "by": "layer"}
+"""Nested and sparse: a size lacks channels, and weights of those that it has."""
 RUN = "ab" * 8
 
 
-def test_a_state_with_nested_masks_comes_back_as_it_was(tmp_path):
+@pytest.fixture(params=[SIZES, CUT], ids=["whole", "cut"])
+def played(request, tmp_path):
+    return Round(tmp_path, request.param)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, CUT], ids=["whole", "cut"])
+def test_a_state_with_nested_masks_comes_back_as_it_was(tmp_path, sizes):
     spool = Spool(tmp_path)
-    state = fiarse.init(SPEC, random_arrays(SPEC, Structure()), SIZES)
+    state = fiarse.init(SPEC, random_arrays(SPEC, Structure()), sizes)
     saved = save_state(spool, state).digest
     again = load_state(spool, saved, SPEC)
     assert save_state(spool, again).digest == saved
     assert {n: a.tolist() for n, a in again.mask_levels.items()} == {
         n: a.tolist() for n, a in state.mask_levels.items()
     }
+    assert structures_of(again) == structures_of(state)
     plain = State(SPEC, 0, state.weights)
     assert load_state(spool, save_state(spool, plain).digest, SPEC).mask_levels == {}
 
@@ -51,8 +64,8 @@ def test_a_state_with_nested_masks_comes_back_as_it_was(tmp_path):
 class Round:
     """One round of several sizes, both sides of it, without the network between them."""
 
-    def __init__(self, folder):
-        self.folder, self.spool = folder, Spool(folder / "spool")
+    def __init__(self, folder, sizes):
+        self.folder, self.spool, self.sizes = folder, Spool(folder / "spool"), sizes
         self.spec_ref = self.spool.add_bytes(encode(SPEC))
         self.data = {f"d{k}": dataset(SPEC, 20 + 4 * k, 8, seed=k) for k in range(4)}
         self.outcome = self.advance("", 1)
@@ -60,7 +73,7 @@ class Round:
     def advance(self, state, number, replies=()):
         # every prediction has the same slack; budgets are set by hand below, through the drafts
         views = tuple(DeviceView(name, GREAT, len(data.train[0])) for name, data in self.data.items())
-        params = {**SIZES, "recipe.batch": 8.0}
+        params = {**self.sizes, "recipe.batch": 8.0}
         return advance(
             Task(
                 spool=str(self.spool.root), spec=self.spec_ref.digest, algo="fiarse", params=params, recipe={},
@@ -107,46 +120,41 @@ class Round:
         self.outcome = self.advance(self.outcome.state, number + 1, self.replies)
 
 
-def test_rounds_of_several_sizes_whole(tmp_path):
-    played = Round(tmp_path)
+def test_rounds_of_several_sizes_whole(played):
     for number in (1, 2):
         state = played.state()
         outcome, orders = played.outcome, list(played.orders(number))
         assert [order.structures[0] for order in orders] == [outcome.structures[k] for k in (0, 1, 2, 1)]
         assert orders[1].blobs == orders[3].blobs, "one blob of masks and one of values for each size"
-        assert orders[2].masks is None
+        assert (orders[2].masks is None) == (played.sizes is SIZES)
         assert len({order.shells for order in orders}) == 3
         assert set(outcome.blobs) == {ref for order in orders for ref in order.blobs} - {played.spec_ref}
-        biases = sum(array.size for name, array in state.weights.items() if name not in NAMES)
         for order in orders[:2]:
+            shapes = tensor_shapes(SPEC, order.structures[0])
+            biases = sum(math.prod(shape) for name, shape in shapes.items() if name not in NAMES)
             payload = 4 * (sum(order.structures[0].kept.values()) + biases)
             assert payload < order.shells[0].size < payload + 200
         played.play(number)
         after = played.state()
         answers = list(Answers(played.spool, SPEC, played.replies, WHOLE, sizes_of(SPEC, state)))
         for one, order in zip(answers, orders, strict=True):
-            masks = masks_at(state.mask_levels, order.structures[0].capacity)
+            masks = held_at(state, order.structures[0].capacity)
             assert set(one.sent) == set(masks)
             for name, mask in masks.items():
                 np.testing.assert_array_equal(one.sent[name], mask)
                 assert not one.update[name][~mask].any()
             assert any(one.update[name].any() for name in NAMES) or order.structures[0].capacity == 0
-        for name, array in state.weights.items():
-            level = state.mask_levels.get(name, np.zeros(array.shape, np.uint8))
-            cover = [level <= (0, 1, 2, 1)[i] for i in range(4)]
-            total = sum(
-                np.where(c, one.update[name].astype(np.float64), 0) for c, one in zip(cover, answers, strict=True)
-            )
-            np.testing.assert_allclose(after.weights[name], array + total / sum(cover), atol=1e-6)
-        largest = top_global({n: np.abs(after.weights[n]) for n in NAMES}, int(np.ceil(0.1 * 750)))
-        for name, mask in masks_at(after.mask_levels, 0).items():
-            np.testing.assert_array_equal(mask, largest[name])
+        wanted = coordinates.looped(state, answers, coordinates.by_count(answers))
+        for name, array in wanted.items():
+            np.testing.assert_allclose(after.weights[name], array, atol=1e-6)
+        again = fiarse.ranked(dataclasses.replace(after, levels={}, mask_levels={}))
+        assert structures_of(again) == structures_of(after), "chosen from the weights of now"
 
 
-def test_an_answer_against_the_masks_of_another_size_is_refused(tmp_path):
-    played = Round(tmp_path)
+def test_an_answer_against_the_masks_of_another_size_is_refused(played):
     orders = list(played.orders(1))
     done = perform(played.job(orders[0]), played.data["d0"], pinned=True)
+    assert isinstance(done, Done), done
     other = read_masks(played.job(orders[1]).masks, SPEC, orders[1].structures[0])
     with pytest.raises(MaskUnknown):
         check_update(Path(done.update), SPEC, orders[1].structures[0], other)
@@ -159,8 +167,7 @@ def test_an_answer_against_the_masks_of_another_size_is_refused(tmp_path):
         sizes_of(SPEC, state)
 
 
-def test_every_size_is_measured_as_itself(tmp_path):
-    played = Round(tmp_path)
+def test_every_size_is_measured_as_itself(played):
     state, test = played.state(), played.data["d3"]
     metrics = {}
     for order in played.outcome.evaluations(played.head(1), Recipe(batch=5)):
@@ -170,6 +177,9 @@ def test_every_size_is_measured_as_itself(tmp_path):
     x, y = test.test
     for capacity in range(3):
         masks = masks_at(state.mask_levels, capacity)
+        masks |= {
+            t.name: levels_of(t, state.levels) <= capacity for t in SPEC.tensors if state.levels and t.name not in masks
+        }
         weights = {name: torch.tensor(array * masks.get(name, 1)) for name, array in state.weights.items()}
         output = small_cnn_forward(weights, torch.tensor(x))
         loss = torch.nn.functional.cross_entropy(output, torch.tensor(y)).item()
@@ -192,7 +202,7 @@ class Local:
 
 def test_the_local_worker_is_asked_for_one_size_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluating, "Child", Local)
-    played = Round(tmp_path)
+    played = Round(tmp_path, SIZES)
     local = evaluating.Evaluator(lambda _: None, "{}", played.spool)
 
     def measure(number):

@@ -100,7 +100,7 @@ def test_bfloat16_is_refused_with_what_can_be_read(tmp_path):
 
 
 def test_another_blob_is_not_weights(tmp_path):
-    from coordinator.advance import write
+    from coordinator.shells import write
 
     spool = Spool(tmp_path)
     with pytest.raises(Malformed, match="expected weights"):
