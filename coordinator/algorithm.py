@@ -46,7 +46,8 @@ class State:
             algorithm's own business. With widths there are `mask_levels` instead.
         mask_levels: Nested masks, for devices of several sizes, instead of `masks`: tensor name to the narrowest capacity that
             keeps each weight, in the tensor's shape, and 255 for a weight that none keeps. Capacity k keeps the levels up to
-            k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`).
+            k; empty when there are no such masks (see `coordinator.blocks.masks.masks_at`). With widths there are as many
+            sizes as these, and no weight's level is below those of its channels.
         norms: By capacity what its width has of its own: running statistics (`coordinator.blocks.norms`), weights and biases
             of norms (`coordinator.blocks.affines`); by tensor name, whole and in canonical order; empty when all widths read
             those in `weights`.

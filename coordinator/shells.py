@@ -73,7 +73,7 @@ def _sized(spool: Spool, spec: ModelSpec, state: State, one: tuple[Structure, Ar
         weights = {name: np.ascontiguousarray(array, np.float32).ravel() for name, array in whole.items()}
         return Sized(write(spool, "shell", weights, {"capacity": 0}), None)
     held = Held(masks, outline_of_model(spec, masks, structure))
-    shell = masked_shell(spool, cutting.cut(spec, whole, structure), held, state.form)
+    shell = _masked_shell(spool, cutting.cut(spec, whole, structure), held, state.form)
     return Sized(shell, into(spool, lambda path: write_masks(path, masks)))
 
 
@@ -92,7 +92,7 @@ def encode_shells(
     """
     structures = structures_of(state)
     if state.masks:
-        return (masked_shell(spool, state.weights, held_by(spec, state), state.form),), (1,), structures
+        return (_masked_shell(spool, state.weights, held_by(spec, state), state.form),), (1,), structures
     whole = cutting.to_wire(spec, state.weights, state.levels)
     refs: list[BlobRef] = []
     shell_of = []
@@ -106,7 +106,7 @@ def encode_shells(
     return tuple(refs), tuple(shell_of), structures
 
 
-def masked_shell(spool: Spool, weights: Arrays, held: Held, form: str) -> BlobRef:
+def _masked_shell(spool: Spool, weights: Arrays, held: Held, form: str) -> BlobRef:
     """Write the kept weights and nothing else; where they stand is said by the masks' own blob."""
     lines = {
         name: np.ascontiguousarray(array[unpacked(held.masks[name])] if name in held.masks else array, np.float32)
@@ -121,7 +121,7 @@ def structures_of(state: State) -> tuple[Structure, ...]:
     if state.mask_levels:
         if state.masks:
             raise SpecError("a state has nested masks, and masks beside them; this runtime knows one of these")
-        return tuple(structure_at(state, k) for k in range(capacities_of(state.mask_levels, state.widths)))
+        return tuple(structure_at(state, k) for k in range(capacities_of(state)))
     if not state.widths:
         return (cutting.masked(state.masks) if state.masks else Structure(),)
     if state.masks:

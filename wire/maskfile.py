@@ -34,7 +34,7 @@ class Held:
 
     Attributes:
         masks: By tensor name; empty when every weight is kept. Those that were read are bits.
-        outline: Of the model's weights; None without masks.
+        outline: Of the structure's weights; None without masks.
     """
 
     masks: Mapping[str, AnyMask]
@@ -70,6 +70,7 @@ def read_masks(path: str, spec: ModelSpec, structure: Structure) -> Held:
         Malformed: It is no blob of masks, or not there; or one is of another shape than its tensor; or the structure has
             counts without masks.
         DigestMismatch: They are not the masks of the structure, or do not keep as much as it says.
+        SpecError: The model has no such structure.
     """
     if not structure.masks:
         _latest().clear()

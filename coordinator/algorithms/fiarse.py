@@ -14,8 +14,8 @@ docs/decisions/personal-baselines.md says what was filled in and why.
 * ``x_j += server sum_n delta_n,j / count_j`` over the devices whose size keeps weight j. Masks are counted, not values that
   moved: a device whose weight stood still is one of them.
 
-Only weights of linear layers and convolutions are masked; biases and norms go to everybody who has their channels. A size that
-keeps all of the whole model is sent without masks. `evaluate` measures every size.
+Only weights of linear layers and convolutions are masked; biases and norms go to everybody who has their channels. Without
+``fractions`` a size that keeps all is sent without masks. `evaluate` measures every size.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, Levels, State
+from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks.aggregate import moved, summed
 from coordinator.blocks.fixed import TRAINING
 from coordinator.blocks.masks import (
     NEVER,
     capacities_of,
-    masks_at,
     nested_levels,
     structure_at,
     top_global,
@@ -48,7 +47,7 @@ from coordinator.fitting import Means, Plan, fit
 from coordinator.recipes import merged, recipe_of, scheduled
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
-from wire.spec import ModelSpec, Structure, TensorSpec
+from wire.spec import ModelSpec, Structure, TensorSpec, statistics
 from wire.structure import cut, to_wire
 
 ABOUT = About("Wu et al., NeurIPS 2024", "baseline", "tests/unit/test_fiarse.py")
@@ -79,6 +78,11 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not maskable(spec):
         raise ConfigError(f"model {spec.name!r} has no weights that can be masked; fiarse needs some, fedavg does not")
     widths = _widths(spec, str(known["fractions"]), len(sizes))
+    if widths and statistics(spec):
+        raise ConfigError(
+            f"model {spec.name!r} has batch norms, whose statistics each width needs of its own, and masks travel without;"
+            " write no fractions"
+        )
     state = ranked(State(spec, 0, dict(weights), widths=widths, scalars={"params": known}))
     kept = [sum(int(np.count_nonzero(level <= k)) for level in state.mask_levels.values()) for k in range(len(sizes))]
     if any(few >= many for few, many in pairwise(kept)):
@@ -86,11 +90,12 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
             f"parameter sizes = {known['sizes']!r}: they keep {', '.join(map(str, kept))} weights; each must keep more"
             " than the one before"
         )
+    least = 0 if known["by"] == "layer" else len(sizes) - 1  # of the model's largest a small size may get some later
     for name, level in state.mask_levels.items():
-        if (level == NEVER).all():
+        if (level > least).all():
             raise ConfigError(
-                f"parameter by = {known['by']!r}: no size keeps any weight of {name!r}, so that nothing could be learnt;"
-                " write 'layer', or larger sizes"
+                f"parameter sizes = {known['sizes']!r}: size {least} keeps no weight of {name!r}, so that nothing could be"
+                " learnt; write larger sizes" + " or by = layer" * bool(least)
             )
     return state
 
@@ -102,8 +107,8 @@ def plan(
     params = state.scalars["params"]
     state = ranked(state)
     recipe = scheduled(recipe_of(params), str(params["schedule"]), round_number)
-    structures = [structure_at(state, k) for k in range(capacities_of(state.mask_levels, state.widths))]
-    least = thresholds(state.weights, state.mask_levels)
+    structures = [structure_at(state, k) for k in range(capacities_of(state))]
+    least = thresholds(state)
     drafts, known = [], dict[Means, Plan | None]()
     for device in sorted(devices, key=lambda d: d.name):
         seeded = dataclasses.replace(recipe, seed=int(rng.integers(1 << 31)))
@@ -125,7 +130,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is about other masks than those of its size.
     """
-    capacities = capacities_of(state.mask_levels, state.widths)
+    capacities = capacities_of(state)
     counts = partial(_counts, [structure_at(state, k) for k in range(capacities)])
     seats = dict(map(_seat, filter(counts, answers)))
     if not seats:
@@ -158,7 +163,7 @@ def ranked(state: State) -> State:
     """Give the state with channels ranked, where there are widths, and for each weight the narrowest size that keeps it.
 
     By magnitude; of equal ones the first are kept. Like channels, weights are pruned progressively: each size out of the next
-    larger one, of which it may have fewer than it is to keep.
+    larger one. Where that keeps fewer in a size's channels than the size is to keep, it has these.
 
     Raises:
         NonFinite: A weight is no number.
@@ -174,12 +179,13 @@ def ranked(state: State) -> State:
     for capacity, size in reversed([*enumerate(_sizes(str(params["sizes"])))]):
         had = {name: np.broadcast_to(channels[name] <= capacity, score.shape) for name, score in scores.items()}
         left = {name: kept[name] & had[name] for name in scores}
-        open_ = {name: np.where(left[name], score, np.float32(-1)) for name, score in scores.items()}
+        for name, score in scores.items():  # what is gone stays gone
+            np.copyto(score, np.float32(-1), where=~left[name])
         if params["by"] == "model":
-            kept = top_global(open_, min(_share(size, had.values()), sum(map(np.count_nonzero, left.values()))))
+            kept = top_global(scores, min(_share(size, had.values()), sum(map(np.count_nonzero, left.values()))))
         else:
             counts = {name: min(_share(size, [had[name]]), int(np.count_nonzero(left[name]))) for name in scores}
-            kept = top_per_tensor(open_, counts)
+            kept = top_per_tensor(scores, counts)
         found.append(kept)
     return dataclasses.replace(state, levels=levels, mask_levels=nested_levels(found[::-1]))
 
@@ -195,13 +201,21 @@ def _masked(state: State) -> tuple[TensorSpec, ...]:
     return tuple(tensor for tensor in state.spec.tensors if tensor.name in names)
 
 
-def thresholds(weights: Arrays, levels: Levels) -> list[float]:
-    """Give the least magnitude that each size keeps; 0 for one that keeps every weight. Cost: a pass for each size."""
-    found = []
-    for capacity in range(capacities_of(levels)):
-        masks = masks_at(levels, capacity)
-        kept = [np.abs(weights[name][mask]) for name, mask in masks.items() if mask.any()]
-        found.append(float(min((array.min() for array in kept), default=0.0)))
+def thresholds(state: State) -> list[float]:
+    """Give the least magnitude that each size keeps; 0 for one that keeps every weight that it has.
+
+    Cost: a few passes for each size.
+    """
+    tensors, found = _masked(state), []
+    for capacity in range(capacities_of(state)):
+        least = math.inf
+        whole = True
+        for tensor in tensors:
+            kept = state.mask_levels[tensor.name] <= capacity
+            had = np.broadcast_to(levels_of(tensor, state.levels) <= capacity, kept.shape)
+            whole = whole and bool((kept == had).all())
+            least = min(least, float(np.abs(state.weights[tensor.name][kept]).min(initial=math.inf)))
+        found.append(0.0 if whole or math.isinf(least) else least)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from wire.structure import add_scaled, cut, masked, ranking_digest, to_wire
 Scores = Mapping[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
 
-NO_WIDTHS: Mapping[str, Sequence[int]] = MappingProxyType({})
 NEVER = 255
 """Level of a weight that no capacity keeps."""
 
@@ -107,11 +105,14 @@ def nested_levels(sizes: Sequence[Masks]) -> dict[str, NDArray[np.uint8]]:
     return levels
 
 
-def capacities_of(levels: Levels, widths: Mapping[str, Sequence[int]] = NO_WIDTHS) -> int:
-    """Count the sizes of nested masks, which with widths are as many as these; 0 when there are none. Cost: one pass."""
-    if widths:
-        return len(next(iter(widths.values())))
-    return 1 + max((int(level[level != NEVER].max(initial=0)) for level in levels.values()), default=-1)
+def capacities_of(state: State) -> int:
+    """Count the sizes of nested masks, with widths as many as these; 0 when there are none. Cost: one pass.
+
+    Without widths a size adds weights to the one before. With widths two may keep the same ones, and differ by channels.
+    """
+    if not state.mask_levels or state.widths:
+        return len(next(iter(state.widths.values()))) if state.mask_levels else 0
+    return 1 + max(int(level[level != NEVER].max(initial=0)) for level in state.mask_levels.values())
 
 
 def masks_at(levels: Levels, capacity: int) -> dict[str, Mask]:
@@ -124,22 +125,20 @@ def kept_by(state: State, capacity: int | None = None) -> Masks:
     """Give what a state keeps of which weights, whole, in canonical order: of nested masks one size, None for the largest."""
     if not state.mask_levels:
         return state.masks
-    last = capacities_of(state.mask_levels, state.widths) - 1
-    return masks_at(state.mask_levels, last if capacity is None else capacity)
+    return masks_at(state.mask_levels, capacities_of(state) - 1 if capacity is None else capacity)
 
 
 def held_at(state: State, capacity: int) -> dict[str, Mask]:
     """Give the masks of one size of a state's nested ones, as devices of that size hold them.
 
     Without widths they are whole; with widths compact, in wire order, and there is one for each tensor that has levels,
-    whatever it keeps. Cost: a pass over the levels, with widths a copy of them.
+    whatever it keeps. Cost: a pass over the levels, with widths beside a copy of them.
     """
     if not state.widths:
         return masks_at(state.mask_levels, capacity)
     some = dataclasses.replace(state.spec, tensors=tuple(t for t in state.spec.tensors if t.name in state.mask_levels))
-    kept = {name: level <= capacity for name, level in state.mask_levels.items()}
-    found = cut(some, to_wire(some, kept, state.levels), _width_at(state, capacity))
-    return {name: np.ascontiguousarray(mask) for name, mask in found.items()}
+    found = cut(some, to_wire(some, state.mask_levels, state.levels), _width_at(state, capacity))
+    return {name: level <= capacity for name, level in found.items()}
 
 
 def structure_at(state: State, capacity: int) -> Structure:

@@ -46,7 +46,7 @@ class Coefficients:
     Attributes:
         dense: Seconds of a step of the whole model without masks, in its dense form; a width takes the share of them that its
             operations are of the whole model's.
-        constant: Seconds of a step that keeps nothing.
+        constant: Seconds of a step that keeps nothing, of all channels.
         weights: Seconds more for each kept weight, by layer in the order of the model.
         batch: Samples of that step; more or fewer take proportionally longer or shorter.
     """

@@ -61,10 +61,10 @@ def widths_of_step(recipe: Recipe, structure: Structure) -> dict[int, float]:
 
     Args:
         recipe: Of the order.
-        structure: Likewise; one that is not cut has its own width alone.
+        structure: Likewise; one that is not cut, or has masks, has its own width alone.
     """
     capacity = structure.capacity
-    if not structure.widths:
+    if not structure.widths or structure.masks:
         return {capacity: 1.0}
     if recipe.rule == "fjord":
         drawn = dict.fromkeys(range(capacity + 1), 1.0 / (capacity + 1))
@@ -88,7 +88,7 @@ def flops(spec: ModelSpec, order: Order, samples: int) -> int:
     if order.verb not in ("train", "score"):
         return samples * per_sample(spec, structure, backward=False)
     own = samples * int(recipe.knobs.get("personal", 0.0)) * per_sample(spec, structure)
-    if structure.widths:
+    if structure.widths and not structure.masks:
         often = widths_of_step(recipe, structure).items()
         each = sum(n * per_sample(spec, structure.narrowed(k)) for k, n in often)
         return round(passes(recipe, samples) * each) + own

@@ -113,13 +113,13 @@ def _curve(view: RunView, spec: ModelSpec) -> tuple[list[dict[str, Any]], dict[s
 
 def densities(spec: ModelSpec, structure: Structure) -> dict[str, float]:
     """Give the fraction of each tensor's weights that masks keep; 1 where there is no mask."""
-    sizes = {name: prod(shape) for name, shape in tensor_shapes(spec, Structure()).items()}
+    sizes = {name: prod(shape) for name, shape in tensor_shapes(spec, structure).items()}
     return {name: structure.kept.get(name, size) / size for name, size in sizes.items()}
 
 
 def density(spec: ModelSpec, structure: Structure) -> float:
-    """Give the fraction of all masked tensors' weights that is kept; 1 when no tensor has a mask."""
-    shapes = tensor_shapes(spec, Structure())
+    """Give the fraction of all masked tensors' weights, within a width, that is kept; 1 when no tensor has a mask."""
+    shapes = tensor_shapes(spec, structure)
     whole = sum(prod(shapes[name]) for name in structure.kept)
     return sum(structure.kept.values()) / whole if whole else 1.0
 

@@ -21,9 +21,12 @@ from coordinator.blocks.masks import (
     structure_at,
     top_global,
 )
+from coordinator.blocks.nesting import levels_of
 from coordinator.simulate.run import simulate
 from coordinator.simulate.world import Config
+from tests.support import coordinates
 from tests.support.models import linear, random_arrays, small_cnn
+from tests.support.sequences import normed
 from wire import zoo
 from wire.errors import ConfigError, Malformed
 from wire.masked import maskable
@@ -46,6 +49,12 @@ def answer(state, device, capacity, update, samples=7):
     masks = masks_at(state.mask_levels, capacity)
     update = {name: array * masks.get(name, np.float32(1)) for name, array in update.items()}
     return Answer(device, samples, structure, {}, Usage(), update, masks)
+
+
+def answer_of(state, device, capacity, update):
+    masks = held_at(state, capacity)
+    update = {name: array * masks.get(name, np.float32(1)) for name, array in update.items()}
+    return Answer(device, 7, structure_at(state, capacity), {}, Usage(), update, masks)
 
 
 def leveled(levels):
@@ -71,11 +80,11 @@ def test_a_size_keeps_the_largest_weights_and_the_smaller_size(by, spec):
             assert kept.sum() == int(np.ceil(size * line.size - 1e-9))
             assert line[kept].min() >= line[~kept].max()
             least = min(least, line[kept].min())
-        assert fiarse.thresholds(state.weights, state.mask_levels)[capacity] == pytest.approx(least)
+        assert fiarse.thresholds(state)[capacity] == pytest.approx(least)
         if capacity:
             before = masks_at(state.mask_levels, capacity - 1)
             assert all((masks[name] | ~mask).all() for name, mask in before.items())
-    assert capacities_of(state.mask_levels) == 4
+    assert capacities_of(state) == 4
     assert any((level == NEVER).any() for level in state.mask_levels.values())
 
 
@@ -115,6 +124,40 @@ def test_a_size_lacks_channels_and_weights_of_the_others(by):
         }
 
 
+def inward(scale, seed=0):
+    """Weights of which those of the narrower of two widths are the smaller ones, by a factor."""
+    state = begun({"sizes": "0.9 0.2", "fractions": "0.7 1", "by": "layer"}, seed)
+    outer = {t.name: levels_of(t, state.levels) == 1 for t in SPEC.tensors}
+    return {
+        name: np.where(outer[name], array, array * np.float32(scale)) for name, array in state.weights.items()
+    }, state
+
+
+@pytest.mark.parametrize("by", ["model", "layer"])
+def test_two_sizes_may_come_to_keep_the_same_weights(by):
+    weights, state = inward(1e3)
+    known = {**state.scalars["params"], "by": by}
+    state = dataclasses.replace(state, weights=weights, scalars={"params": known})
+    after, drafts = fiarse.plan(state, 1, (DeviceView("a", GREAT), DeviceView("b", GREAT)), rng_of(0, 1))
+    assert [draft.structure.capacity for draft in drafts] == [1, 1]
+    assert capacities_of(after) == len(fiarse.thresholds(after)) == 2
+    kept = [sum(structure_at(after, k).kept.values()) for k in range(2)]
+    assert kept[0] == kept[1] if by == "model" else kept[0] <= kept[1]
+    answers = [answer_of(after, f"d{k}", k, random_arrays(SPEC, structure_at(after, k), k)) for k in range(2)]
+    wanted = coordinates.looped(after, answers, coordinates.by_count(answers))
+    for name, array in fiarse.close(after, answers).weights.items():
+        np.testing.assert_allclose(array, wanted[name], atol=1e-4)
+
+
+def test_a_size_that_keeps_all_that_it_has_leaves_gradients_alone():
+    state = begun({"sizes": "1 1 0.9", "fractions": "0.3 0.6 1", "by": "layer"})
+    assert fiarse.thresholds(begun({"sizes": "1 1", "fractions": "0.5 1"})) == [0.0, 0.0]
+    assert all(0 < one < math.inf for one in fiarse.thresholds(state))
+    assert structure_at(begun({"sizes": "1 1", "fractions": "0.5 1"}), 1).kept == {
+        name: math.prod(shape) for name, shape in tensor_shapes(SPEC, Structure()).items() if name in NAMES
+    }
+
+
 def test_a_device_without_room_for_all_channels_takes_part():
     spec = zoo.by_name("digits-cnn")
     whole = begun({"sizes": "0.02 0.3 1", "recipe.batch": 64.0}, 1, spec)
@@ -125,7 +168,7 @@ def test_a_device_without_room_for_all_channels_takes_part():
     assert fiarse.plan(whole, 1, (view,), rng_of(0, 1))[1] == ()
     _, (draft,) = fiarse.plan(narrow, 1, (view,), rng_of(0, 1))
     assert draft.structure == structure_at(narrow, 0)
-    assert draft.recipe.knobs["threshold"] == fiarse.thresholds(narrow.weights, narrow.mask_levels)[0] > 0
+    assert draft.recipe.knobs["threshold"] == fiarse.thresholds(narrow)[0] > 0
 
 
 @given(st.lists(st.integers(-3, 3), min_size=3, max_size=40), st.data())
@@ -135,7 +178,7 @@ def test_levels_and_masks_are_the_same_thing(values, data):
     counts = sorted(data.draw(st.sets(st.integers(1, len(values)), min_size=1, max_size=4)))
     sizes = [top_global(scores, count) for count in counts]
     levels = nested_levels(sizes)
-    assert capacities_of(levels) == len(counts)
+    assert capacities_of(leveled(levels)) == len(counts)
     for capacity, masks in enumerate(sizes):
         found = masks_at(levels, capacity)
         if counts[capacity] == len(values):
@@ -148,7 +191,7 @@ def test_levels_and_masks_are_the_same_thing(values, data):
     if len(sizes) > 1:
         with pytest.raises(ValueError, match="capacity"):
             nested_levels(sizes[::-1])
-    assert capacities_of({}) == 0
+    assert capacities_of(leveled({})) == 0
 
 
 def test_each_device_gets_the_widest_size_that_it_holds_with_its_threshold():
@@ -164,7 +207,7 @@ def test_each_device_gets_the_widest_size_that_it_holds_with_its_threshold():
         (f"d{k}", structure_at(after, k)) for k in range(3)
     ]
     least = [draft.recipe.knobs["threshold"] for draft in drafts]
-    assert least == fiarse.thresholds(state.weights, after.mask_levels)
+    assert least == fiarse.thresholds(after)
     assert least[0] > least[1] > least[2] == 0.0
     assert drafts[2].structure == Structure(2)
     assert len({draft.recipe.seed for draft in drafts}) == 3
@@ -243,7 +286,7 @@ def test_parameters_that_make_no_sense_are_named():
         ("server", 0.0),
         ("fractions", "0.5 1"),
         ("fractions", "0.2 0.4 0.9"),
-        ("fractions", "1 0.5 0.2"),
+        ("fractions", "1 0.5 1"),
     ):
         with pytest.raises(ConfigError, match=name):
             begun({name: value})
@@ -254,8 +297,10 @@ def test_parameters_that_make_no_sense_are_named():
     with pytest.raises(ConfigError, match="no prunable channels"):
         fiarse.init(linear(), random_arrays(linear(), Structure()), {"sizes": "0.5 1", "fractions": "0.5 1"})
     faint = {name: array * np.float32(1e-6 if name == "o.weight" else 1) for name, array in begun().weights.items()}
-    with pytest.raises(ConfigError, match="no size keeps any weight"):
+    with pytest.raises(ConfigError, match="size 1 keeps no weight of 'o"):
         fiarse.init(SPEC, faint, {"sizes": "0.1 0.4"})
+    with pytest.raises(ConfigError, match="batch norms"):
+        fiarse.init(normed(), random_arrays(normed(), Structure()), {"sizes": "0.5 1", "fractions": "0.5 1"})
     assert fiarse.init(SPEC, faint, {"sizes": "0.1 0.4", "by": "layer"}).mask_levels
 
 

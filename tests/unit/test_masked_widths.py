@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coordinator.answers import check_update, within
+from coordinator.simulate.flops import flops
 from edge_runtime.engines import Update
 from edge_runtime.engines.torch import TorchEngine
 from edge_runtime.shrink import Squeezed
@@ -35,6 +36,7 @@ from wire.messages import Recipe
 from wire.outline import outline_of
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked
+from wire.work import per_sample
 
 __all__ = ["make"]
 
@@ -104,6 +106,20 @@ def test_the_planner_counts_what_its_width_keeps():
         assert held < memory.predict(SPEC, WIDTHS, recipe, masked=kept).peak
     with pytest.raises(SpecError, match="could be kept"):
         memory.predict(SPEC, masked(masks_within(WHOLE, 1.0), WIDTHS), recipe)
+
+
+def test_its_operations_are_those_of_its_own_width(tmp_path):
+    masks = masks_within(WIDTHS)
+    job = masked_job(tmp_path, SPEC, cut(random_arrays(SPEC, WHOLE), WIDTHS), masks, Recipe(epochs=2), width=WIDTHS)
+    own = per_sample(SPEC, masked(masks, WIDTHS))
+    assert 0 < own < per_sample(SPEC, WIDTHS) < per_sample(SPEC, WHOLE)
+
+    def counted(**changes):
+        order = dataclasses.replace(job.order, recipe=dataclasses.replace(job.order.recipe, **changes))
+        return flops(SPEC, order, 10)
+
+    assert counted() == counted(knobs={"widths": 1.0}) == 20 * own
+    assert counted(rule="dpf") == 20 * per_sample(SPEC, masked(masks, WIDTHS), dense_gradient=True) > 20 * own
 
 
 def test_masks_of_another_width_are_refused(tmp_path):

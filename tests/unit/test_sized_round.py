@@ -15,7 +15,7 @@ from coordinator.advance import Head, Outcome, Task, advance, load_state, save_s
 from coordinator.algorithm import DeviceView, State
 from coordinator.algorithms import fiarse
 from coordinator.answers import Answers, check_update
-from coordinator.blocks.masks import held_at, masks_at
+from coordinator.blocks.masks import held_at, masks_at, top_global
 from coordinator.blocks.nesting import levels_of
 from coordinator.shells import sizes_of, structures_of
 from edge_runtime.worker import perform
@@ -89,7 +89,7 @@ class Round:
 
     def orders(self, number):
         """Give device k size k, and the last device size 1 again."""
-        least = fiarse.thresholds(self.state().weights, self.state().mask_levels)
+        least = fiarse.thresholds(self.state())
         for place, draft in enumerate(self.outcome.drafts):
             capacity = place if place < 3 else 1
             recipe = dataclasses.replace(draft.recipe, knobs={"threshold": least[capacity]})
@@ -147,6 +147,10 @@ def test_rounds_of_several_sizes_whole(played):
         wanted = coordinates.looped(state, answers, coordinates.by_count(answers))
         for name, array in wanted.items():
             np.testing.assert_allclose(after.weights[name], array, atol=1e-6)
+        if played.sizes is SIZES:
+            largest = top_global({n: np.abs(after.weights[n]) for n in NAMES}, int(np.ceil(0.1 * 750)))
+            for name, mask in masks_at(after.mask_levels, 0).items():
+                np.testing.assert_array_equal(mask, largest[name])
         again = fiarse.ranked(dataclasses.replace(after, levels={}, mask_levels={}))
         assert structures_of(again) == structures_of(after), "chosen from the weights of now"
 

@@ -50,7 +50,7 @@ def predict(
     batch = micro_batch or recipe.batch
     masked = masked or memory.masked_of(structure)
     takes = arena(spec, structure, Asked(batch, cuts=cuts), masked)
-    if any(recipe.knobs.get(name) for name in _NARROWER) and structure.capacity:
+    if any(recipe.knobs.get(name) for name in _NARROWER) and structure.capacity and masked is None:
         narrower = structure.narrowed(structure.capacity - 1)
         takes = max(takes, arena(spec, narrower, Asked(batch, cuts=cuts, views=True)))
     passes = Pass(0, takes, _lasting(spec, masked))
