@@ -11,6 +11,7 @@ import pytest
 from coordinator.answers import check_update, within
 from coordinator.simulate.flops import flops
 from edge_runtime.engines import Update
+from edge_runtime.engines.native.engine import NativeEngine
 from edge_runtime.engines.torch import TorchEngine
 from edge_runtime.shrink import Squeezed
 from edge_runtime.worker import perform
@@ -33,6 +34,8 @@ from wire.errors import BudgetExceeded, Malformed, SpecError, TooLarge
 from wire.job import Done
 from wire.maskfile import outline_of_model, read_masks, write_masks
 from wire.messages import Recipe
+from wire.native import memory as native
+from wire.native.plan import Asked, plan
 from wire.outline import outline_of
 from wire.spec import Structure, tensor_shapes
 from wire.structure import masked
@@ -106,6 +109,23 @@ def test_the_planner_counts_what_its_width_keeps():
         assert held < memory.predict(SPEC, WIDTHS, recipe, masked=kept).peak
     with pytest.raises(SpecError, match="could be kept"):
         memory.predict(SPEC, masked(masks_within(WHOLE, 1.0), WIDTHS), recipe)
+
+
+@pytest.mark.parametrize("choice", [SPARSE, DENSE, MIXED], ids=["sparse", "dense", "mixed"])
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_the_native_arena_of_a_width_is_as_long_as_predicted(choice, capacity):
+    width = WIDTHS.narrowed(capacity)
+    masks = masks_within(width, skip=("out.weight",))
+    engine, structure = NativeEngine(), masked(masks, width)
+    engine.load(SPEC, structure, cut(random_arrays(SPEC, WHOLE), width), masks, choice)
+    x, y = batch(SPEC, 7)
+    engine.evaluate(x, y, 7)
+    engine.forward_backward(x, y, update=Update(0.1))
+    held = memory.Masked(structure.kept, [name for name, way in engine.ways.items() if way == "dense"])
+    found, predicted = engine._arena.nbytes, native.arena(SPEC, structure, Asked(7), held)
+    panels = max(plan(SPEC, structure, Asked(7, backward=back), held).panels for back in (False, True))
+    assert found == predicted - panels
+    assert predicted < native.arena(SPEC, WIDTHS.narrowed(1), Asked(7), held) or capacity == 1
 
 
 def test_its_operations_are_those_of_its_own_width(tmp_path):
