@@ -31,7 +31,7 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import bandit, common, deadline, ratios, roster, worth
-from coordinator.blocks.aggregate import counted, joined, over
+from coordinator.blocks.aggregate import counted, joined
 from coordinator.blocks.fade import faded
 from coordinator.blocks.fixed import TRAINING, recipe_at
 from coordinator.blocks.nesting import rank, whole_of, widths_of
@@ -141,7 +141,7 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         turns += [(after.due, answer.seconds_turn)] if after.due is not None else []
         widest = max(widest, answer.structure.capacity)
         del answer
-    state = joined(state, answers, over(len(told)))
+    state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
     if "common" in state.scalars:
         learnt = common.settled(state.scalars["common"], turns, _terms(params))
         state = dataclasses.replace(state, scalars={**state.scalars, "common": learnt})

@@ -9,8 +9,7 @@ the wide one, and what only wide widths have is trained by few devices, on few c
   from the labels; its output, which knows what all devices have seen, is the share of what the wider ones learn that the
   device's own labels lack, times ``recipe.upward`` (the rule `sgd`; in-place distillation upside down). That costs no memory
   and no further pass;
-* every device has the same say, however many samples it has, and a movement is shared among all that answered: who does not
-  hold a weight counts as one that left it alone (FedMP's R2SP), so that few devices move by little what they alone hold;
+* every device has the same say in what it covers, however many samples it has;
 * every ``personal_every`` rounds a device goes on, once its update is written, to make the model that it keeps its own: by its
   class shares and ``recipe.personal`` passes of its width and labels alone (`edge_runtime.tuning`). In the other rounds it
   keeps what it has trained;
@@ -30,14 +29,14 @@ import numpy as np
 
 from coordinator.algorithm import About, Answer, Answers, Arrays, DeviceView, Draft, State
 from coordinator.blocks import affines, momentum, norms, pace
-from coordinator.blocks.aggregate import covers_of, evenly, joined, over
+from coordinator.blocks.aggregate import evenly, joined
 from coordinator.blocks.fixed import TRAINING, recipe_at
-from coordinator.blocks.nesting import rank, whole_of, widths_of
+from coordinator.blocks.nesting import rank, widths_of
 from coordinator.blocks.widths import fractions_of
 from coordinator.recipes import merged
 from wire.errors import ConfigError, SpecError
 from wire.head import head_of
-from wire.spec import ModelSpec, statistics
+from wire.spec import ModelSpec
 
 ABOUT = About("ours; docs/decisions/fledge.md", "ours", "tests/unit/test_fledge.py")
 PARAMS: Mapping[str, float | str] = MappingProxyType(
@@ -104,22 +103,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         return norms.pooled(state, answers)
     if pace.timed(params) and (_always(params) or not _tunes(params, state.round)):
         state = dataclasses.replace(state, scalars=pace.heard(state.scalars, answers))
-    after = _joined(state, affines.shared(state, answers))
+    after = joined(state, affines.shared(state, answers), evenly)
     return affines.joined(state, momentum.carried(state, norms.unmoved(state, after)), answers, evenly)
-
-
-def _joined(state: State, answers: Answers | Iterable[Answer]) -> State:
-    """Add the answers to the model; running statistics, which are measured, become their mean over those who hold them."""
-    after = joined(state, answers, over(max(1, len(covers_of(answers, whole_of(state))[0]))))
-    measured = tuple(tensor for tensor in state.spec.tensors if tensor.name in statistics(state.spec))
-    if not measured or after is state:
-        return after
-    alone = dataclasses.replace(
-        state,
-        spec=dataclasses.replace(state.spec, tensors=measured),
-        weights={tensor.name: state.weights[tensor.name] for tensor in measured},
-    )
-    return dataclasses.replace(after, weights={**after.weights, **joined(alone, answers, evenly).weights})
 
 
 def _check_own(spec: ModelSpec, params: Mapping[str, float | str]) -> None:

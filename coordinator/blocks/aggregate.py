@@ -308,11 +308,6 @@ def evenly(cover: Sequence[Seat]) -> list[float]:
     return [1.0 / len(cover)] * len(cover)
 
 
-def over(count: int) -> Weigh:
-    """Give every member of any cover ``1 / count``: who lacks a coordinate counts as one that left it alone (FedMP's R2SP)."""
-    return lambda cover: [1.0 / count] * len(cover)
-
-
 def add_partitions(
     spec: ModelSpec, total: Arrays, update: Arrays, structure: Structure, weights: Sequence[float]
 ) -> None:

@@ -56,7 +56,7 @@ def by_share(answers):
 
 
 def by_count(_):
-    """HeteroFL and FedRolex, NeFL's consistent weights, LotteryFL, FIARSE: ``1 / |cover|``."""
+    """HeteroFL and FedRolex, NeFL's consistent weights, LotteryFL, FIARSE, fledge: ``1 / |cover|``."""
     return lambda n, cover, _: 1 / len(cover)
 
 

