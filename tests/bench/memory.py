@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,14 +40,14 @@ from wire.job import Done, Failed, Job, Ready
 from wire.masked import maskable
 from wire.messages import Recipe
 from wire.spec import ModelSpec, Structure
-from wire.structure import masked
+from wire.structure import cut, masked
 
 MIB = 1 << 20
 KEPT = (0.2, 0.4, 0.6, 0.8, 1.0)
 MODELS = (*zoo.MODELS, "har-lstm")
 BATCHES = (1, 8, 32, 128)
 KINDS = ("dense", "narrow", "masked")
-"""Whole, 0.4 of the channels of every layer, a tenth of the weights of whatever can be masked."""
+"""Whole, 0.4 of the channels of every layer, a tenth of the weights of whatever can be masked; `both` is the latter two."""
 
 UPDATES = {"sgd": Recipe(), "momentum": Recipe(momentum=0.9)}
 LEFT_OUT = {
@@ -110,12 +110,12 @@ class Case:
     def order(self, spec: ModelSpec) -> tuple[Structure, Callable[[Path, int], Job]]:
         """Give the part that is trained, and what makes its job in a folder, with the round's number."""
         arrays, recipe = random_arrays(spec, Structure(), scale=0.05), self.recipe()
-        if self.kind == "masked":
-            masks = some_masks(spec, self.density, names=maskable(spec))
-            structure = masked(masks)
+        structure = nested(spec, KEPT.index(0.4)) if self.kind in ("narrow", "both") else Structure()
+        if self.kind in ("masked", "both"):
+            masks = some_masks(spec, self.density, names=maskable(spec), width=structure)
+            arrays, structure = cut(spec, arrays, structure), masked(masks, structure)
             bound = self.predicted(structure).bound
-            return structure, functools.partial(_masked_job, spec, arrays, masks, recipe, bound)
-        structure = nested(spec, KEPT.index(0.4)) if self.kind == "narrow" else Structure()
+            return structure, functools.partial(_masked_job, (spec, structure), arrays, masks, recipe, bound)
         return structure, lambda at, turn: job(at, spec, arrays, [structure], recipe, number=turn)
 
 
@@ -247,7 +247,7 @@ def _masked_rows(folder: Path) -> Iterator[Row]:
             recipe = dataclasses.replace(recipe, knobs={**recipe.knobs, **most})
         found = memory.predict(spec, structure, recipe)
         place = folder / f"masked-{number}"
-        make = functools.partial(_masked_job, spec, arrays, masks, recipe, found.bound)
+        make = functools.partial(_masked_job, (spec, structure), arrays, masks, recipe, found.bound)
         measured = _peak(place, spec, recipe, make)
         case = f"conv-2, density {density:g}, batch 20, {name}"
         yield Row(case, "peak", measured / MIB, "MiB", "lower", found.bound / MIB)
@@ -255,10 +255,17 @@ def _masked_rows(folder: Path) -> Iterator[Row]:
 
 
 def _masked_job(
-    spec: ModelSpec, arrays: dict[str, Any], masks: dict[str, Any], recipe: Recipe, bound: int, place: Path, turn: int
+    model: tuple[ModelSpec, Structure],
+    arrays: Mapping[str, Any],
+    masks: Mapping[str, Any],
+    recipe: Recipe,
+    bound: int,
+    place: Path,
+    turn: int,
 ) -> Job:
     """Grant what is predicted, as an agent does: a worker without a budget also times what is dense."""
-    made: Job = masked_job(place, spec, arrays, masks, recipe, number=turn, budget=bound)
+    spec, width = model
+    made: Job = masked_job(place, spec, arrays, masks, recipe, width=width, number=turn, budget=bound)
     return made
 
 

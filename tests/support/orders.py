@@ -75,10 +75,10 @@ def masked_job(folder, spec, arrays, masks, recipe=None, verb="train", *, width=
     return dataclasses.replace(plain, order=order, shells=(str(shell),), masks=str(file))
 
 
-def some_masks(spec, density=0.3, seed=3, names=None):
-    """Draw masks of weights, of all that can be masked or of those with these names."""
+def some_masks(spec, density=0.3, seed=3, names=None, width=None):
+    """Draw masks of weights, of all that can be masked or of those with these names; whole, or of a width."""
     rng = np.random.default_rng(seed)
-    shapes = specs.tensor_shapes(spec, WHOLE)
+    shapes = specs.tensor_shapes(spec, width or WHOLE)
     return {n: rng.random(shape) < density for n, shape in shapes.items() if n in (names or shapes) and len(shape) > 1}
 
 
