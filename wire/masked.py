@@ -18,8 +18,13 @@ FLOAT = 4
 ALIGN = 64
 
 _COLUMNS = 64
-_CHANNELS = 2
-"""Columns of a matrix and channels of a convolution in the smallest blocks that an index is cut into."""
+"""Columns of a matrix in the smallest blocks that an index is cut into; for a convolution see `channels_at_once`."""
+
+_FIRST_CACHE = 24 << 10
+"""Bytes of it that the input of a tile may take."""
+
+_TILE = (4, 7)
+"""Rows and columns of a convolution's output that are made together, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,24 @@ def maskable(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in spec.tensors if tensor.name in found)
 
 
+def channels_at_once(kernel: int, side: int = max(_TILE)) -> int:
+    """Count the input channels of which a tile's part stays in the first cache: an index has no smaller blocks.
+
+    Args:
+        kernel: Height and width of the kernel.
+        side: Of the image; the larger it is, the fewer channels.
+    """
+    rows, columns = (min(side, most) + kernel - 1 for most in _TILE)
+    return max(1, _FIRST_CACHE // (rows * columns * ALIGN))
+
+
 def index_bytes(shape: Sequence[int], kept: int) -> int:
     """Bound what a sparse weight's index takes: one or two bytes for a matrix, six for a convolution, and the starts."""
     rows, columns = shape[:2]
     if len(shape) == 2:
         starts, each = -(-columns // _COLUMNS) * (rows + 1), 1 if columns <= 256 else 2
     else:
-        channels = _CHANNELS if max(shape[2:]) <= 7 else 1
+        channels = channels_at_once(max(shape[2:]))
         starts, each = -(-columns // channels) * (rows + 1) + -(-rows // channels) * (columns + 1), 6
     return FLOAT * starts + each * kept + 2 * ALIGN
 

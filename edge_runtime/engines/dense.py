@@ -95,7 +95,7 @@ class DenseStretch:
         self._weight, self._bias = (torch.from_numpy(array) for array in self.params.values())
         self._kept: list[Any] = []  # the input, and what each follower needs
 
-    def forward(self, x: Floats, *, train: bool) -> Floats:
+    def forward(self, x: Floats, *, train: bool, out: Floats | None = None) -> Floats:  # noqa: ARG002 - may be left alone
         """See `Stretch.forward`; x is kept and not copied."""
         value = aligned(x)
         kept: list[Any] = [value]
@@ -121,6 +121,7 @@ class DenseStretch:
         update: Update | None,
         input_gradient: bool,
         watch: Watch | None = None,
+        into: Floats | None = None,  # noqa: ARG002 - may be left alone
     ) -> Floats | None:
         """See `Stretch.backward`."""
         if not self._kept:

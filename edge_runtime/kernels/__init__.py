@@ -63,8 +63,14 @@ class Stretch(Protocol):
     def params(self) -> Mapping[str, Floats]:
         """Trainable arrays by tensor name: masked weights as ``(kept,)`` in their layout's order, biases as they are."""
 
-    def forward(self, x: Floats, *, train: bool) -> Floats:
-        """Give ``(n, *out_shape)`` of ``(n, *in_shape)``; with `train` keep what one `backward` needs."""
+    def forward(self, x: Floats, *, train: bool, out: Floats | None = None) -> Floats:
+        """Give ``(n, *out_shape)`` of ``(n, *in_shape)``; with `train` keep what one `backward` needs.
+
+        Args:
+            x: The inputs.
+            train: Whether a backward pass may follow.
+            out: Memory of the result's shape that it may be written to; whether it was, is whether this is what comes back.
+        """
 
     def backward(
         self,
@@ -74,6 +80,7 @@ class Stretch(Protocol):
         update: Update | None,
         input_gradient: bool,
         watch: Watch | None = None,
+        into: Floats | None = None,
     ) -> Floats | None:
         """Take the gradient of the output of the training forward pass that went before; what it kept is let go.
 
@@ -83,6 +90,7 @@ class Stretch(Protocol):
             update: moves `params` at once. Exactly one of the two is given.
             input_gradient: Whether ``(n, *in_shape)`` is wanted back.
             watch: Shown every layer's share; from it follows the gradient of weights that are not there (`importance`).
+            into: As `out` of `forward`, for what is wanted back.
         """
 
 

@@ -19,12 +19,10 @@ from edge_runtime.kernels.library import FOREIGN, Conv, Library, must
 from edge_runtime.kernels.order import reordered
 from edge_runtime.kernels.panels import address
 from wire.errors import SpecError
+from wire.masked import channels_at_once
 from wire.masks import Bits
 
 _CODES = 1 << 16
-_LINE = 64
-_FIRST_CACHE = 24 << 10
-"""Bytes of it that the input of a tile may take."""
 _ROW = 12
 """Kept weights that a row should have in a block."""
 _WIDE = 64
@@ -145,8 +143,7 @@ def blocks(shape: tuple[int, int, int, int], side: int, density: float) -> list[
     """
     outs, ins, kernel, _ = shape
     taps = kernel * kernel
-    pixels = (min(side, 4) + kernel - 1) * (min(side, 7) + kernel - 1)
-    near = max(1, _FIRST_CACHE // (pixels * _LINE))
+    near = channels_at_once(kernel, side)
     base = min(max(near, round(_ROW / max(density * taps, 1e-9))), max(near, _WIDE))
     sizes = (
         [base, max(ins, outs), base // 2, 2 * base]

@@ -82,11 +82,11 @@ class NativeStretch:
         """Size of what stays between passes: buffers of activations and gradients."""
         return sum(array.nbytes for array in self._memory.values())
 
-    def forward(self, x: Floats, *, train: bool) -> Floats:
-        """See `edge_runtime.kernels.Stretch.forward`."""
+    def forward(self, x: Floats, *, train: bool, out: Floats | None = None) -> Floats:
+        """See `edge_runtime.kernels.Stretch.forward`; `out` is written to."""
         x = self._taken(x)
         self._batch = 0
-        result = buffer(len(x) * prod(self._out)).reshape(len(x), *self._out)
+        result = _room(out, (len(x), *self._out))
         if train:
             self._forward(x, result, ("forward", len(x)))
             self._batch = len(x)
@@ -106,8 +106,9 @@ class NativeStretch:
         update: Update | None,
         input_gradient: bool,
         watch: Watch | None = None,
+        into: Floats | None = None,
     ) -> Floats | None:
-        """See `edge_runtime.kernels.Stretch.backward`."""
+        """See `edge_runtime.kernels.Stretch.backward`; `into` is written to."""
         batch = self._batch
         if dy.shape != (batch, *self._out) or not batch:
             raise SpecError(f"a gradient of shape {dy.shape}; the latest training pass made {(batch, *self._out)}")
@@ -119,7 +120,7 @@ class NativeStretch:
         found.point("dy", "a", dy)
         result = None
         if input_gradient:
-            result = buffer(batch * prod(self._shape)).reshape(batch, *self._shape)
+            result = _room(into, (batch, *self._shape))
             found.point("dx", "b", result)
         self._back(found, 0, batch, watch)
         return result
@@ -375,3 +376,16 @@ class NativeStretch:
         """Give what a stage read."""
         found: Floats = self._memory["out", place - 1] if place else self._memory["x", 0]
         return found
+
+
+def _room(given: Floats | None, shape: Shape) -> Floats:
+    """Give the memory that was offered, or new one.
+
+    Raises:
+        SpecError: It is of another shape or type, or not contiguous: the core would write all the same.
+    """
+    if given is None:
+        return buffer(prod(shape)).reshape(shape)
+    if given.shape != shape or given.dtype != np.float32 or not (given.flags.c_contiguous and given.flags.writeable):
+        raise SpecError(f"memory for a result of shape {shape} is {given.dtype}{given.shape}, or not contiguous")
+    return given

@@ -137,7 +137,7 @@ class TwinStretch:
         self._first = next((place for place, op in enumerate(self._ops) if op.names), len(self._ops))
         self._kept: list[Kept] | None = None
 
-    def forward(self, x: Floats, *, train: bool) -> Floats:
+    def forward(self, x: Floats, *, train: bool, out: Floats | None = None) -> Floats:  # noqa: ARG002 - may be left alone
         """See `Stretch.forward`. Without `train` what was kept before is let go, too."""
         value = given = _tensor(x, self._in_shape)
         kept = []
@@ -158,6 +158,7 @@ class TwinStretch:
         update: Update | None,
         input_gradient: bool,
         watch: Watch | None = None,
+        into: Floats | None = None,  # noqa: ARG002 - may be left alone
     ) -> Floats | None:
         """See `Stretch.backward`; what was kept is let go.
 
@@ -172,16 +173,16 @@ class TwinStretch:
         for place in reversed(range(0 if input_gradient else self._first, len(self._ops))):
             op, needed = self._ops[place], kept.pop()
             if grads is not None:
-                into = {name: grads[name] for name in op.names}
+                found = {name: grads[name] for name in op.names}
             else:
-                into = {name: np.zeros(self.params[name].shape, np.float32) for name in op.names}
-            tensors = {name: torch.from_numpy(array) for name, array in into.items()}
+                found = {name: np.zeros(self.params[name].shape, np.float32) for name in op.names}
+            tensors = {name: torch.from_numpy(array) for name, array in found.items()}
             if watch is not None and op.names and needed is not None:
                 lent = (needed, value) if isinstance(op, Conv) else (needed.t(), value.t())
                 watch(op.names[0], *(tensor.contiguous().numpy() for tensor in lent))
             earlier = op.backward(value, needed, tensors, input_gradient or place > self._first)
-            if update is not None and into:
-                apply({name: self.params[name] for name in into}, into, update)
+            if update is not None and found:
+                apply({name: self.params[name] for name in found}, found, update)
             if earlier is not None:
                 value = earlier
         return _array(value, [given]) if input_gradient else None

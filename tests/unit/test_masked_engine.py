@@ -30,6 +30,8 @@ from wire.zoo import Conv, cnn, mlp
 WHOLE = Structure()
 UPDATES = [(0.0, 0.0, 0.0), (0.9, 0.0, 0.0), (0.0, 0.1, 0.0), (0.5, 0.01, 0.3)]
 SPARSE, DENSE = Choice(ways={"": "sparse"}), Choice(ways={"": "dense"})
+SIDES = [(32, 1, 5), (64, 32, 5), (40, 48, 3), (300, 200, 3), (70, 90, 1), (12, 30, 2), (9, 40, 7), (5, 9, 11)]
+"""Convolutions: channels out and in, and the kernel."""
 MIXED = Choice(ways={"": "sparse", "f.weight": "dense", "fc3.weight": "dense"})
 
 
@@ -323,16 +325,20 @@ def test_a_chain_that_a_kit_cannot_do_is_cut():
         np.testing.assert_allclose(engine.read(name), moved, atol=1e-5)
 
 
-@pytest.mark.parametrize("density", [0.0, 0.01, 0.3, 1.0])
-@pytest.mark.parametrize("shape", [(300, 784), (62, 2048), (7, 3), (32, 1, 5, 5), (64, 32, 5, 5), (40, 48, 3, 3)])
+SHAPES = [(300, 784), (62, 2048), (7, 3), *((outs, ins, side, side) for outs, ins, side in SIDES)]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_no_index_takes_more_than_the_planner_says(shape, density):
     kit = NativeKit(open_library())
     mask = np.random.default_rng(0).random(shape) < density
     op, attrs = ("conv2d", {"kernel": shape[2], "stride": 1, "padding": 1}) if len(shape) == 4 else ("linear", {})
     node = Node("n", op, ("input",), {"weight": "w", "bias": "b"}, attrs)
-    for way in kit.ways(node, shape, (shape[1], 14, 14), max(density, 1e-6)):
-        layout = kit.layout(way, node, packed(mask))
-        assert layout.bytes_index <= index_bytes(shape, int(mask.sum())), way
+    for side in (3, 14, 40):
+        for way in kit.ways(node, shape, (shape[1], side, side), max(density, 1e-6)):
+            layout = kit.layout(way, node, packed(mask))
+            assert layout.bytes_index <= index_bytes(shape, int(mask.sum())), way
 
 
 def test_the_planner_never_says_too_little_of_the_engine():

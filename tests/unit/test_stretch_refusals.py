@@ -37,6 +37,31 @@ def test_what_a_backward_pass_must_have(kind):
 
 
 @kinds
+def test_results_are_written_where_there_is_room_for_them_or_come_in_their_own(kind):
+    chain = small()
+    made, other = make(kind, chain), make(kind, chain)
+    x, dy = batch(chain, 5)
+    y, dx = np.full(dy.shape, 7, FLOAT), np.full(x.shape, 7, FLOAT)
+    grads = made.zeros()
+    for train in (False, True):
+        found = made.stretch.forward(x, train=train, out=y)
+        np.testing.assert_array_equal(found, other.stretch.forward(x, train=train))
+        assert found is y or (y == 7).all()
+    back = made.stretch.backward(dy, grads=grads, update=None, input_gradient=True, into=dx)
+    np.testing.assert_array_equal(
+        back, other.stretch.backward(dy, grads=other.zeros(), update=None, input_gradient=True)
+    )
+    assert back is dx or (dx == 7).all()
+    made.stretch.forward(x, train=True)
+    assert made.stretch.backward(dy, grads=grads, update=None, input_gradient=False, into=dx) is None
+    if found is not y:
+        return
+    for wrong in (y[:-1], y.astype(np.float64), np.broadcast_to(y[:1], y.shape), np.asfortranarray(np.ones((5, 3)))):
+        with pytest.raises(SpecError, match="memory for a result"):
+            made.stretch.forward(x, train=True, out=wrong)
+
+
+@kinds
 @pytest.mark.parametrize(
     "nodes",
     [

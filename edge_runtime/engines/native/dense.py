@@ -49,7 +49,7 @@ class DenseStretch:
         self._memory: Arrays = {}
         self._at: At | None = None
 
-    def forward(self, x: Floats, *, train: bool) -> Floats:
+    def forward(self, x: Floats, *, train: bool, out: Floats | None = None) -> Floats:  # noqa: ARG002 - may be left alone
         """See `Stretch.forward`; x is kept and not copied."""
         if x.shape[1:] != self._shape or not len(x):
             raise SpecError(f"inputs of shape {x.shape}; this layer takes one or more of {self._shape}")
@@ -70,6 +70,7 @@ class DenseStretch:
         update: Update | None,
         input_gradient: bool,
         watch: Watch | None = None,
+        into: Floats | None = None,  # noqa: ARG002 - may be left alone
     ) -> Floats | None:
         """See `Stretch.backward`."""
         at, self._at = self._at, None

@@ -149,7 +149,9 @@ class Pass:
         trains = self._plan.asked.backward
 
         def forward() -> None:
-            at.y[...] = stretch.forward(at.x[0], train=trains)
+            y = stretch.forward(at.x[0], train=trains, out=at.y)
+            if y is not at.y:
+                at.y[...] = y
 
         def backward() -> None:
             update = wires.update[0] if wires.update else None
@@ -161,8 +163,9 @@ class Pass:
                 update=update,
                 input_gradient=into is not None,
                 watch=watch,
+                into=into,
             )
-            if into is not None and dx is not None:
+            if into is not None and dx is not None and dx is not into:
                 into[...] = dx
 
         return backward if turn.backward else forward
