@@ -131,7 +131,7 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument(
         "--configs", type=Path, metavar="FILE", help='JSON: {"METHOD or *": [{"PARAM": value}, ...]}, at most six each'
     )
-    tune = "try the configurations on a validation part; the best of each goes on"
+    tune = "try the configurations on a validation part; the best of each goes on (of nested widths by the mean of all)"
     compare.add_argument("--tune", action="store_true", help=tune)
     compare.add_argument("--tuning-seeds", default="1000", help="with commas, other ones (default: 1000)")
     compare.add_argument(

@@ -175,7 +175,7 @@ def compare(
 def _chosen(
     comparison: Comparison, variants: Sequence[tuple[Method, float | None]], store: Store, jobs: int, out: TextIO
 ) -> list[Params]:
-    """Choose a configuration for each method and density, by the median accuracy on the validation part."""
+    """Choose a configuration for each method and density, by the median on the validation part (`_reached`)."""
     tries = [
         (place, params, comparison.trial(method, density, params, seed, tuning=True))
         for place, (method, density) in enumerate(variants)
@@ -201,8 +201,14 @@ def _chosen(
 
 def _median_accuracy(found: Sequence[Result | Failure]) -> float:
     """Judge a configuration; one that failed once is worse than all that did not."""
-    reached = [-1.0 if isinstance(one, Failure) else one["accuracy"]["full"] or 0.0 for one in found]
+    reached = [-1.0 if isinstance(one, Failure) else _reached(one) for one in found]
     return -1.0 if -1.0 in reached else statistics.median(reached)
+
+
+def _reached(result: Result) -> float:
+    """Give the accuracy that a run ends with; of nested widths, which are compared one by one, their mean."""
+    widths = result["accuracy"].get("by_width", {}).values()
+    return statistics.fmean(widths) if widths else result["accuracy"]["full"] or 0.0
 
 
 def _done(trials: Sequence[Trial], store: Store, jobs: int, out: TextIO, what: str) -> list[Result | Failure]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from coordinator.simulate import compare, compare_report
+from coordinator.simulate import compare, compare_report, trials
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, build
 from tests.long import nested, sparse
@@ -39,6 +39,22 @@ def test_a_method_may_have_rounds_of_its_own_and_is_measured_as_often(monkeypatc
     for wrong in ("0", "2.5", "many"):
         with pytest.raises(ConfigError, match=r"long: run\.rounds"):
             compare.compare(asked(*flags, "--set", f"long.run.rounds={wrong}"), Store(tmp_path), 1)
+
+
+def test_nested_widths_are_tuned_by_the_mean_of_all(monkeypatch, tmp_path):
+    played(monkeypatch, lambda _: 0.5)
+    keep, worth = trials.keep, {0.1: (0.2, 0.9), 0.2: (0.7, 0.8), 0.3: (0.6, 0.85)}
+
+    def kept(path, config, result):
+        narrow, wide = worth[config.params["recipe.rate"]]
+        keep(path, config, {**result, "accuracy": {"full": wide, "by_width": {"0": narrow, "1": wide}}})
+
+    monkeypatch.setattr(trials, "keep", kept)
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"nestfl": [{"recipe.rate": rate} for rate in worth]}))
+    comparison = asked("--algos", "nestfl", "--configs", str(file), "--seeds", "0", "--tune")
+    ((trial, _),) = compare.compare(comparison, Store(tmp_path), 1)
+    assert trial.config.params["recipe.rate"] == 0.2
 
 
 def test_the_fleet_of_a_narrower_model_is_that_of_the_whole(tmp_path):
