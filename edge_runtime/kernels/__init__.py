@@ -69,7 +69,8 @@ class Stretch(Protocol):
         Args:
             x: The inputs.
             train: Whether a backward pass may follow.
-            out: Memory of the result's shape that it may be written to; whether it was, is whether this is what comes back.
+            out: Memory of the result's shape that it may be written to; whether it was, is whether this is what comes back. No
+                part of `x`: that is still read when the first of it is written.
         """
 
     def backward(
@@ -90,7 +91,7 @@ class Stretch(Protocol):
             update: moves `params` at once. Exactly one of the two is given.
             input_gradient: Whether ``(n, *in_shape)`` is wanted back.
             watch: Shown every layer's share; from it follows the gradient of weights that are not there (`importance`).
-            into: As `out` of `forward`, for what is wanted back.
+            into: As `out` of `forward`, for what is wanted back; no part of `dy`.
         """
 
 

@@ -160,7 +160,10 @@ def blocks(shape: tuple[int, int, int, int], side: int, density: float) -> list[
 
 
 def _fitted(pair: tuple[int, int], taps: int, few: bool) -> tuple[int, int]:
-    """Make a pair of blocks small enough for codes, and for places unless there are few weights in all."""
+    """Make a pair of blocks small enough for codes, and for places unless there are few weights in all.
+
+    That is never smaller than `channels_at_once`, on which the bound of an index's memory rests (`wire.masked`).
+    """
     ins, outs = (min(size, max(1, _CODES // taps)) for size in pair)
     while not few and ins * outs * taps > _CODES:
         ins, outs = (ins, (outs + 1) // 2) if outs >= ins else ((ins + 1) // 2, outs)

@@ -113,14 +113,13 @@ class NativeStretch:
         if dy.shape != (batch, *self._out) or not batch:
             raise SpecError(f"a gradient of shape {dy.shape}; the latest training pass made {(batch, *self._out)}")
         check_goal(self._params, grads, update)
+        result = _room(into, (batch, *self._shape)) if input_gradient else None
         self._batch = 0
         dy = np.ascontiguousarray(dy, np.float32)
         found = self._list(("backward", batch, input_gradient, watch is not None, update is not None))
         self._aim(found, grads, update)
         found.point("dy", "a", dy)
-        result = None
-        if input_gradient:
-            result = _room(into, (batch, *self._shape))
+        if result is not None:
             found.point("dx", "b", result)
         self._back(found, 0, batch, watch)
         return result
@@ -387,5 +386,6 @@ def _room(given: Floats | None, shape: Shape) -> Floats:
     if given is None:
         return buffer(prod(shape)).reshape(shape)
     if given.shape != shape or given.dtype != np.float32 or not (given.flags.c_contiguous and given.flags.writeable):
-        raise SpecError(f"memory for a result of shape {shape} is {given.dtype}{given.shape}, or not contiguous")
+        said = f"{given.dtype}{given.shape}, or not contiguous, or not to be written"
+        raise SpecError(f"memory for a result of shape {shape} is {said}")
     return given

@@ -30,8 +30,8 @@ from wire.zoo import Conv, cnn, mlp
 WHOLE = Structure()
 UPDATES = [(0.0, 0.0, 0.0), (0.9, 0.0, 0.0), (0.0, 0.1, 0.0), (0.5, 0.01, 0.3)]
 SPARSE, DENSE = Choice(ways={"": "sparse"}), Choice(ways={"": "dense"})
-SIDES = [(32, 1, 5), (64, 32, 5), (40, 48, 3), (300, 200, 3), (70, 90, 1), (12, 30, 2), (9, 40, 7), (5, 9, 11)]
-"""Convolutions: channels out and in, and the kernel."""
+CONVOLUTIONS = [(32, 1, 5), (64, 32, 5), (40, 48, 3), (300, 200, 3), (70, 90, 1), (12, 30, 2), (9, 40, 7), (5, 9, 11)]
+"""Channels out and in, and the kernel."""
 MIXED = Choice(ways={"": "sparse", "f.weight": "dense", "fc3.weight": "dense"})
 
 
@@ -325,7 +325,7 @@ def test_a_chain_that_a_kit_cannot_do_is_cut():
         np.testing.assert_allclose(engine.read(name), moved, atol=1e-5)
 
 
-SHAPES = [(300, 784), (62, 2048), (7, 3), *((outs, ins, side, side) for outs, ins, side in SIDES)]
+SHAPES = [(300, 784), (62, 2048), (7, 3), *((outs, ins, side, side) for outs, ins, side in CONVOLUTIONS)]
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.05, 0.3, 1.0])

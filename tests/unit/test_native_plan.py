@@ -119,3 +119,18 @@ def test_masks_and_segments_exclude_each_other() -> None:
     spec = zoo.by_name("lenet-5")
     with pytest.raises(SpecError, match="with masks"):
         plan(spec, Structure(), Asked(4, cuts=places(spec.nodes)[:1]), Masked({maskable(spec)[0]: 5}))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("name", ["lenet-5", "conv-2", "resnet-18"])
+def test_a_stretch_writes_where_it_reads_nothing(name: str, batch: int) -> None:
+    spec = zoo.by_name(name)
+    found = plan(spec, Structure(), Asked(batch), Masked(dict.fromkeys(maskable(spec), 1)))
+    turns = [turn for turn in found.turns if found.nodes[turn.at].op == "stretch"]
+    assert turns
+    for turn in turns:
+        read = [slot for slot, _ in ([turn.dy] if turn.backward and turn.dy else turn.x)]
+        written = [seen[0] for seen in (turn.dx if turn.backward else [turn.y]) if seen]
+        for into in written:
+            for one in read:
+                assert one.outside or one.start + one.size <= into.start or into.start + into.size <= one.start

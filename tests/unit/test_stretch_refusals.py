@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edge_runtime.engines import Update
+from edge_runtime.kernels.stretch import NativeStretch
 from edge_runtime.kernels.twin import CLayout, TwinStretch
 from edge_runtime.kernels.twin_steps import sparse_products
 from tests.support.cores import order_of
@@ -43,22 +44,40 @@ def test_results_are_written_where_there_is_room_for_them_or_come_in_their_own(k
     x, dy = batch(chain, 5)
     y, dx = np.full(dy.shape, 7, FLOAT), np.full(x.shape, 7, FLOAT)
     grads = made.zeros()
+    writes = isinstance(made.stretch, NativeStretch)
     for train in (False, True):
+        y.fill(7)
         found = made.stretch.forward(x, train=train, out=y)
         np.testing.assert_array_equal(found, other.stretch.forward(x, train=train))
-        assert found is y or (y == 7).all()
-    back = made.stretch.backward(dy, grads=grads, update=None, input_gradient=True, into=dx)
-    np.testing.assert_array_equal(
-        back, other.stretch.backward(dy, grads=other.zeros(), update=None, input_gradient=True)
-    )
-    assert back is dx or (dx == 7).all()
+        assert (found is y) == writes
+        assert (y == 7).all() != writes
+    back, plain = made.stretch.backward(dy, grads=grads, update=None, input_gradient=True, into=dx), other.zeros()
+    np.testing.assert_array_equal(back, other.stretch.backward(dy, grads=plain, update=None, input_gradient=True))
+    assert (back is dx) == writes
+    assert (dx == 7).all() != writes
+    for name, grad in plain.items():
+        np.testing.assert_array_equal(grads[name], grad)
     made.stretch.forward(x, train=True)
     assert made.stretch.backward(dy, grads=grads, update=None, input_gradient=False, into=dx) is None
-    if found is not y:
-        return
-    for wrong in (y[:-1], y.astype(np.float64), np.broadcast_to(y[:1], y.shape), np.asfortranarray(np.ones((5, 3)))):
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MAKERS if issubclass(type(make(kind, small()).stretch), NativeStretch)]
+)
+def test_the_core_writes_to_no_memory_of_another_form(kind):
+    chain = small()
+    made = make(kind, chain)
+    x, dy = batch(chain, 5)
+    frozen = dy.copy()
+    frozen.flags.writeable = False
+    odd = (dy[:-1], dy.astype(np.float64), np.ones((*dy.shape[:-1], 2 * dy.shape[-1]), FLOAT)[..., ::2], frozen)
+    for wrong in odd:
         with pytest.raises(SpecError, match="memory for a result"):
             made.stretch.forward(x, train=True, out=wrong)
+    made.stretch.forward(x, train=True)
+    with pytest.raises(SpecError, match="memory for a result"):
+        made.stretch.backward(dy, grads=made.zeros(), update=None, input_gradient=True, into=np.ones_like(x)[:-1])
+    assert made.stretch.backward(dy, grads=made.zeros(), update=None, input_gradient=True) is not None
 
 
 @kinds
