@@ -210,13 +210,15 @@ def test_a_phone_is_asked_through_termux_and_nobody_waits_for_it(
 ) -> None:
     answer, name = tmp_path / "answer", "termux-battery-status"
     answer.write_text(json.dumps(PHONE))
-    environ = stub(tmp_path / "bin", name, f"if [ -e {tmp_path}/hang ]; then sleep 60; fi; cat {answer}")
+    first = f"while [ ! -e {tmp_path}/ready ]; do sleep 0.05; done"
+    environ = stub(tmp_path / "bin", name, f"{first}; if [ -e {tmp_path}/hang ]; then sleep 60; fi; cat {answer}")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     with make("charging = true", env={**environ, "PATH": path}).agent as agent:
         script.lead = replace(script.lead, keepalive=1.0)
         script.say_lead()
+        script.until(lambda: "termux" in agent.log.read_text())  # at first nothing is known
+        (tmp_path / "ready").touch()
         script.wait(Presence, where=lambda p: p.state == "online")
-        assert "termux" in agent.log.read_text(), "at first nothing is known"
         (tmp_path / "hang").touch()
         order = script.order(1)
         script.send(order)
