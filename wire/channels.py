@@ -7,6 +7,7 @@ columns of the weights that read it. What is kept of a tensor is the product of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,10 +111,11 @@ def from_words(spec: ModelSpec, words: Mapping[str, float]) -> dict[str, NDArray
 
 def _lines(tensor: TensorSpec, kept: Kept) -> list[Mask | None]:
     """Give what is kept along each dimension of a tensor; None for all of it."""
-    return [_along(axis, kept[axis.group]) if axis.group in kept else None for axis in tensor.axes]
+    return [along(axis, kept[axis.group]) if axis.group in kept else None for axis in tensor.axes]
 
 
-def _along(axis: Axis, channels: NDArray[np.bool_]) -> Mask:
+def along(axis: Axis, channels: NDArray[Any]) -> NDArray[Any]:
+    """Give what is said of a group's channels ``(size,)`` for every entry of an axis that follows it."""
     return np.tile(np.repeat(channels, axis.inner), axis.outer)
 
 

@@ -110,8 +110,10 @@ def capacities_of(state: State) -> int:
 
     Without widths a size adds weights to the one before. With widths two may keep the same ones, and differ by channels.
     """
-    if not state.mask_levels or state.widths:
-        return len(next(iter(state.widths.values()))) if state.mask_levels else 0
+    if not state.mask_levels:
+        return 0
+    if state.widths:
+        return len(next(iter(state.widths.values())))
     return 1 + max(int(level[level != NEVER].max(initial=0)) for level in state.mask_levels.values())
 
 

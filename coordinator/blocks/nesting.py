@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.algorithm import State
+from wire.channels import along
 from wire.errors import NonFinite
 from wire.spec import ModelSpec, Structure, TensorSpec, group_sizes, tensor_shape
 from wire.structure import ranking_digest, shell_blocks
@@ -99,7 +100,7 @@ def levels_of(tensor: TensorSpec, levels: Mapping[str, NDArray[np.uint8]]) -> ND
     """Give the narrowest capacity that has each weight of a tensor, in canonical order: the most that its channels say.
 
     Args:
-        tensor: Of a shape that it has whole, or, where no axis is cut, of any.
+        tensor: Whole.
         levels: As `rank` gives them.
 
     Returns:
@@ -108,7 +109,7 @@ def levels_of(tensor: TensorSpec, levels: Mapping[str, NDArray[np.uint8]]) -> ND
     found = np.zeros((1,) * len(tensor.axes), np.uint8)
     for place, axis in enumerate(tensor.axes):
         if axis.group in levels:
-            line = np.tile(np.repeat(levels[axis.group], axis.inner), axis.outer)
+            line = along(axis, levels[axis.group])
             found = np.maximum(found, line.reshape([-1 if i == place else 1 for i in range(len(tensor.axes))]))
     return found
 

@@ -1,6 +1,6 @@
 """Predicted against measured memory of whole orders on the native engine, from an order's files to its answer's.
 
-``python -m tests bench native``, about three minutes. Each case is two orders, one after the other, in a copy of a warm
+``python -m tests bench native``, about half a minute. Each case is two orders, one after the other, in a copy of a warm
 worker (`tests.bench.memory`), by the kernel's own account: dense, 0.4 of the channels, 0.05 of what can be masked, and both of
 these. An error may be 2 % of the peak or 1 MiB, whichever is more, and no bound may be exceeded.
 """
