@@ -1,14 +1,14 @@
-"""Fledge: our own. Nested widths in which the narrow ones, that every device trains, teach the wide ones, that few can.
+"""Fledge: our own. Nested widths that take turns in every step, and teach each other what a device's own labels lack.
 
 With uneven data the trouble of nested widths is at both ends. The narrow widths are neglected where wide devices train only
 the wide one, and what only wide widths have is trained by few devices, on few classes. Here
 
 * channels are ranked as in NestFL, by progressive L1 pruning; each device trains the widest width that its memory holds and,
   with ``deadline`` or ``slack``, whose turn is over in time, judged by its own turns (`blocks.pace`);
-* in every step a device also trains the narrowest width and a random one between (``recipe.widths``). The narrowest learns
-  from the labels; its output, which knows what all devices have seen, is the share of what the wider ones learn that the
-  device's own labels lack, times ``recipe.upward`` (the rule `sgd`; in-place distillation upside down). That costs no memory
-  and no further pass;
+* in every step a device also trains a random narrower width and the narrowest, one after the other from the widest down
+  (``recipe.widths``). The widest also learns from what the narrowest says of the batch, as that knows what all devices have
+  seen; the narrower ones from what the widest says. The share of that is what the device's own labels lack, times
+  ``recipe.mutual`` (the rule `sgd`). It costs no memory, and one more pass of the narrowest;
 * every device has the same say in what it covers, however many samples it has;
 * every ``personal_every`` rounds a device goes on, once its update is written, to make the model that it keeps its own: by its
   class shares and ``recipe.personal`` passes of its width and labels alone (`edge_runtime.tuning`). In the other rounds it
@@ -49,7 +49,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         **affines.NORMS,
         "beta": 0.7,
         "recipe.widths": 1.0,
-        "recipe.upward": 1.0,
+        "recipe.mutual": 1.0,
         "recipe.personal": 1.0,
         "personal_every": 5.0,
     }

@@ -36,6 +36,7 @@ from wire.work import multiplications
 
 LIMITS: Mapping[str, float] = MappingProxyType({"deadline": 0.0, "slack": 0.0})
 """Parameters that limit a turn, see above, with their defaults."""
+_ALONE: Mapping[str, float] = MappingProxyType({})
 TURNS = 8
 """Measured turns that are remembered of a device."""
 
@@ -43,13 +44,14 @@ Turns = Sequence[Sequence[float]]
 """Of one device: capacity and seconds, the newest last."""
 
 
-def loads(spec: ModelSpec, structures: Sequence[Structure], widths: int = 0) -> tuple[float, ...]:
+def loads(spec: ModelSpec, structures: Sequence[Structure], knobs: Mapping[str, float] = _ALONE) -> tuple[float, ...]:
     """Give the multiplications of one sample's forward pass at each width, those of narrower widths in the same step included.
 
     Args:
         spec: The model.
         structures: The widths, narrowest first.
-        widths: Knob of the rule `sgd`: with n > 0 a step also trains the narrowest and n random ones between.
+        knobs: Of the rule `sgd`: with ``widths`` n > 0 a step also trains the narrowest and n random ones between, with
+            ``mutual`` it passes through the narrowest once more.
 
     Raises:
         SpecError: The model cannot be run.
@@ -57,11 +59,13 @@ def loads(spec: ModelSpec, structures: Sequence[Structure], widths: int = 0) -> 
     Cost: one walk over the model for each width; of the same widths again, a look at each.
     """
     alone = [multiplications(spec, structure) for structure in structures]
+    widths = int(knobs.get("widths", 0.0))
+    narrowest = alone[0] * (2.0 if knobs.get("mutual") else 1.0) if widths else 0.0
     found = [float(alone[0])]
     for capacity in range(1, len(alone)):
         between = alone[1:capacity]
         drawn = min(widths, len(between)) * sum(between) / len(between) if between else 0.0
-        found.append(alone[capacity] + (alone[0] + drawn if widths else 0.0))
+        found.append(alone[capacity] + narrowest + drawn)
     return tuple(found)
 
 
@@ -156,7 +160,7 @@ def _in_time(
 ) -> dict[str, Plan]:
     """Put a narrower plan in the place of one whose turn would not be over in time."""
     structures = structures_of(state)
-    load = loads(state.spec, structures, int(recipe.knobs.get("widths", 0.0)))
+    load = loads(state.spec, structures, recipe.knobs)
     turns = {name: state.scalars["turns"].get(name, ()) for name in plans}
     end = end_of(params, [seconds_at(turns[name], load)[plan.capacity] for name, plan in plans.items() if turns[name]])
     found = {}

@@ -73,7 +73,8 @@ def widths_of_step(recipe: Recipe, structure: Structure) -> dict[int, float]:
         return {capacity: 1.0}
     between = range(1, capacity)
     often = min(recipe.knobs["widths"], float(len(between))) / max(1, len(between))
-    return {0: 1.0, **dict.fromkeys(between, often), capacity: 1.0}
+    narrowest = 2.0 if recipe.knobs.get("mutual") else 1.0  # it is heard first
+    return {0: narrowest, **dict.fromkeys(between, often), capacity: 1.0}
 
 
 def flops(spec: ModelSpec, order: Order, samples: int) -> int:

@@ -6,24 +6,25 @@ it first comes up, and momentum moves them as it does all weights.
 Knobs of the recipe:
 
 * ``widths`` (whole number, default 0): with n > 0 every step also trains the narrowest width of the structure and n
-  random ones between, each from the same batch; the gradients of all are averaged and applied once. It keeps the narrow
-  widths good where only the wide one is asked for (the sandwich rule of slimmable networks, Yu and Huang, ICCV 2019).
+  random ones between, each from the same batch. It keeps the narrow widths good where only the wide one is asked for (the
+  sandwich rule of slimmable networks, Yu and Huang, ICCV 2019). There the gradients of all are added and applied once;
+  here the widths take turns from the widest down: each moves the weights by its own clipped gradient, and the next one
+  goes on from there. Momentum and decay move all weights at every turn.
 * ``distil`` (0 to 1, default 0): share of the soft part in the narrower widths' target, which is the full width's
   softmax output taken as a constant; the labels keep the rest (in-place distillation of the same paper). Cross-entropy
   is linear in its target, so that the mixed target is the mixed loss.
-* ``upward`` (0 to 1, default 0): the same the other way round, and not together with ``distil``. The narrowest width learns
-  from the labels, and its softmax output is the soft part of all wider ones' target. Where many devices train the narrowest
-  width and few the widest, it is the one that knows the classes which those few have not. So the share is ``upward`` times
-  what this device's labels lack: how far (in total variation, 0 to 1) their frequencies are from even ones. With as many
-  samples of each class the wider ones learn from the labels alone. The loss that is told is then that of the full width
-  against its mixed target.
+* ``mutual`` (0 to 1, default 0): the same in both directions, and not together with ``distil``. The full width also learns
+  from what the narrowest said before the step, by one more pass of it. Where many devices train the narrowest width
+  and few the widest, it is the one that knows the classes which those few have not. The share is ``mutual`` times what
+  this device's labels lack: how far (in total variation, 0 to 1) their frequencies are from even ones. With as many
+  samples of each class all learn from the labels alone. The loss that is told is that of the full width against its
+  mixed target. (Networks that teach each other: Zhang et al., *Deep Mutual Learning*, CVPR 2018.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def train(task: Task) -> Trained:
     if not knobs.widths or not task.engine.structure.capacity:
         return loop.run(task, mover.step, held=mover.held)
     rng = loop.rng_of(task)
-    soft = knobs.distil or (knobs.upward and knobs.upward * _lacking(task.y, task.engine.spec.classes))
+    soft = knobs.distil or (knobs.mutual and knobs.mutual * _lacking(task.y, task.engine.spec.classes))
     sandwich = _Sandwich(task, knobs, mover, rng, soft)
     return loop.run(task, sandwich.step, rng, dataclasses.replace(mover.held, views=[sandwich.narrow]))
 
@@ -54,7 +55,7 @@ def train(task: Task) -> Trained:
 class _Knobs:
     widths: int
     distil: float
-    upward: float
+    mutual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +70,36 @@ class _Sandwich:
     narrow: dict[int, Engine] = field(default_factory=dict)
 
     def step(self, x: Floats, y: Labels) -> float:
-        """Make one update from one batch; give the full width's mean loss."""
-        loss = loop.gathered(self.task, x, y, partial(self._pass, self._widths()))
+        """Move the weights once for every width, all by one batch, from the full one down; give its mean loss."""
+        full = self.task.engine.structure.capacity
+        soft: list[Floats] = []
+        if self.knobs.mutual and self.soft and full:
+            _, soft = self._turn(0, soft, x, y)  # heard, not learnt from: the next turn clears its gradients
+        loss, soft = self._turn(full, soft, x, y)
         self.mover.apply()
+        for capacity in self._narrower(full):
+            self._turn(capacity, soft, x, y)
+            self.mover.apply()
         return loss
 
-    def _pass(self, others: list[int], x: Floats, y: Labels, share: float) -> float:
-        """Run all widths: the first learns from the labels, and the others may learn from it; give the full one's loss."""
-        task, knobs, scale = self.task, self.knobs, share / (1 + len(others))
-        top, kind = task.engine.structure.capacity, task.recipe.loss
-        order = [*reversed(others), top] if knobs.upward else [top, *others]
-        target: Labels | Floats = y
-        loss = 0.0
-        for place, capacity in enumerate(order):
-            engine = self._engine(capacity)
-            found = engine.forward_backward(x, target, scale=scale, loss=kind)
-            loss = found if capacity == top else loss
-            if not place and (knobs.upward or knobs.distil):
-                target = _mixed(y, engine.logits, self.soft)
-        return loss
+    def _turn(self, capacity: int, soft: list[Floats], x: Floats, y: Labels) -> tuple[float, list[Floats]]:
+        """Gather a width's gradients for one batch; give its mean loss, and what another learns from it, by micro-batch.
+
+        Args:
+            capacity: Of the width.
+            soft: What it learns from, by micro-batch; empty for the labels.
+            x: Inputs.
+            y: Labels.
+        """
+        engine, given, said = self._engine(capacity), iter(soft), []
+
+        def each(x: Floats, y: Labels, share: float) -> float:
+            loss = engine.forward_backward(x, next(given, y), scale=share, loss=self.task.recipe.loss)
+            if self.soft:
+                said.append(_mixed(y, engine.logits, self.soft))
+            return loss
+
+        return loop.gathered(self.task, x, y, each), said
 
     def _engine(self, capacity: int) -> Engine:
         engine = self.task.engine
@@ -97,27 +109,26 @@ class _Sandwich:
             self.narrow[capacity] = self.task.apart.narrow(engine, capacity)
         return self.narrow[capacity]
 
-    def _widths(self) -> list[int]:
+    def _narrower(self, full: int) -> list[int]:
         """Draw the other widths of a step; there are none below the narrowest, to which an order may have been cut."""
-        capacity = self.task.engine.structure.capacity
-        if not capacity:
+        if not full:
             return []
-        between = self.rng.permutation(np.arange(1, capacity))[: self.knobs.widths]
+        between = self.rng.permutation(np.arange(1, full))[: self.knobs.widths]
         return [*sorted((int(k) for k in between), reverse=True), 0]
 
 
 def _knobs(recipe: Recipe) -> _Knobs:
-    widths, distil, upward = (recipe.knobs.get(name, 0.0) for name in ("widths", "distil", "upward"))
+    widths, distil, mutual = (recipe.knobs.get(name, 0.0) for name in ("widths", "distil", "mutual"))
     if widths != int(widths) or not 0 <= widths <= 64:
         raise SpecError(f"knob widths = {widths}: write a whole number from 0 to 64")
-    for name, soft in (("distil", distil), ("upward", upward)):
+    for name, soft in (("distil", distil), ("mutual", mutual)):
         if not 0 <= soft <= 1:
             raise SpecError(f"knob {name} = {soft}: write a number from 0 to 1")
-    if (distil or upward) and recipe.loss != "cross_entropy":
-        raise SpecError(f"knobs distil and upward make targets for cross_entropy, not for {recipe.loss}")
-    if distil and upward:
-        raise SpecError(f"knobs distil = {distil} and upward = {upward}: write 0 for one of them")
-    return _Knobs(int(widths), distil, upward)
+    if (distil or mutual) and recipe.loss != "cross_entropy":
+        raise SpecError(f"knobs distil and mutual make targets for cross_entropy, not for {recipe.loss}")
+    if distil and mutual:
+        raise SpecError(f"knobs distil = {distil} and mutual = {mutual}: write 0 for one of them")
+    return _Knobs(int(widths), distil, mutual)
 
 
 def _lacking(y: Labels, classes: int) -> float:

@@ -60,20 +60,26 @@ def oracle(arrays, x, y, recipe):
     leaves = {**shared, **own}
     speed = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     inputs, labels = torch.tensor(x, dtype=torch.float64), torch.tensor(y)
+    rng, up = np.random.default_rng([recipe.seed, 1]), {*shared, *(f"2/{name}" for name in NAMES)}
     for _ in range(recipe.epochs):
-        for leaf in leaves.values():
-            leaf.requires_grad_().grad = None
-        for k, count in enumerate((1, 2, 4)):
+        rng.permutation(len(x))  # one batch a pass
+        rng.permutation([1])
+        for k in (2, 1, 0):
+            up |= {f"{k}/{name}" for name in NAMES}
+            for leaf in leaves.values():
+                leaf.requires_grad_().grad = torch.zeros_like(leaf)
+            count = (1, 2, 4)[k]
             z = inputs @ shared["a.weight"][:count].T + shared["a.bias"][:count]
             z = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() * own[f"{k}/n.weight"] + own[f"{k}/n.bias"]
             output = z.relu() @ shared["o.weight"][:, :count].T + shared["o.bias"]
-            (torch.nn.functional.cross_entropy(output, labels) / 3).backward()
-        length = float(sum((leaf.grad**2).sum() for leaf in leaves.values()) ** 0.5)
-        assert length > recipe.clip, "or clipping is not tried"
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                speed[name] = recipe.momentum * speed[name] + leaf.grad * recipe.clip / length + recipe.decay * leaf
-                leaf.sub_(recipe.rate * speed[name])
+            torch.nn.functional.cross_entropy(output, labels).backward()
+            length = float(sum((leaf.grad**2).sum() for leaf in leaves.values()) ** 0.5)
+            assert length > recipe.clip, "or clipping is not tried"
+            with torch.no_grad():
+                for name in up:
+                    leaf = leaves[name]
+                    speed[name] = recipe.momentum * speed[name] + leaf.grad * recipe.clip / length + recipe.decay * leaf
+                    leaf.sub_(recipe.rate * speed[name])
     return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
 
 

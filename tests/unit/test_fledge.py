@@ -121,7 +121,7 @@ def test_samples_do_not_weigh_and_who_has_none_does_not_count():
 def test_each_device_trains_the_widest_that_it_holds_in_time():
     state, (draft,) = planned(start(deadline=2.0), 1, (DeviceView("a", GREAT),))
     assert draft.structure.capacity == TOP
-    assert (draft.recipe.rule, draft.recipe.knobs) == ("sgd", {"widths": 1.0, "upward": 1.0})
+    assert (draft.recipe.rule, draft.recipe.knobs) == ("sgd", {"widths": 1.0, "mutual": 1.0})
     needs = [predict(SPEC, whole_of(state).narrowed(k), draft.recipe, 1).bound for k in range(3)]
     views = [DeviceView(f"d{i}", n) for i, n in enumerate((needs[2], needs[1], needs[0], needs[0] - 1))]
     state, drafts = planned(state, 1, views)
@@ -186,7 +186,7 @@ def test_a_run_of_before_goes_on_without_what_it_does_not_know():
     state = dataclasses.replace(state, scalars={"params": old}, norms={})
     for number in range(1, 6):
         state, (draft,) = planned(state, number, (DeviceView("a", GREAT),))
-        assert draft.recipe.knobs.keys() == {"widths", "upward"}
+        assert draft.recipe.knobs.keys() == {"widths", "mutual"}
         state = fledge.close(state, (said(state, "a", TOP, seed=number),))
         assert state.scalars["due"] == {"a": TOP}
 
@@ -284,40 +284,39 @@ def gradients(params, x, target):
     return [outer.T @ x, outer.sum(0), inner.T @ first, inner.sum(0), last.T @ second, last.sum(0)], found, loss
 
 
-def upward(recipe, share):
+def mutual(recipe, share):
     """Give the parameters after training and the mean losses of the passes."""
     rng = np.random.default_rng([recipe.seed, 1])
     params = [array.astype(np.float64) for array in random_arrays(PLAIN, NESTED).values()]
     speed, losses = [np.zeros(p.shape) for p in params], []
     for _ in range(recipe.epochs):
-        order, passed = rng.permutation(len(X)), 0.0
+        order, passed, loss = rng.permutation(len(X)), 0.0, 0.0
         for begin in range(0, len(X), recipe.batch):
             rows = order[begin : begin + recipe.batch]
             between = rng.permutation(np.arange(1, 3))[: int(recipe.knobs["widths"])]
-            total, hard = [np.zeros(p.shape) for p in params], np.eye(3)[Y[rows]]
-            found, taught, _ = gradients(width(params, 0), X[rows], hard)
-            target = (1 - share) * hard + share * taught
-            each = [(0, found)]
-            for capacity in (*between, 3):
-                found, _, loss = gradients(width(params, capacity), X[rows], target)
-                each.append((capacity, found))
-            for capacity, found in each:
-                for place, gradient in zip(width(total, capacity), found, strict=True):
-                    np.add(place, gradient / len(each), out=place)
-            length = np.sqrt(sum((g**2).sum() for g in total))
-            for p, v, g in zip(params, speed, total, strict=True):
-                v[...] = recipe.momentum * v + min(1.0, recipe.clip / length) * g
-                np.subtract(p, recipe.rate * v, out=p)
+            hard = np.eye(3)[Y[rows]]
+            _, soft, _ = gradients(width(params, 0), X[rows], hard)
+            for capacity in (3, *sorted(between, reverse=True), 0):
+                own, found, told = gradients(width(params, capacity), X[rows], (1 - share) * hard + share * soft)
+                if capacity == 3:
+                    soft, loss = found, told
+                total = [np.zeros(p.shape) for p in params]
+                for place, gradient in zip(width(total, capacity), own, strict=True):
+                    np.add(place, gradient, out=place)
+                length = np.sqrt(sum((g**2).sum() for g in total))
+                for p, v, g in zip(params, speed, total, strict=True):
+                    v[...] = recipe.momentum * v + min(1.0, recipe.clip / length) * g
+                    np.subtract(p, recipe.rate * v, out=p)
             passed += loss * len(rows)
         losses.append(passed / len(X))
     return params, losses
 
 
 @pytest.mark.parametrize(("number", "share"), [(1, 0.5), (2, 0.3), (1, 1.0)])
-def test_the_narrowest_width_teaches_the_wider_ones(number, share):
-    knobs = {"widths": float(number), "upward": share}
+def test_the_widest_and_the_narrowest_width_teach_each_other(number, share):
+    knobs = {"widths": float(number), "mutual": share}
     recipe = Recipe(epochs=2, batch=8, rate=0.2, momentum=0.9, clip=0.3, seed=3, knobs=knobs)
-    params, losses = upward(recipe, share * sum(abs(np.mean(label == Y) - 1 / 3) for label in range(3)) / 2)
+    params, losses = mutual(recipe, share * sum(abs(np.mean(label == Y) - 1 / 3) for label in range(3)) / 2)
     for micro in (8, 3):
         engine, told = trained(recipe, micro)
         for found, wanted in zip(engine.params.values(), params, strict=True):
@@ -325,13 +324,13 @@ def test_the_narrowest_width_teaches_the_wider_ones(number, share):
         assert told.losses == pytest.approx(losses, rel=1e-4)
 
 
-def test_teaching_upward_changes_something_and_not_without_narrower_widths():
+def test_teaching_each_other_changes_something_and_not_without_narrower_widths():
     def params(**knobs):
         return [p.copy() for p in trained(Recipe(batch=8, clip=1.0, seed=2, knobs=knobs))[0].params.values()]
 
-    plain, taught = params(widths=1.0), params(widths=1.0, upward=0.5)
+    plain, taught = params(widths=1.0), params(widths=1.0, mutual=0.5)
     assert any(not np.array_equal(a, b) for a, b in zip(plain, taught, strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(params(), params(upward=0.5), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(params(), params(mutual=0.5), strict=True))
 
 
 def test_where_each_class_has_as_many_samples_the_labels_are_enough():
@@ -341,11 +340,11 @@ def test_where_each_class_has_as_many_samples_the_labels_are_enough():
 
     even, one = np.arange(21) % 3, np.zeros(21, np.int64)
     for labels, alike in ((even, True), (one, False)):
-        plain, taught = params(labels, widths=1.0), params(labels, widths=1.0, upward=1.0)
+        plain, taught = params(labels, widths=1.0), params(labels, widths=1.0, mutual=1.0)
         assert all(np.array_equal(a, b) for a, b in zip(plain, taught, strict=True)) is alike
 
 
 def test_wrong_knobs_are_explained():
-    for knobs, words in (({"upward": 1.5}, "upward"), ({"upward": 0.5, "distil": 0.5}, "write 0 for one")):
+    for knobs, words in (({"mutual": 1.5}, "mutual"), ({"mutual": 0.5, "distil": 0.5}, "write 0 for one")):
         with pytest.raises(SpecError, match=words):
             trained(Recipe(knobs={"widths": 1.0, **knobs}))

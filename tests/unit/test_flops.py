@@ -145,7 +145,8 @@ def test_widths_of_a_step_are_counted_as_often_as_they_are_drawn():
     assert of(3, knobs={"widths": 1.0}) == 40 * (each[3] + each[0]) + 20 * (each[1] + each[2])
     assert of(3, knobs={"widths": 9.0}) == 40 * sum(each)
     assert of(1, knobs={"widths": 1.0}) == 40 * (each[1] + each[0])
-    assert of(0, knobs={"widths": 1.0}) == 40 * each[0]
+    assert of(0, knobs={"widths": 1.0}) == of(0, knobs={"widths": 1.0, "mutual": 1.0}) == 40 * each[0]
+    assert of(1, knobs={"widths": 1.0, "mutual": 1.0}) == 40 * (each[1] + 2 * each[0])
     assert of(3, rule="fjord") == 10 * sum(each)
     assert of(3, rule="fjord", knobs={"distil": 1.0}) == 40 * each[3] + 10 * sum(each[:3])
 

@@ -48,11 +48,13 @@ def test_work_is_that_of_a_sample_by_hand():
 def test_narrower_widths_of_a_step_are_counted():
     structures = structures_of(start())
     narrow, between, wide = pace.loads(SPEC, structures)
-    assert pace.loads(SPEC, structures, 1) == (narrow, between + narrow, wide + narrow + between)
-    assert pace.loads(SPEC, structures, 9) == pace.loads(SPEC, structures, 1)
+    assert pace.loads(SPEC, structures, {"widths": 1.0}) == (narrow, between + narrow, wide + narrow + between)
+    assert pace.loads(SPEC, structures, {"widths": 9.0}) == pace.loads(SPEC, structures, {"widths": 1.0})
+    heard = pace.loads(SPEC, structures, {"widths": 1.0, "mutual": 1.0})
+    assert heard == (narrow, between + 2 * narrow, wide + 2 * narrow + between)
     four = tuple(Structure(k, {"a": (1, 2, 4, 6), "b": (3, 6, 9, 12)}, "r") for k in range(4))
     a, b, c, d = pace.loads(SPEC, four)
-    assert pace.loads(SPEC, four, 1)[3] == d + a + (b + c) / 2, "one of two, on average"
+    assert pace.loads(SPEC, four, {"widths": 1.0})[3] == d + a + (b + c) / 2, "one of two, on average"
 
 
 def test_seconds_by_hand():
@@ -84,7 +86,7 @@ def test_without_a_turn_memory_decides():
 def test_a_slow_device_is_given_a_narrower_width_and_a_fast_one_is_not():
     state, drafts = nestfl.plan(start(deadline=4.0), 1, (view("fast"), view("slow")), rng_of(0, 1))
     state = nestfl.close(state, tuple(answered(state, drafts)))
-    load = pace.loads(SPEC, structures_of(state), 1)
+    load = pace.loads(SPEC, structures_of(state), {"widths": 1.0})
     slow = 4.0 * load[2] / load[1] * 1.01  # so that not even the one between is in time
     state, drafts = nestfl.plan(state, 2, (view("fast", 4.0), view("slow", slow)), rng_of(0, 2))
     assert capacities(drafts) == {"fast": 2, "slow": 0}
@@ -107,7 +109,7 @@ def test_a_device_that_is_slow_beside_the_others_is_given_a_narrower_width():
     names = ("a", "b", "slow")
     state, drafts = nestfl.plan(start(slack=2.0), 1, tuple(map(view, names)), rng_of(0, 1))
     state = nestfl.close(state, tuple(answered(state, drafts)))
-    load = pace.loads(SPEC, structures_of(state), 1)
+    load = pace.loads(SPEC, structures_of(state), {"widths": 1.0})
     slow = 8.0 * load[2] / load[1] * 0.99  # the width between is over just in time
     fleet = (view("a", 3.0), view("b", 4.0), view("slow", slow))
     state, drafts = nestfl.plan(state, 2, fleet, rng_of(0, 2))
@@ -121,7 +123,7 @@ def test_a_device_that_is_slow_beside_the_others_is_given_a_narrower_width():
 def test_devices_are_compared_at_the_widest_width_that_memory_holds():
     """Two have dropped to the narrowest; by what they took there, the third would be several times as slow as they are."""
     state, drafts = nestfl.plan(start(slack=1.5), 1, tuple(map(view, "abc")), rng_of(0, 1))
-    load = pace.loads(SPEC, structures_of(state), 1)
+    load = pace.loads(SPEC, structures_of(state), {"widths": 1.0})
     said = [*answered(state, drafts[:2], capacity=0), *answered(state, drafts[2:])]
     state = nestfl.close(state, tuple(said))
     fleet = (view("a", 1.0), view("b", 1.0), view("c", 1.4 * load[2] / load[0]))

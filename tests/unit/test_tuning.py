@@ -65,7 +65,7 @@ def test_shares_of_classes_by_hand():
     [
         PLAIN,
         dataclasses.replace(PLAIN, clip=0.0, momentum=0.0),
-        dataclasses.replace(PLAIN, batch=16, knobs={"widths": 1.0, "upward": 0.5}),
+        dataclasses.replace(PLAIN, batch=16, knobs={"widths": 1.0, "mutual": 0.5}),
         dataclasses.replace(PLAIN, knobs={"widths": 1.0, "norms": 1.0, "adam": 1.0}, rate=0.01),
         dataclasses.replace(PLAIN, rule="fjord", knobs={"distil": 1.0}),
         dataclasses.replace(PLAIN, form="bfloat16"),
