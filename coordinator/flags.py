@@ -22,6 +22,9 @@ def subcommand(commands: Commands, name: str, text: str, examples: str) -> argpa
     return added
 
 
+_HALVING = (
+    "with commas: all configurations have a run with the first, the better half of them one with the next, and so on"
+)
 _ENGINE = "training engine: native or torch (default: native where it has all ops of the model)"
 
 
@@ -133,7 +136,7 @@ def add_compare(commands: Commands) -> None:
     )
     tune = "try the configurations on a validation part; the best of each goes on (of nested widths by the mean of all)"
     compare.add_argument("--tune", action="store_true", help=tune)
-    compare.add_argument("--tuning-seeds", default="1000", help="with commas, other ones (default: 1000)")
+    compare.add_argument("--tuning-seeds", default="1000", help=f"others; {_HALVING} (default: 1000)")
     compare.add_argument(
         "--target", default="0.95", help="accuracy to reach, or a share of a method's: 0.95*fedavg (default: 0.95)"
     )

@@ -52,7 +52,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "recipe.rule": "sgd",
         "recipe.epochs": 2.0,
         "recipe.batch": 32.0,
-        "recipe.rate": 0.15,
+        "recipe.rate": 0.1,
         "recipe.momentum": 0.9,
         "recipe.decay": 0.0,
         "recipe.clip": 2.0,

@@ -175,34 +175,50 @@ def compare(
 def _chosen(
     comparison: Comparison, variants: Sequence[tuple[Method, float | None]], store: Store, jobs: int, out: TextIO
 ) -> list[Params]:
-    """Choose a configuration for each method and density, by the median on the validation part (`_reached`)."""
-    tries = [
-        (place, params, comparison.trial(method, density, params, seed, tuning=True))
-        for place, (method, density) in enumerate(variants)
-        if len(method.configurations) > 1
-        for params in method.configurations
-        for seed in comparison.tuning_seeds
-    ]
-    found = _done([trial for _, _, trial in tries], store, jobs, out, "tuning runs")
+    """Choose a configuration for each method and density by what it is worth on the validation part (`_reached`).
+
+    By successive halving (Jamieson and Talwalkar, AISTATS 2016): all have a run with the first tuning seed, the better half
+    of them one with the next, and so on; the best by the mean of its seeds goes on. One that fails is the worst.
+    """
+    worth: list[list[list[float]]] = [[[] for _ in method.configurations] for method, _ in variants]
+    left = [list(range(len(each))) if len(each) > 1 else [] for each in worth]
+    for seed in comparison.tuning_seeds:
+        left = [_better(each, numbers) for each, numbers in zip(worth, left, strict=True)]
+        tries = [
+            (each[number], comparison.trial(method, density, method.configurations[number], seed, tuning=True))
+            for (method, density), each, numbers in zip(variants, worth, left, strict=True)
+            for number in numbers
+        ]
+        found = _done([trial for _, trial in tries], store, jobs, out, f"tuning runs, seed {seed}")
+        for (values, _), one in zip(tries, found, strict=True):
+            values.append(-1.0 if isinstance(one, Failure) else _reached(one))
     chosen = []
-    for place, (method, density) in enumerate(variants):
-        worth = []
-        for params in method.configurations:
-            mine = [one for (at, tried, _), one in zip(tries, found, strict=True) if (at, tried) == (place, params)]
-            worth.append(_median_accuracy(mine) if mine else 0.0)
-        best = method.configurations[worth.index(max(worth))]
-        chosen.append(best)
-        if len(worth) > 1:
+    for (method, density), each, numbers in zip(variants, worth, left, strict=True):
+        best = max(numbers, key=lambda number: _mean(each[number]), default=0)
+        chosen.append(method.configurations[best])
+        if numbers:
             part = "" if density is None else f" at density {density:g}"
-            said = ", ".join("failed" if w < 0 else f"{w:.4f}" for w in worth)
-            print(f"tuned {method.label}{part}: {said}; goes on with {dict(best)}", file=out, flush=True)
+            said = ", ".join(_said(values) for values in each)
+            print(f"tuned {method.label}{part}: {said}; goes on with {dict(chosen[-1])}", file=out, flush=True)
     return chosen
 
 
-def _median_accuracy(found: Sequence[Result | Failure]) -> float:
-    """Judge a configuration; one that failed once is worse than all that did not."""
-    reached = [-1.0 if isinstance(one, Failure) else _reached(one) for one in found]
-    return -1.0 if -1.0 in reached else statistics.median(reached)
+def _better(worth: Sequence[Sequence[float]], numbers: Sequence[int]) -> list[int]:
+    """Give the better half of configurations that have had their runs, in their order; all of those that had none yet."""
+    if not any(worth[number] for number in numbers):
+        return list(numbers)
+    best = sorted(numbers, key=lambda number: -_mean(worth[number]))
+    return sorted(best[: -(-len(best) // 2)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Judge a configuration by its runs; one that failed once is worse than all that did not."""
+    return -1.0 if -1.0 in values else statistics.fmean(values)
+
+
+def _said(values: Sequence[float]) -> str:
+    seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
+    return f"failed{seeds}" if _mean(values) < 0 else f"{_mean(values):.4f}{seeds}"
 
 
 def _reached(result: Result) -> float:

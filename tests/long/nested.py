@@ -49,6 +49,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
 _RATES, _RATES_50, _RATES_PEOPLE = (f"nested-{name}configs.json" for name in ("", "50-", "people-"))
 """What a tuned table tries for each method, as the file says; of the last two, four rates for all."""
+_TUNING = "1000,1001,1002"
+"""Seeds by which they are chosen: all with the first, the better half of them with the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Table:
         fleet: A profile.
         recipe: Of all methods.
         target: Accuracy to reach.
-        tuned: File beside this one with what each method first chooses among, on a validation part with a seed of its own;
+        tuned: File beside this one with what each method first chooses among, on a validation part with seeds of its own;
             empty for no choice.
         sets: What methods are told beside `OWN`, by ``METHOD.PARAM``.
     """
@@ -93,7 +95,8 @@ class Table:
         words += ["--devices", devices, "--select", self.select, "--evaluate-every", str(self.measured)]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--target", self.target]
-        words += ["--tune", "--configs", str(Path(__file__).with_name(self.tuned))] if self.tuned else []
+        if self.tuned:
+            words += ["--tune", "--tuning-seeds", _TUNING, "--configs", str(Path(__file__).with_name(self.tuned))]
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
         return [*words, *told(self.sets)]
@@ -120,6 +123,8 @@ _FEDMP = ",".join(
         *(f"uniform-{ratio}=fedmp" for ratio in RATIOS),
     ]
 )
+_POSTER = {"nestfl.recipe.rate": "0.15"}
+"""What suits the poster's method where nobody chooses; the default is that of the method with more widths in a step."""
 _SAME = {f"{label}.beta": "0.7" for label in ("nestfl", "heterofl", "fjord", "fedavg-20")}
 _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjord")}
 """The momentum that fledge ships with for its rivals too, at the rates that the table `digits` chose for them."""
@@ -139,6 +144,7 @@ TABLES = {
         select="random:10",
         measured=10,
         recipe=_MNIST,
+        sets=_POSTER,
     ),
     "motionsense": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",
@@ -158,6 +164,7 @@ TABLES = {
         f"perfedavg-hf-20=perfedavg,{PERSONAL},{UNBOUND},{PLAIN}",
         15,
         seeds="0",
+        sets=_POSTER,
     ),
 }
 

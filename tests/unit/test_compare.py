@@ -1,6 +1,5 @@
 """Comparisons: which runs they are made of, that finished ones are kept, and what is made of the results."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -13,49 +12,11 @@ from coordinator import cli
 from coordinator.algorithms import ALGORITHMS, by_name
 from coordinator.simulate import compare, compare_report, crew, trials
 from coordinator.simulate.trials import Failure, Store, Trial
-from coordinator.simulate.world import Config, Terms, build
+from coordinator.simulate.world import Config, Terms
+from tests.support.compared import a_result, asked, played
 from wire.errors import ConfigError
 
 SMALL = ["--model", "linear", "--devices", "2", "--rounds", "2", "--recipe", "rule=still", "--partition", "iid"]
-
-
-def asked(*words: str) -> compare.Comparison:
-    args = cli._parser().parse_args(["compare", *words])
-    assert isinstance(args, argparse.Namespace)
-    return compare._comparison(args)
-
-
-def a_result(config: Config, accuracy: float = 0.5):
-    """What a run might have given: better by the round, dearer with a larger rate."""
-    rate = float(config.params.get("recipe.rate", 0.1))
-    curve = [
-        {"round": n, "seconds_virtual": 10.0 * n * rate, "accuracy": accuracy * n / config.rounds if n % 2 == 0 else None,
-         "bytes_up": 100 * n, "bytes_down": 200 * n, "flops": 1000 * n}
-        for n in range(1, config.rounds + 1)
-    ]  # fmt: skip
-    last = {name: curve[-1][name] for name in ("seconds_virtual", "bytes_up", "bytes_down", "flops")}
-    devices = [{"name": f"d{i}", "bytes_peak": 100 * i} for i in range(3)]
-    return {
-        "algo": config.algo, "seed": config.seed, "accuracy": {"full": accuracy}, "curve": curve, "devices": devices,
-        "density_by_layer": {"out.weight": 0.5}, **last,
-    }  # fmt: skip
-
-
-def played(monkeypatch, worth):
-    """Let `worth(config)` stand for the processes: an accuracy, or a text that says why there is none."""
-    done = []
-
-    def work(jobs, _):
-        for trial, path in jobs:
-            done.append(trial)
-            found = worth(trial.config)
-            if isinstance(found, float):
-                trials.keep(path, trial.config, a_result(trial.config, found))
-            yield crew.Progress(trial, 1, None)
-            yield crew.Ended(trial, found if isinstance(found, str) else "", 0.1)
-
-    monkeypatch.setattr(compare, "work", work)
-    return done
 
 
 def test_the_grid_is_methods_times_densities_times_seeds(monkeypatch, tmp_path, capsys):
@@ -139,68 +100,6 @@ def test_the_source_of_a_run_is_what_it_imports():
     assert {"run", "world", "fleet", "flops", "advance", "fedavg", "aggregate", "algorithm"} <= files
     assert not {"nestfl", "angles", "compare", "server", "cli"} & files
     assert trials.source_digest("fedavg") != trials.source_digest("nestfl")
-
-
-def test_tuning_takes_the_best_configuration_on_other_seeds_and_other_data(monkeypatch, tmp_path, capsys):
-    worth = {0.1: 0.6, 0.2: 0.9, 0.3: 0.7}
-    done = played(
-        monkeypatch,
-        lambda config: "burst" if config.params["recipe.rate"] == 0.4 else worth[config.params["recipe.rate"]],
-    )
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps({"fedavg": [{"recipe.rate": rate} for rate in (0.1, 0.2, 0.3, 0.4)]}))
-    words = ["--algos", "fedavg", "--configs", str(file), "--seeds", "0,1"]
-    with pytest.raises(ConfigError, match="--tune"):
-        asked(*words)
-    with pytest.raises(ConfigError, match="other seeds"):
-        asked(*words, "--tune", "--tuning-seeds", "1,2")
-    comparison = asked(*words, "--tune", "--tuning-seeds", "100,101")
-    found = compare.compare(comparison, Store(tmp_path), 1)
-    assert [(t.config.seed, t.config.terms.tuning) for t in done] == [
-        *((100, True) for _ in range(4)),
-        *((101, True) for _ in range(4)),
-        (0, False),
-        (1, False),
-    ]
-    assert all(t.config.params["recipe.rate"] == 0.2 for t, _ in found)
-    assert "tuned fedavg: 0.6000, 0.9000, 0.7000, failed; goes on with {'recipe.rate': 0.2}" in capsys.readouterr().out
-
-
-def test_it_is_said_how_many_configurations_each_method_chose_from(monkeypatch, tmp_path, capsys):
-    played(monkeypatch, lambda _: 0.5)
-    file, out = tmp_path / "c.json", tmp_path / "o.json"
-    common = ["--seeds", "0", "--keep", str(tmp_path / "kept"), "--json", str(out)]
-
-    def told(group, *words):
-        file.write_text(
-            json.dumps({name: [{"recipe.rate": 0.1 * n} for n in range(1, 1 + count)] for name, count in group.items()})
-        )
-        words = ["compare", "--algos", "fedavg,feddip", "--configs", str(file), *words, *common]
-        assert cli.main(words) == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("configurations")]
-        return lines, json.loads(out.read_text())["configurations"]
-
-    unequal = ["configurations tried: UNEQUAL: fedavg 3, feddip 6"]
-    assert told({"fedavg": 3, "feddip": 6}, "--tune") == (unequal, {"fedavg": 3, "feddip": 6})
-    assert told({"fedavg": 2}, "--tune") == (
-        ["configurations tried: UNEQUAL: fedavg 2, feddip 1"],
-        {"fedavg": 2, "feddip": 1},
-    )
-    assert told({"*": 4}, "--tune") == (["configurations tried: fedavg 4, feddip 4"], {"fedavg": 4, "feddip": 4})
-    assert told({"*": 1}) == ([], {}), "nothing was chosen"
-
-
-def test_tuning_measures_on_a_validation_part_that_is_not_trained_on(tmp_path):
-    plain = build(Config(algo="fedavg", model="linear", partition="iid"), tmp_path / "a")
-    tuning = build(Config(algo="fedavg", model="linear", partition="iid", terms=Terms(tuning=True)), tmp_path / "b")
-
-    def lines(world, parts):
-        return {x.tobytes() for part in parts for x in part[0]}
-
-    own = [part for client in tuning.clients.values() for part in (client.data.train, client.data.validation)]
-    assert not lines(tuning, [tuning.test.test]) & lines(plain, [plain.test.test])
-    assert not lines(tuning, [tuning.test.test]) & lines(tuning, own)
-    assert len(tuning.test.test[0]) == round(0.1 * 1797)
 
 
 @pytest.mark.parametrize(
