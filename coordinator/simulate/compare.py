@@ -2,7 +2,7 @@
 
 Every algorithm runs with every seed, and with every density if it knows one. What is finished is kept (see `trials`), what
 fails is reported and the others go on. With ``--tune``, each method (at each density) first tries its configurations, at most
-six, on a validation part with other seeds; the one whose median accuracy is best goes on.
+six, on a validation part with other seeds, and the better half again with the next seed; the best in the mean goes on.
 """
 
 from __future__ import annotations
@@ -188,8 +188,11 @@ def _chosen(
             (each[number], comparison.trial(method, density, method.configurations[number], seed, tuning=True))
             for (method, density), each, numbers in zip(variants, worth, left, strict=True)
             for number in numbers
+            if len(numbers) > 1
         ]
         found = _done([trial for _, trial in tries], store, jobs, out, f"tuning runs, seed {seed}")
+        if found and all(isinstance(one, Failure) for one in found):
+            raise ConfigError(f"every run with tuning seed {seed} failed; see above, and --tuning-seeds")
         for (values, _), one in zip(tries, found, strict=True):
             values.append(-1.0 if isinstance(one, Failure) else _reached(one))
     chosen = []
@@ -283,6 +286,8 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         )
     tuning = _numbers(args.tuning_seeds, "--tuning-seeds", int) if args.tune else ()
     seeds = _numbers(args.seeds, "--seeds", int)
+    if args.tune and not tuning:
+        raise ConfigError("--tuning-seeds: write at least one, such as 1000")
     if set(seeds) & set(tuning):
         raise ConfigError("--tuning-seeds: write other seeds than those of --seeds")
     if not seeds or min(args.jobs, args.rounds, args.evaluate_every) < 1:

@@ -74,7 +74,9 @@ class _Sandwich:
         full = self.task.engine.structure.capacity
         soft: list[Floats] = []
         if self.knobs.mutual and self.soft and full:
-            _, soft = self._turn(0, soft, x, y)  # heard, not learnt from: the next turn clears its gradients
+            # Heard, not learnt from: the next turn clears these gradients. Without a backward pass batch norms would go by
+            # running statistics, which a narrower width has not.
+            _, soft = self._turn(0, soft, x, y)
         loss, soft = self._turn(full, soft, x, y)
         self.mover.apply()
         for capacity in self._narrower(full):

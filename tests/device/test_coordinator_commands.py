@@ -261,7 +261,7 @@ def test_algos_lists_and_explains(tmp_path: Path) -> None:
     assert facts["nestfl"]["params"] == dict(nestfl.PARAMS)
     text = run("algos", "nestfl").stdout
     assert "MobiCom 2022" in text
-    assert "recipe.rate = 0.1" in text
+    assert "recipe.rate = 0.1\n" in text
     told = run("algos", "nonsense")
     assert (told.returncode, told.stdout) == (2, "")
     assert "there are dpf, fedavg" in told.stderr

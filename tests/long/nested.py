@@ -49,8 +49,6 @@ OWN: Mapping[str, Mapping[str, str]] = {
 """What methods are told, by label, beside the recipe that all have and the model and fleet that the label asks for."""
 _RATES, _RATES_50, _RATES_PEOPLE = (f"nested-{name}configs.json" for name in ("", "50-", "people-"))
 """What a tuned table tries for each method, as the file says; of the last two, four rates for all."""
-_TUNING = "1000,1001,1002"
-"""Seeds by which they are chosen: all with the first, the better half of them with the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Table:
         fleet: A profile.
         recipe: Of all methods.
         target: Accuracy to reach.
-        tuned: File beside this one with what each method first chooses among, on a validation part with seeds of its own;
+        tuned: File beside this one with what each method first chooses among, on a validation part with a seed of its own;
             empty for no choice.
         sets: What methods are told beside `OWN`, by ``METHOD.PARAM``.
     """
@@ -95,8 +93,7 @@ class Table:
         words += ["--devices", devices, "--select", self.select, "--evaluate-every", str(self.measured)]
         words += [word for name, value in self.recipe.items() for word in ("--recipe", f"{name}={value}")]
         words += ["--target", self.target]
-        if self.tuned:
-            words += ["--tune", "--tuning-seeds", _TUNING, "--configs", str(Path(__file__).with_name(self.tuned))]
+        words += ["--tune", "--configs", str(Path(__file__).with_name(self.tuned))] if self.tuned else []
         for label in (method.partition("=")[0] for method in self.algos.split(",")):
             words += told({f"{label}.{name}": value for name, value in self._own(label).items()})
         return [*words, *told(self.sets)]

@@ -9,7 +9,7 @@ from coordinator.simulate import compare, compare_report, trials
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, build
 from tests.long import nested, sparse
-from tests.unit.test_compare import a_result, asked, found_of, played
+from tests.support.compared import a_result, asked, found_of, played
 from wire.errors import ConfigError
 from wire.spec import Structure, parameter_count
 
