@@ -9,7 +9,8 @@ from coordinator.simulate import compare, compare_report, trials
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, build
 from tests.long import nested, sparse
-from tests.support.compared import a_result, asked, found_of, played
+from tests.support.compared import a_result, asked, played
+from tests.unit.test_compare import found_of
 from wire.errors import ConfigError
 from wire.spec import Structure, parameter_count
 
