@@ -42,6 +42,7 @@ ABOUT = About("ours; docs/decisions/fledge.md", "ours", "tests/unit/test_fledge.
 PARAMS: Mapping[str, float | str] = MappingProxyType(
     {
         **TRAINING,
+        "recipe.rate": 0.05,
         "fractions": "0.2 0.4 0.6 0.8 1",
         "ranking_rounds": 1000.0,
         **pace.LIMITS,
