@@ -79,6 +79,7 @@ class Cutter:
         (Recipe(batch=8, momentum=0.9, decay=0.01), 1),
         (Recipe(batch=8, knobs={"adam": 1.0}, rate=0.01), 2),
         (Recipe(batch=8, clip=1.0, momentum=0.9, knobs={"widths": 1.0, "distil": 0.5}), 1),
+        (Recipe(batch=8, clip=1.0, momentum=0.9, knobs={"widths": 1.0, "mutual": 1.0}), 1),
         (Recipe(batch=8, rule="prox", momentum=0.9, knobs={"mu": 0.1}), 2),
         (Recipe(batch=8, rule="maml", knobs={"hf": 1.0}), 3),
     ],
