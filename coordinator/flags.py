@@ -136,7 +136,7 @@ def add_compare(commands: Commands) -> None:
     )
     tune = "try the configurations on a validation part; the best of each goes on (of nested widths by the mean of all)"
     compare.add_argument("--tune", action="store_true", help=tune)
-    compare.add_argument("--tuning-seeds", default="1000", help=f"others; {_HALVING} (default: 1000)")
+    compare.add_argument("--tuning-seeds", default="1000", help=f"seeds that choose; {_HALVING} (default: 1000)")
     compare.add_argument(
         "--target", default="0.95", help="accuracy to reach, or a share of a method's: 0.95*fedavg (default: 0.95)"
     )

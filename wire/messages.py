@@ -133,7 +133,7 @@ class Recipe:
         knobs: What else the rule understands. All that move weights by the recipe alone know ``adam``: above 0 they do it by
             Adam (Kingma and Ba, ICLR 2015) with its usual constants, fresh in every order, and make no use of `momentum`.
         form: How the update's values are written (see `forms`); what that loses is added to the device's next update.
-        steps: Updates in all, over as many passes as that takes; 0 for as many as `epochs` make.
+        steps: Batches in all, over as many passes as that takes; 0 for as many as `epochs` make.
         loss: ``cross_entropy`` of the softmax; ``binary_cross_entropy`` of each output against one-hot targets, the mean
             over classes and samples (PruneFL's public code); ``sum`` of all outputs, which knows no labels (SynFlow);
             ``mean_squared_error`` of the outputs from one-hot targets, the mean over classes and samples.

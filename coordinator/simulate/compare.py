@@ -183,7 +183,6 @@ def _chosen(
     worth: list[list[list[float]]] = [[[] for _ in method.configurations] for method, _ in variants]
     left = [list(range(len(each))) if len(each) > 1 else [] for each in worth]
     for seed in comparison.tuning_seeds:
-        left = [_better(each, numbers) for each, numbers in zip(worth, left, strict=True)]
         tries = [
             (each[number], comparison.trial(method, density, method.configurations[number], seed, tuning=True))
             for (method, density), each, numbers in zip(variants, worth, left, strict=True)
@@ -195,6 +194,7 @@ def _chosen(
             raise ConfigError(f"every run with tuning seed {seed} failed; see above, and --tuning-seeds")
         for (values, _), one in zip(tries, found, strict=True):
             values.append(-1.0 if isinstance(one, Failure) else _reached(one))
+        left = [_better(each, numbers) for each, numbers in zip(worth, left, strict=True)]
     chosen = []
     for (method, density), each, numbers in zip(variants, worth, left, strict=True):
         best = max(numbers, key=lambda number: _mean(each[number]), default=0)
@@ -207,9 +207,7 @@ def _chosen(
 
 
 def _better(worth: Sequence[Sequence[float]], numbers: Sequence[int]) -> list[int]:
-    """Give the better half of configurations that have had their runs, in their order; all of those that had none yet."""
-    if not any(worth[number] for number in numbers):
-        return list(numbers)
+    """Give the better half of configurations, one more where they are odd, in their order."""
     best = sorted(numbers, key=lambda number: -_mean(worth[number]))
     return sorted(best[: -(-len(best) // 2)])
 

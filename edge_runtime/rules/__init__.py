@@ -118,7 +118,7 @@ class Trained:
 
     Attributes:
         losses: Mean training loss of each epoch.
-        steps: Updates that were made.
+        steps: Batches that were gone through; as many updates, unless the rule makes several of one.
         extras: What the coordinator is told beside the update, by name of the tensor that it is about (see `Extra`).
         metrics: Numbers for the reply, by names of the rule's own choice.
         own: What the rule wants back at its next order here, as whole float32 arrays by any name; kept with the commit.

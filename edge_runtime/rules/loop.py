@@ -27,7 +27,7 @@ def rng_of(task: Task) -> np.random.Generator:
 
 
 def count_steps(task: Task) -> int:
-    """Count the updates that the recipe asks for; none without samples."""
+    """Count the batches that the recipe asks for; none without samples."""
     if not len(task.x):
         return 0
     return task.recipe.steps or task.recipe.epochs * -(-len(task.x) // task.recipe.batch)

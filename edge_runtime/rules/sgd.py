@@ -24,6 +24,7 @@ Knobs of the recipe:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,36 +73,40 @@ class _Sandwich:
     def step(self, x: Floats, y: Labels) -> float:
         """Move the weights once for every width, all by one batch, from the full one down; give its mean loss."""
         full = self.task.engine.structure.capacity
-        soft: list[Floats] = []
+        heard: list[Floats] = []
+        said: list[Floats] = []
         if self.knobs.mutual and self.soft and full:
             # Heard, not learnt from: the next turn clears these gradients. Without a backward pass batch norms would go by
             # running statistics, which a narrower width has not.
-            _, soft = self._turn(0, soft, x, y)
-        loss, soft = self._turn(full, soft, x, y)
+            self._turn(0, [], x, y, heard)
+        loss = self._turn(full, heard, x, y, said if self.soft else None)
         self.mover.apply()
         for capacity in self._narrower(full):
-            self._turn(capacity, soft, x, y)
+            self._turn(capacity, said, x, y)
             self.mover.apply()
         return loss
 
-    def _turn(self, capacity: int, soft: list[Floats], x: Floats, y: Labels) -> tuple[float, list[Floats]]:
-        """Gather a width's gradients for one batch; give its mean loss, and what another learns from it, by micro-batch.
+    def _turn(
+        self, capacity: int, soft: Sequence[Floats], x: Floats, y: Labels, said: list[Floats] | None = None
+    ) -> float:
+        """Gather a width's gradients for one batch; give its mean loss.
 
         Args:
             capacity: Of the width.
             soft: What it learns from, by micro-batch; empty for the labels.
             x: Inputs.
             y: Labels.
+            said: What others learn from it is put here, by micro-batch, in all ``(samples, classes)``.
         """
-        engine, given, said = self._engine(capacity), iter(soft), []
+        engine, given = self._engine(capacity), iter(soft)
 
         def each(x: Floats, y: Labels, share: float) -> float:
             loss = engine.forward_backward(x, next(given, y), scale=share, loss=self.task.recipe.loss)
-            if self.soft:
+            if said is not None:
                 said.append(_mixed(y, engine.logits, self.soft))
             return loss
 
-        return loop.gathered(self.task, x, y, each), said
+        return loop.gathered(self.task, x, y, each)
 
     def _engine(self, capacity: int) -> Engine:
         engine = self.task.engine

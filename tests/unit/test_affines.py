@@ -59,18 +59,27 @@ def oracle(arrays, x, y, recipe):
     own = {f"{k}/{n}": torch.tensor(a, dtype=torch.float64) for k, held in sets.items() for n, a in held.items()}
     leaves = {**shared, **own}
     speed = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    inputs, labels = torch.tensor(x, dtype=torch.float64), torch.tensor(y)
+    inputs, hard = torch.tensor(x, dtype=torch.float64), torch.nn.functional.one_hot(torch.tensor(y)).double()
+    share = recipe.knobs.get("mutual", 0.0) * float((hard.mean(0) - 1 / hard.shape[1]).abs().sum()) / 2
+    assert (share > 0) == bool(recipe.knobs.get("mutual"))
     up = {*shared, *(f"2/{name}" for name in NAMES)}
+
+    def run(k):
+        count = (1, 2, 4)[k]
+        z = inputs @ shared["a.weight"][:count].T + shared["a.bias"][:count]
+        z = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() * own[f"{k}/n.weight"] + own[f"{k}/n.bias"]
+        return z.relu() @ shared["o.weight"][:, :count].T + shared["o.bias"]
+
     for _ in range(recipe.epochs):
+        soft = run(0).softmax(1).detach()
+        up |= {f"0/{name}" for name in NAMES if share}
         for k in (2, 1, 0):  # one batch a pass
             up |= {f"{k}/{name}" for name in NAMES}
             for leaf in leaves.values():
                 leaf.requires_grad_().grad = torch.zeros_like(leaf)
-            count = (1, 2, 4)[k]
-            z = inputs @ shared["a.weight"][:count].T + shared["a.bias"][:count]
-            z = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt() * own[f"{k}/n.weight"] + own[f"{k}/n.bias"]
-            output = z.relu() @ shared["o.weight"][:, :count].T + shared["o.bias"]
-            torch.nn.functional.cross_entropy(output, labels).backward()
+            output = run(k)
+            torch.nn.functional.cross_entropy(output, (1 - share) * hard + share * soft).backward()
+            soft = output.softmax(1).detach() if k == 2 else soft
             length = float(sum((leaf.grad**2).sum() for leaf in leaves.values()) ** 0.5)
             assert length > recipe.clip, "or clipping is not tried"
             with torch.no_grad():
@@ -81,9 +90,11 @@ def oracle(arrays, x, y, recipe):
     return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
 
 
-def test_a_step_moves_the_norms_of_each_width_that_it_trains_and_nothing_else_apart(tmp_path):
+@pytest.mark.parametrize("mutual", [0.0, 1.0])
+def test_a_step_moves_the_norms_of_each_width_that_it_trains_and_nothing_else_apart(tmp_path, mutual):
     arrays, data = random_arrays(SPEC, Structure(), 1, 1.0) | {"n.variance": floats(1, 2, 3, 4)}, dataset(SPEC)
-    recipe = Recipe(rate=0.1, batch=40, epochs=4, momentum=0.9, decay=0.01, clip=0.05, knobs=KNOBS)
+    knobs = KNOBS | {"mutual": mutual}
+    recipe = Recipe(rate=0.1, batch=40, epochs=4, momentum=0.9, decay=0.01, clip=0.05, knobs=knobs)
     done = perform(job(tmp_path, SPEC, arrays, [THREE], recipe, norms=OWN), data)
     wanted = oracle(arrays, *data.train, recipe)
     with open_blob(Path(done.update)) as blob:

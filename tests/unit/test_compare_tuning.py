@@ -27,6 +27,8 @@ def test_tuning_takes_the_best_configuration_on_other_seeds_and_other_data(monke
         asked(*words)
     with pytest.raises(ConfigError, match="other seeds"):
         asked(*words, "--tune", "--tuning-seeds", "1,2")
+    with pytest.raises(ConfigError, match="at least one"):
+        asked(*words, "--tune", "--tuning-seeds", ",")
     comparison = asked(*words, "--tune", "--tuning-seeds", "100,101,102")
     found = compare.compare(comparison, Store(tmp_path), 1)
     assert [(t.config.seed, t.config.terms.tuning, t.config.params["recipe.rate"]) for t in done] == [
@@ -66,7 +68,9 @@ def test_tuning_goes_by_the_mean_of_the_seeds_and_leaves_out_what_failed_once(mo
     assert [(t.config.seed, t.config.params["recipe.rate"]) for t in done][:2] == [(8, 0.1), (8, 0.2)], (
         "the rest is kept"
     )
+    assert chosen(0.1, 0.2, 0.3, seeds="8,7") == 0.1, "though the last seed says .2"
     assert chosen(0.2, 0.1, seeds="9,7") == 0.1
+    assert chosen(0.1, 0.2, 0.3, seeds="7,9") == 0.1, "what fails with the last seed only is out as well"
 
 
 def test_it_is_said_how_many_configurations_each_method_chose_from(monkeypatch, tmp_path, capsys):
