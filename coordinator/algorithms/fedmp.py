@@ -79,7 +79,11 @@ _POLICIES = ("eucb", "bounded", "deadline", "uniform")
 _CURVES = ("regression", "bandit")
 _WIDTHS_MAX = 64
 _HEARD = 3
-"""Turns of a device whose mean loss says how far it is."""
+"""Rounds whose losses say how far the fleet is."""
+_FLEET, _SLOW = 64, 0.9
+"""Devices, heard of last, whose times stand for those of one that is not known, and which quantile of theirs does."""
+_FLEET_TURNS = 480
+"""Turns, about, of which is learnt what ratios are worth."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -101,15 +105,15 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
 def plan(
     state: State, round_number: int, devices: tuple[DeviceView, ...], rng: np.random.Generator
 ) -> tuple[State, tuple[Draft, ...]]:
-    """See `coordinator.algorithm.Algorithm.plan`: what the last turns took is learnt, ratios are chosen, channels ranked."""
+    """See `coordinator.algorithm.Algorithm.plan`: ratios are chosen, channels ranked."""
     params = state.scalars["params"]
     recipe = recipe_at(params, round_number)
     devices = tuple(sorted(devices, key=lambda d: d.name))
-    clients = _settled(ratios.read(state), devices, params)
+    clients = ratios.read(state)
     least = _least(state.spec, recipe, devices)
     known = dict(state.scalars)
     devices = tuple(d for d in devices if d.name in least)
-    known["stretch"] = _stretched(state, clients, devices)
+    known["stretch"] = _stretched(state, clients)
     if "common" in known and len(_probing(params, clients, devices)) < len(devices):
         known["common"] = common.played(known["common"], round_number, _terms(params), rng)
     chosen = _chosen(known, clients, devices, least, rng)
@@ -119,12 +123,11 @@ def plan(
     levels = rank(state.spec, state.weights, widths, progressive=False)
     scalars = {**known, "ratios": distinct}
     state = dataclasses.replace(state, round=round_number, levels=levels, widths=widths, scalars=scalars)
-    state = ratios.remembered(state, clients)
     return state, _drafts(state, recipe, devices, wanted, rng)
 
 
 def close(state: State, answers: Answers | Iterable[Answer]) -> State:
-    """See `coordinator.algorithm.Algorithm.close`.
+    """See `coordinator.algorithm.Algorithm.close`: what devices lost and what it took is learnt, and the answers are joined.
 
     Memory: one sum of the model's size, which becomes the new weights, and one answer.
 
@@ -132,36 +135,29 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
         Malformed: An answer is of another ranking than this round's.
     """
     params, clients = state.scalars["params"], ratios.read(state)
-    told, whole, widest = dict[str, ratios.Client](), whole_of(state), 0
-    turns = list[tuple[ratios.Due, float]]()
+    told, whole, widest = dict[str, tuple[ratios.Client, ratios.Due]](), whole_of(state), 0
     for answer in counted(answers, whole):
         client = clients.get(answer.device) or ratios.Client(bandit.fresh(_terms(params)).edges)
         ratio = state.scalars["ratios"][answer.structure.capacity]
-        told[answer.device] = after = ratios.heard(client, state.round, ratio, answer)
-        turns += [(after.due, answer.seconds_turn)] if after.due is not None else []
+        told[answer.device] = ratios.heard(client, state.round, ratio, answer)
         widest = max(widest, answer.structure.capacity)
         del answer
     state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
     if "common" in state.scalars:
-        learnt = common.settled(state.scalars["common"], turns, _terms(params))
+        learnt = common.settled(state.scalars["common"], [due for _, due in told.values()], _terms(params))
         state = dataclasses.replace(state, scalars={**state.scalars, "common": learnt})
     share = float(params["fade" if params["policy"] == "deadline" else "fade.others"])
     if told and share:
         state = dataclasses.replace(state, weights=faded(state.spec, state.weights, state.levels, widest, share))
-    return ratios.remembered(state, roster.latest(clients, told))
+    rewards = {"eucb": ratios.by_gap(float(params["floor"])), "bounded": ratios.by_speed}
+    settled = ratios.settled(told, _terms(params), rewards.get(str(params["policy"])))
+    return ratios.remembered(state, roster.latest(clients, settled))
 
 
 def facts(state: State) -> Mapping[str, float]:
     """See `coordinator.algorithm.Algorithm`: least, mean and most of the ratios that the round's devices trained by."""
-    now = [one.due.ratio for one in ratios.read(state).values() if one.due is not None and one.due.round == state.round]
+    now = [turn.ratio for one in ratios.read(state).values() for turn in one.turns[-1:] if turn.round == state.round]
     return {"ratio.least": min(now), "ratio.mean": sum(now) / len(now), "ratio.most": max(now)} if now else {}
-
-
-def _settled(
-    clients: ratios.Clients, devices: Sequence[DeviceView], params: Mapping[str, Any]
-) -> dict[str, ratios.Client]:
-    rewards = {"eucb": ratios.by_gap(float(params["floor"])), "bounded": ratios.by_speed}
-    return ratios.settled(clients, devices, _terms(params), rewards.get(str(params["policy"])))
 
 
 def _chosen(
@@ -188,16 +184,14 @@ def _by_deadline(
     devices: Sequence[DeviceView],
     least: Mapping[str, float],
 ) -> dict[str, float]:
-    """Probe the devices of which little is known; solve the others' ratios against a common deadline."""
+    """Probe while little is known of the fleet; then solve ratios against a common deadline."""
     params, loads = scalars["params"], scalars["load"]
     chosen = _probing(params, clients, devices)
-    turns = {device.name: clients[device.name].turns for device in devices if device.name not in chosen}
-    rest = list(turns)
+    rest = [device.name for device in devices if device.name not in chosen]
     if rest:
         load = deadline.Load(*(tuple(line) for line in loads))
-        timed = [[(turn.ratio, turn.seconds) for turn in turns[name]] for name in rest]
-        seconds = np.array([deadline.seconds_of(load, pairs, float(params["trust"])) for pairs in timed])
-        said = [worth.Said(name, t.round, t.ratio, t.loss) for name in rest for t in turns[name] if t.loss > 0.0]
+        seconds = _seconds(load, clients, rest, float(params["trust"]))
+        said = [worth.Said(name, t.round, t.ratio, t.loss) for name, t in _newest(clients) if t.loss > 0.0]
         held, high = [least[name] for name in rest], float(params["high"])
         if "common" in scalars:
             found = deadline.at(seconds, held, high, float(scalars["common"]["played"][1]))
@@ -208,17 +202,43 @@ def _by_deadline(
     return chosen
 
 
+def _seconds(load: deadline.Load, clients: ratios.Clients, names: Sequence[str], trust: float) -> deadline.Numbers:
+    """Give what a turn of each device takes at every ratio; a device without measured turns is taken for a slow one."""
+    timed = {name: [(t.ratio, t.seconds) for t in one.turns if t.seconds > 0.0] for name, one in clients.items()}
+    found = {name: deadline.seconds_of(load, timed[name], trust) for name in names if timed.get(name)}
+    strangers = [name for name in names if name not in found]
+    if strangers:
+        others = [turns for turns in timed.values() if turns][-_FLEET:]
+        slow = np.quantile([deadline.seconds_of(load, turns, trust) for turns in others], _SLOW, axis=0)
+        found |= dict.fromkeys(strangers, slow)
+    return np.array([found[name] for name in names])
+
+
+def _newest(clients: ratios.Clients) -> list[tuple[str, ratios.Turn]]:
+    """Give the turns of the fleet that were last, of which worth is learnt."""
+    turns = [(name, turn) for name, one in clients.items() for turn in one.turns]
+    oldest = sorted((turn.round for _, turn in turns), reverse=True)[:_FLEET_TURNS][-1:]
+    return [(name, turn) for name, turn in turns if turn.round >= oldest[0]]
+
+
 def _probing(params: Mapping[str, Any], clients: ratios.Clients, devices: Sequence[DeviceView]) -> dict[str, float]:
-    """Give those devices a probe of which little is known."""
+    """Give devices a probe as long as little is known: as many turns as there are probes, of each or of the fleet.
+
+    Where few of many devices are asked in a round, most have had no turn or one for a long time. What the others' turns say
+    of the fleet must do for them.
+    """
     probes = _numbers(str(params["probes"]))
-    turns = {device.name: len(clients[device.name].turns) if device.name in clients else 0 for device in devices}
-    return {name: probes[count] for name, count in turns.items() if count < len(probes)}
+    turns = {name: sum(t.seconds > 0.0 for t in one.turns) for name, one in clients.items()}
+    heard = sum(turns.values()) // max(1, len(devices))
+    stage = {device.name: max(heard, turns.get(device.name, 0)) for device in devices}
+    return {name: probes[count] for name, count in stage.items() if count < len(probes)}
 
 
-def _stretched(state: State, clients: ratios.Clients, devices: Sequence[DeviceView]) -> float:
-    """Give how many times the deadline is what pays best; it never shrinks."""
+def _stretched(state: State, clients: ratios.Clients) -> float:
+    """Give how many times the deadline is what pays best, by the losses of the last rounds; it never shrinks."""
     params = state.scalars["params"]
-    turns = [[t.loss for t in clients[d.name].turns[-_HEARD:] if t.loss > 0.0] for d in devices if d.name in clients]
+    since = state.round - _HEARD
+    turns = [[t.loss for t in one.turns if t.round > since and t.loss > 0.0] for one in clients.values()]
     learnt = float(params["learnt"]) * math.log(max(2, state.spec.classes))
     wanted = deadline.stretch([sum(line) / len(line) for line in turns if line], learnt, float(params["grow"]))
     return max(wanted, float(state.scalars["stretch"]))

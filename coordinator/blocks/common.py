@@ -25,18 +25,16 @@ def fresh(terms: bandit.Terms) -> dict[str, Any]:
     return _plain(bandit.fresh(_whole(terms)), ())
 
 
-def settled(
-    common: Mapping[str, Any], turns: Sequence[tuple[ratios.Due, float]], terms: bandit.Terms
-) -> dict[str, Any]:
+def settled(common: Mapping[str, Any], answers: Sequence[ratios.Due], terms: bandit.Terms) -> dict[str, Any]:
     """Teach the bandit the round that it has played; one that it did not play, or of which nothing is known, teaches nothing.
 
     Args:
         common: What is remembered.
-        turns: What each device that answered said, and the seconds of its turn; 0 where they are not known.
+        answers: What each device that answered said.
         terms: The bandit's constants, but for the interval.
     """
     known, waiting = _bandit(common), common["played"]
-    earned = _earned([(due, took) for due, took in turns if due.round == waiting[0]]) if waiting else None
+    earned = _earned([due for due in answers if due.round == waiting[0]]) if waiting else None
     return _plain(known if earned is None else bandit.learnt(known, _whole(terms), waiting[1], earned), ())
 
 
@@ -49,17 +47,17 @@ def played(
     return _plain(known, (round_number, share))
 
 
-def _earned(turns: Sequence[tuple[ratios.Due, float]]) -> float | None:
+def _earned(answers: Sequence[ratios.Due]) -> float | None:
     """Give the mean share of its loss that a device lost, per second of the slowest; None if nobody says.
 
     A device counts for no more than all of its loss, lost or gained: what it says is its word, and small losses may double.
     """
-    timed = [(due, took) for due, took in turns if took > 0.0]
-    lost = [due.decrease / due.before for due, _ in timed if due.decrease is not None and due.before > 0.0]
+    timed = [due for due in answers if due.took > 0.0]
+    lost = [due.decrease / due.before for due in timed if due.decrease is not None and due.before > 0.0]
     if not lost:
         return None
     mean = sum(min(1.0, max(-1.0, share)) for share in lost) / len(lost)
-    return bandit.speed_reward(mean, max(took for _, took in timed))
+    return bandit.speed_reward(mean, max(due.took for due in timed))
 
 
 def _bandit(common: Mapping[str, Any]) -> bandit.Bandit:

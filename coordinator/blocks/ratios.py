@@ -1,7 +1,7 @@
 """What a coordinator remembers of each device to choose its ratio: its bandit, its measured turns, its last loss.
 
-A round's losses come with its answers; how long its turns took is known when the next round is planned. So an answer waits
-(`heard`) until its device is seen again with a time (`settled`), and only then does the bandit learn.
+An answer says what its device lost and how long it took (`heard`); once all of a round are there, the devices' bandits learn
+what that earned (`settled`).
 
 A device's memory is some kilobytes, so that it goes into a state's arrays and only its name into the header.
 """
@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.algorithm import Answer, DeviceView, State
+from coordinator.algorithm import Answer, State
 from coordinator.blocks import bandit
 
 TURNS = 24
-"""Measured turns that are remembered of a device."""
+"""Turns that are remembered of a device."""
 
 _ROOM = "clients/"
-_LINES = ("edges", "ratios", "rewards", "turns", "loss", "due")
+_LINES = ("edges", "ratios", "rewards", "turns", "loss")
 _TURN = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """An answer whose time is not known yet.
+    """What an answer says of its round.
 
     Attributes:
         round: Its round.
@@ -39,6 +39,7 @@ class Due:
         decrease: Loss before minus loss after, see `heard`; None where the device did not say.
         before: The loss before.
         first: Mean training loss of the first local pass; 0 where the device did not say.
+        took: Seconds from the issue of the order to the answer's arrival; 0 where they are not known.
     """
 
     round: int
@@ -46,6 +47,7 @@ class Due:
     decrease: float | None = None
     before: float = 1.0
     first: float = 0.0
+    took: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Turn:
     Attributes:
         round: When.
         ratio: What was trained.
-        seconds: From the issue of the order to the answer's arrival.
+        seconds: From the issue of the order to the answer's arrival; 0 where they are not known.
         loss: Mean training loss of the first local pass; 0 where the device did not say.
     """
 
@@ -75,7 +77,6 @@ class Client:
         rewards: Likewise.
         turns: Its last turns, the oldest first.
         loss: Mean training loss of the last pass of its last answer.
-        due: Its last answer, until its time is known.
     """
 
     edges: Sequence[float]
@@ -83,7 +84,6 @@ class Client:
     rewards: Sequence[float] = ()
     turns: Sequence[Turn] = ()
     loss: float | None = None
-    due: Due | None = None
 
     @property
     def bandit(self) -> bandit.Bandit:
@@ -93,8 +93,8 @@ class Client:
 
 Clients = Mapping[str, Client]
 
-Reward = Callable[[Due, float, Sequence[float]], float]
-"""Gives what an answer earned, from itself, its seconds, and those of all answers of its round."""
+Reward = Callable[[Due, Sequence[float]], float]
+"""Gives what an answer earned, from itself and the seconds of all answers of its round."""
 
 
 def remembered(state: State, clients: Clients) -> State:
@@ -120,16 +120,12 @@ def read(state: State) -> dict[str, Client]:
 
 def _parts(client: Client) -> tuple[Sequence[float], ...]:
     """Take a client apart, in the order of `_LINES`; what there is not is no number, or one that is none."""
-    due = client.due
     return (
         client.edges,
         client.ratios,
         client.rewards,
         [number for turn in client.turns for number in (turn.round, turn.ratio, turn.seconds, turn.loss)],
         () if client.loss is None else (client.loss,),
-        ()
-        if due is None
-        else (due.round, due.ratio, math.nan if due.decrease is None else due.decrease, due.before, due.first),
     )
 
 
@@ -145,18 +141,14 @@ def _rows(state: State, field: str) -> list[tuple[float, ...]]:
 
 
 def _client(rows: Sequence[Sequence[float]]) -> Client:
-    edges, played, rewards, turns, loss, due = rows
+    edges, played, rewards, turns, loss = rows
     each = [turns[place : place + _TURN] for place in range(0, len(turns), _TURN)]
     told = tuple(Turn(int(number), ratio, seconds, said) for number, ratio, seconds, said in each)
-    return Client(edges, played, rewards, told, loss[0] if loss else None, _due(*due) if due else None)
+    return Client(edges, played, rewards, told, loss[0] if loss else None)
 
 
-def _due(number: float, ratio: float, decrease: float, before: float, first: float) -> Due:
-    return Due(int(number), ratio, None if math.isnan(decrease) else decrease, before, first)
-
-
-def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> Client:
-    """Take in an answer.
+def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> tuple[Client, Due]:
+    """Take in an answer: give its device as it is then, and what is to be settled.
 
     The decrease is the ``loss`` (mean training loss of the last local pass) of the device's answer before this one, less that
     of this one: the same samples, each seen once in either, and each time after training. At its first answer it is
@@ -169,41 +161,30 @@ def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> Cl
         answer: Its metrics are the device's word; what is no number in them is not used.
     """
     after, first = (answer.metrics.get(name, math.nan) for name in ("loss", "loss.first"))
-    before = first if client.loss is None else client.loss
+    before, took = first if client.loss is None else client.loss, max(0.0, answer.seconds_turn)
     if not (math.isfinite(after) and math.isfinite(first)):
-        return dataclasses.replace(client, due=Due(round_number, ratio))
+        return client, Due(round_number, ratio, took=took)
     decrease = before - after
-    due = Due(round_number, ratio, decrease if math.isfinite(decrease) else None, before, max(0.0, first))
-    return dataclasses.replace(client, loss=after, due=due)
+    due = Due(round_number, ratio, decrease if math.isfinite(decrease) else None, before, max(0.0, first), took)
+    return dataclasses.replace(client, loss=after), due
 
 
-def settled(
-    clients: Clients, devices: Sequence[DeviceView], terms: bandit.Terms, reward: Reward | None
-) -> dict[str, Client]:
-    """Give each device that is here its last turn's time, and its bandit what the turn earned; no reward, no bandit.
+def settled(told: Mapping[str, tuple[Client, Due]], terms: bandit.Terms, reward: Reward | None) -> dict[str, Client]:
+    """Give each device that has answered its turn, and its bandit what that earned; without reward or time it learns nothing.
 
-    The times of a round are those of its devices that are here; of one that is not selected again they come later, and with
-    the times that are known then.
+    Args:
+        told: All answers of a round, see `heard`, by device.
+        terms: Of the bandits.
+        reward: What they learn; None for no bandit.
     """
-    times = {d.name: d.seconds_turn for d in devices if d.seconds_turn > 0.0}
-    rounds: dict[int, list[float]] = {}
-    for name, took in times.items():
-        due = clients[name].due if name in clients else None
-        if due is not None:
-            rounds.setdefault(due.round, []).append(took)
-    found = dict(clients)
-    for name, took in times.items():
-        due = clients[name].due if name in clients else None
-        if due is not None:
-            earned = math.nan if reward is None else reward(due, took, rounds[due.round])
-            found[name] = _timed(clients[name], due, took, terms, earned)
-    return found
+    times = [due.took for _, due in told.values() if due.took > 0.0]
+    return {name: _turned(client, due, terms, reward and reward(due, times)) for name, (client, due) in told.items()}
 
 
-def _timed(client: Client, due: Due, took: float, terms: bandit.Terms, earned: float) -> Client:
-    turns = (*client.turns, Turn(due.round, due.ratio, took, due.first))[-TURNS:]
-    client = dataclasses.replace(client, turns=turns, due=None)
-    if not math.isfinite(earned):
+def _turned(client: Client, due: Due, terms: bandit.Terms, earned: float | None) -> Client:
+    turns = (*client.turns, Turn(due.round, due.ratio, due.took, due.first))[-TURNS:]
+    client = dataclasses.replace(client, turns=turns)
+    if earned is None or not math.isfinite(earned):
         return client
     after = bandit.learnt(client.bandit, terms, due.ratio, earned)
     return dataclasses.replace(client, edges=after.edges, ratios=after.ratios, rewards=after.rewards)
@@ -212,17 +193,16 @@ def _timed(client: Client, due: Due, took: float, terms: bandit.Terms, earned: f
 def by_gap(floor: float) -> Reward:
     """Give the paper's reward; see `bandit.gap_reward`."""
 
-    def earned(due: Due, took: float, all_took: Sequence[float]) -> float:
-        if due.decrease is None:
+    def earned(due: Due, times: Sequence[float]) -> float:
+        if due.decrease is None or not due.took:
             return math.nan
-        return bandit.gap_reward(due.decrease, took, sum(all_took) / len(all_took), floor)
+        return bandit.gap_reward(due.decrease, due.took, sum(times) / len(times), floor)
 
     return earned
 
 
-def by_speed(due: Due, took: float, all_took: Sequence[float]) -> float:
+def by_speed(due: Due, times: Sequence[float]) -> float:
     """Give the bounded reward; see `bandit.speed_reward`."""
-    del took
-    if due.decrease is None or not due.before > 0.0:
+    if due.decrease is None or not due.before > 0.0 or not due.took:
         return math.nan
-    return bandit.speed_reward(due.decrease / due.before, max(all_took))
+    return bandit.speed_reward(due.decrease / due.before, max(times))

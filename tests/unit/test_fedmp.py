@@ -32,9 +32,9 @@ def views(count, seconds=0.0, **more):
     return tuple(DeviceView(f"d{i}", AMPLE, samples=10, seconds_turn=seconds, **more) for i in range(count))
 
 
-def answer(state, draft, seed=0, samples=10, metrics=None, update=None):
+def answer(state, draft, seed=0, samples=10, metrics=None, update=None, took=0.0):
     update = random_arrays(SPEC, draft.structure, seed) if update is None else update
-    return Answer(draft.device, samples, draft.structure, metrics or {}, Usage(), update)
+    return Answer(draft.device, samples, draft.structure, metrics or {}, Usage(), update, seconds_turn=took)
 
 
 def at_ratios(state, *wanted):
@@ -184,13 +184,11 @@ def test_a_device_gets_the_least_ratio_that_its_memory_holds():
 
 
 def settle(state, metrics, seconds):
-    """Answer a round with these losses, and plan the next one with these times; both by device."""
-    drafts = tuple(d for d in fedmp.plan(state, state.round + 1, views(len(metrics)), rng_of(0, state.round + 1))[1])
-    state = fedmp.plan(state, state.round + 1, views(len(metrics)), rng_of(0, state.round + 1))[0]
-    told = tuple(answer(state, d, metrics=m) for d, m in zip(drafts, metrics, strict=True))
-    state = fedmp.close(state, told)
-    seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=took) for i, took in enumerate(seconds))
-    return fedmp.plan(state, state.round + 1, seen, rng_of(0, state.round + 1))[0]
+    """Answer a round with these losses after these times, both by device, and plan the next one."""
+    state, drafts = fedmp.plan(state, state.round + 1, views(len(metrics)), rng_of(0, state.round + 1))
+    told = (answer(state, d, metrics=m, took=t) for d, m, t in zip(drafts, metrics, seconds, strict=True))
+    state = fedmp.close(state, tuple(told))
+    return fedmp.plan(state, state.round + 1, views(len(metrics)), rng_of(0, state.round + 1))[0]
 
 
 def test_the_papers_reward_by_hand():
@@ -258,13 +256,12 @@ def test_a_device_that_says_nothing_still_tells_its_time():
 def test_one_bandit_learns_what_a_round_of_all_devices_earned_by_hand():
     state = start(policy="deadline", curve="bandit", probes="0.8")
     for number, losses, took in ((1, ((4.0, 3.0), (4.0, 2.0)), (1.0, 2.0)), (2, ((3.0, 1.5), (3.0, 2.2)), (0.5, 4.0))):
-        seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=float(number > 1)) for i in range(2))
-        state, drafts = fedmp.plan(state, number, seen, rng_of(0, number))
+        state, drafts = fedmp.plan(state, number, views(2), rng_of(0, number))
         told = [
-            answer(state, d, metrics={"loss.first": f, "loss": e}) for d, (f, e) in zip(drafts, losses, strict=True)
+            answer(state, d, metrics={"loss.first": f, "loss": e}, took=t)
+            for d, (f, e), t in zip(drafts, losses, took, strict=True)
         ]
         common = state.scalars["common"]
-        told = [dataclasses.replace(one, seconds_turn=t) for one, t in zip(told, took, strict=True)]
         state = fedmp.close(state, told)
         if number == 1:
             assert common["played"] == [], "the first round is a probe, which the bandit does not choose"
@@ -282,15 +279,15 @@ def test_the_same_seed_gives_the_same_ratios(policy):
     spec = small_cnn(channels=50, hidden=100)
 
     def sequence(seed):
-        state, found, took = start(spec=spec, policy=policy), [], (0.0, 0.0, 0.0)
+        state, found = start(spec=spec, policy=policy), []
         for number in range(1, 8):
-            seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=s) for i, s in enumerate(took))
-            state, drafts = fedmp.plan(state, number, seen, rng_of(seed, number))
+            state, drafts = fedmp.plan(state, number, views(3), rng_of(seed, number))
             found.append([state.scalars["ratios"][d.structure.capacity] for d in drafts])
             metrics = [{"loss.first": 2.0 / number + r, "loss": 1.0 / number} for r in found[-1]]
             moves = [random_arrays(spec, d.structure, number) for d in drafts]
-            state = fedmp.close(state, tuple(map(answer, [state] * 3, drafts, [0] * 3, [10] * 3, metrics, moves)))
-            took = tuple(0.1 + k * (1.0 - r) ** 2 for k, r in zip((1, 2, 4), found[-1], strict=True))
+            took = [0.1 + k * (1.0 - r) ** 2 for k, r in zip((1, 2, 4), found[-1], strict=True)]
+            told = map(answer, [state] * 3, drafts, [0] * 3, [10] * 3, metrics, moves, took)
+            state = fedmp.close(state, tuple(told))
         return found
 
     once = sequence(1)
@@ -309,17 +306,17 @@ def test_the_same_seed_gives_the_same_ratios(policy):
 
 def test_once_the_loss_is_low_the_deadline_grows_and_never_shrinks_again():
     spec, found = small_cnn(channels=50, hidden=100), []
-    state, took = start(spec=spec, policy="deadline", grow=0.5, learnt=0.5), (0.0, 0.0, 0.0)
+    state = start(spec=spec, policy="deadline", grow=0.5, learnt=0.5)
     low = 0.5 * math.log(spec.classes) / 4.0
     for number, loss in enumerate([2.0] * 5 + [low] * 4 + [2.0] * 4, 1):
-        seen = tuple(DeviceView(f"d{i}", AMPLE, 10, seconds_turn=s) for i, s in enumerate(took))
-        state, drafts = fedmp.plan(state, number, seen, rng_of(0, number))
+        state, drafts = fedmp.plan(state, number, views(3), rng_of(0, number))
         played = [state.scalars["ratios"][d.structure.capacity] for d in drafts]
         found.append((state.scalars["stretch"], played))
         moves = [random_arrays(spec, d.structure, number, 0.001) for d in drafts]
         told = {"loss.first": loss, "loss": loss}
-        state = fedmp.close(state, tuple(answer(state, d, 0, 10, told, m) for d, m in zip(drafts, moves, strict=True)))
-        took = tuple(k * (0.02 + (1.0 - r) ** 2) for k, r in zip((1, 2, 4), played, strict=True))
+        took = [k * (0.02 + (1.0 - r) ** 2) for k, r in zip((1, 2, 4), played, strict=True)]
+        each = zip(drafts, moves, took, strict=True)
+        state = fedmp.close(state, tuple(answer(state, d, 0, 10, told, m, s) for d, m, s in each))
     assert found[5][0] == 1.0
     assert found[8][0] == pytest.approx(2.0), "a quarter of the loss, to the power of a half"
     assert found[-1][0] == found[8][0]

@@ -95,9 +95,8 @@ def client(seed):
     rng = np.random.default_rng(seed)
     plays = tuple(rng.random(250).tolist())
     turns = tuple(ratios.Turn(seed + n, float(rng.random()), 1e18 * float(rng.random()), 0.0) for n in range(24))
-    due = (None, ratios.Due(3, 0.1), ratios.Due(4, 0.3, -0.125, 2.5, 1e308))[seed % 3]
     loss = None if seed % 2 else float(rng.random())
-    return ratios.Client(tuple(np.linspace(0.0, 0.8, 5 + seed % 7).tolist()), plays, plays, turns, loss, due)
+    return ratios.Client(tuple(np.linspace(0.0, 0.8, 5 + seed % 7).tolist()), plays, plays, turns, loss)
 
 
 def test_all_that_is_remembered_of_a_thousand_bandits_fits_a_state(tmp_path):

@@ -1,0 +1,110 @@
+"""FedMP's deadlines where few of many devices are asked in a round: what the others' turns say of those that have had none."""
+
+import numpy as np
+import pytest
+
+from coordinator.algorithm import DeviceView, rng_of
+from coordinator.algorithms import fedmp
+from coordinator.blocks import deadline, ratios, worth
+from tests.support.models import random_arrays, small_cnn
+from tests.unit.test_fedmp import AMPLE, answer, start
+
+SPEC = small_cnn(channels=50, hidden=100)
+COST = {"slow": 4.0, "mid": 2.0, "fast": 1.0}
+"""By the first part of a device's name; turns take so much times what is left of each channel's weights."""
+
+
+def turn(name, ratio):
+    return COST[name.split("-")[0]] * (0.02 + (1.0 - ratio) ** 2)
+
+
+def played(state, names, loss=2.0, *, timed=True):
+    """Let these devices have a round; give the state after it, and what each trained."""
+    number = state.round + 1
+    state, drafts = fedmp.plan(state, number, tuple(DeviceView(n, AMPLE, 10) for n in names), rng_of(0, number))
+    chosen = {d.device: state.scalars["ratios"][d.structure.capacity] for d in drafts}
+    moves = [random_arrays(SPEC, d.structure, number, 0.001) for d in drafts]
+    said = {"loss.first": loss, "loss": loss}
+    told = (
+        answer(state, d, 0, 10, said, m, turn(d.device, chosen[d.device]) * timed)
+        for d, m in zip(drafts, moves, strict=True)
+    )
+    return fedmp.close(state, tuple(told)), chosen
+
+
+def strangers(number):
+    return [f"slow-{number}", f"mid-{number}", f"fast-{number}"]
+
+
+def begun(rounds=4, **params):
+    state, found = start(spec=SPEC, policy="deadline", grow=0.0, **params), []
+    for number in range(rounds):
+        state, chosen = played(state, strangers(number))
+        found.append(chosen)
+    return state, found
+
+
+def test_the_fleet_is_probed_and_not_every_device_again():
+    _, found = begun(probes="0.6 0.5")
+    assert [set(line.values()) for line in found[:2]] == [{0.6}, {0.5}]
+    assert all(set(line.values()).isdisjoint({0.6, 0.5}) for line in found[2:])
+    assert [len(set(line.values())) for line in found[2:]] == [1, 1], "nobody knows how fast a stranger is"
+
+
+def test_a_stranger_is_taken_for_a_slow_device_and_known_by_its_first_turn():
+    state, _ = begun()
+    again = ["slow-0", "mid-0", "fast-0"]
+    _, chosen = played(state, [*again, "fast-9"])
+    assert chosen["slow-0"] > chosen["mid-0"] > chosen["fast-0"]
+    assert chosen["fast-9"] == pytest.approx(chosen["slow-0"], abs=0.02)
+    clients = ratios.read(state)
+    load = deadline.Load(*(tuple(line) for line in state.scalars["load"]))
+    rows = [
+        deadline.seconds_of(load, [(t.ratio, t.seconds) for t in one.turns], fedmp.PARAMS["trust"])
+        for one in clients.values()
+    ]
+    found = fedmp._seconds(load, clients, ["fast-9", "slow-0"], fedmp.PARAMS["trust"])
+    np.testing.assert_allclose(found[0], np.quantile(rows, 0.9, axis=0))
+    np.testing.assert_allclose(found[1], rows[list(clients).index("slow-0")])
+
+
+def test_one_very_slow_device_does_not_make_strangers_slow(monkeypatch):
+    monkeypatch.setitem(COST, "stuck", 4000.0)
+    state, _ = begun(6)
+    _, before = played(state, ["mid-0", "fast-9"])
+    state, _ = played(state, ["stuck-0", "mid-1", "fast-1"])
+    _, after = played(state, ["mid-0", "fast-9"])
+    assert after["fast-9"] == pytest.approx(before["fast-9"], abs=0.03)
+
+
+def test_a_device_whose_times_are_not_known_is_a_stranger_and_a_fleet_without_times_is_probed():
+    state = start(spec=SPEC, policy="deadline")
+    for _ in range(4):
+        state, chosen = played(state, strangers(0), timed=False)
+        assert set(chosen.values()) == {0.95}
+    state, _ = begun()
+    state, _ = played(state, ["fast-9"], timed=False)
+    _, chosen = played(state, ["slow-0", "fast-9"])
+    assert chosen["fast-9"] == pytest.approx(chosen["slow-0"], abs=0.02)
+
+
+def test_what_ratios_are_worth_is_learnt_from_all_that_were_heard_of_lately(monkeypatch):
+    state, found = begun()
+    seen, real = [], worth.worth
+    monkeypatch.setattr(worth, "worth", lambda said, *more: seen.append(said) or real(said, *more))
+    played(state, ["slow-9"])
+    said = {(one.device, one.round, one.ratio) for one in seen[0]}
+    assert said == {(name, n, ratio) for n, line in enumerate(found, 1) for name, ratio in line.items()}
+    monkeypatch.setattr(fedmp, "_FLEET_TURNS", 4)
+    played(state, ["slow-9"])
+    assert {one.round for one in seen[1]} == {3, 4}, "whole rounds, the last ones"
+
+
+def test_losses_of_the_last_rounds_stretch_the_deadline_whoever_said_them():
+    state = start(spec=SPEC, policy="deadline", grow=0.5, learnt=0.5)
+    high = 0.5 * np.log(SPEC.classes)
+    for number, loss in enumerate([2.0 * high, 2.0 * high, high / 4.0, high / 4.0]):
+        state, _ = played(state, strangers(number), loss)
+    assert state.scalars["stretch"] == pytest.approx(1.0), "rounds 1 to 3: most devices still lose much"
+    state, _ = played(state, strangers(9), high / 4.0)
+    assert state.scalars["stretch"] == pytest.approx(2.0), "a quarter of the loss, to the power of a half"
