@@ -65,7 +65,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults.
 
-``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For all bandits: ``granularity`` (theta),
+``ratio`` is that of `uniform`; the others choose from 0 up to ``high``, and `deadline` only so far (with its probes) that each
+layer keeps two channels. For all bandits: ``granularity`` (theta),
 ``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
 ``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
 ratios of a device's first rounds (``probes``), what learns the worth of deadlines (``curve``), and how strongly it is
@@ -95,7 +96,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fedmp needs some, fedavg does not")
     levels = rank(spec, weights, widths, progressive=False)
-    load = dataclasses.astuple(deadline.load_of(spec)) if known["policy"] == "deadline" else ()
+    load: tuple[tuple[int, ...], ...] = ()
+    if known["policy"] == "deadline":
+        load = dataclasses.astuple(deadline.load_of(spec))
+        known |= _capped(known, deadline.most(spec))
     scalars = {"params": known, "ratios": [0.0], "clients": [], "load": load, "stretch": 1.0}
     if known["policy"] == "deadline" and known["curve"] == "bandit":
         scalars["common"] = common.fresh(_terms(known))
@@ -287,6 +291,13 @@ def _drafts(
         if fits is not None:
             drafts.append(Draft(device.name, "train", whole.narrowed(fits.capacity), seeded, fits.bytes_bound))
     return tuple(drafts)
+
+
+def _capped(params: Mapping[str, Any], most: float) -> dict[str, Any]:
+    """Give the largest ratio and the probes, all brought down by as much as is needed for none to be above `most`."""
+    probes, high = _numbers(str(params["probes"])), float(params["high"])
+    share = min(1.0, most / max(high, *probes))
+    return {"high": share * high, "probes": " ".join(f"{share * ratio:g}" for ratio in probes)}
 
 
 def _terms(params: Mapping[str, Any]) -> bandit.Terms:

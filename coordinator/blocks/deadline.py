@@ -79,6 +79,16 @@ def load_of(spec: ModelSpec) -> Load:
     return Load(tuple(works), tuple(sizes))
 
 
+def most(spec: ModelSpec) -> float:
+    """Give the largest ratio of the grid that leaves no group with a single channel, but those that have no more.
+
+    What a layer of one channel passes on is one number for each place. Rounds with such a layer are short, and worth far less
+    than the losses in them say (docs/decisions/fedmp.md).
+    """
+    sizes = [group.size for group in spec.groups if group.prunable and group.size > 1]
+    return max((float(r) for r in RATIOS if all(math.ceil((1.0 - r) * size) > 1 for size in sizes)), default=0.0)
+
+
 def seconds_of(load: Load, turns: Sequence[Sequence[float]], trust: float) -> Numbers:
     """Give what a device's turn takes at every ratio of the grid.
 

@@ -126,6 +126,15 @@ def test_the_deadline_grows_as_the_losses_fall_by_hand():
     assert deadline.stretch([1e-3], 0.5, 0.0) == 1.0
 
 
+@pytest.mark.parametrize(("size", "wanted"), [(6, 0.83), (2, 0.49), (32, 0.91), (1, 0.91)])
+def test_no_layer_is_cut_to_a_single_channel(size, wanted):
+    spec = small_cnn(channels=size, hidden=12)
+    found = deadline.most(spec)
+    assert found == wanted, "12 neurons alone allow for .91"
+    kept = sorted(width[0] for width in uniform(spec, 1.0 - found).widths.values())
+    assert kept[0] == min(2, size)
+
+
 def test_the_least_ratio_is_the_least_that_fits():
     spec, recipe = small_cnn(channels=40, hidden=80), Recipe(batch=8)
     budget = predict(spec, uniform(spec, 0.4), recipe, 1).bound
