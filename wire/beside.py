@@ -66,6 +66,15 @@ def apart(spec: ModelSpec, structure: Structure, recipe: Recipe, copies: int) ->
     return (3 + copies) * FLOAT * sum(each)
 
 
+def taught(spec: ModelSpec, structure: Structure, recipe: Recipe) -> int:
+    """Count what rule `sgd` holds of a batch where its widths teach each other: what one says, and what another has said."""
+    knobs = recipe.knobs
+    teaches = bool(knobs.get("distil")) + 2 * bool(knobs.get("mutual"))
+    if recipe.rule != "sgd" or not knobs.get("widths") or not structure.capacity or not teaches:
+        return 0
+    return teaches * FLOAT * recipe.batch * spec.classes
+
+
 def told(spec: ModelSpec, structure: Structure, recipe: Recipe) -> tuple[int, int, int]:
     """Count what rule `importance` takes to find the largest values of a tensor, to mark their places, and what they are.
 

@@ -189,7 +189,7 @@ def with_pass(
     gradients = sizes.trained if holds_gradients(recipe, batch) else 0
     bytes_held = whole_copies(recipe, batch, masked=masked is not None) * FLOAT * parameter_count(spec, structure)
     bytes_held += beside.passed(spec, structure, recipe, batch) + beside.aside(spec, structure, recipe)
-    bytes_held += beside.apart(spec, structure, recipe, copies(recipe))
+    bytes_held += beside.apart(spec, structure, recipe, copies(recipe)) + beside.taught(spec, structure, recipe)
     step = weights + gradients + copies(recipe) * sizes.trained + takes.peak
     # trained weights, with masks copies of them in C order, and update; beside them what was received, in its mapped file
     found, placed, told = beside.told(spec, structure, recipe)

@@ -8,7 +8,7 @@ the wide one, and what only wide widths have is trained by few devices, on few c
 * in every step a device also trains a random narrower width and the narrowest, one after the other from the widest down
   (``recipe.widths``). The widest also learns from what the narrowest says of the batch, as that knows what all devices have
   seen; the narrower ones from what the widest says. The share of that is what the device's own labels lack, times
-  ``recipe.mutual`` (the rule `sgd`). It costs a number for each class and sample of a batch, and a pass;
+  ``recipe.mutual`` (the rule `sgd`). It costs two numbers for each class and sample of a batch, and a pass;
 * every device has the same say in what it covers, however many samples it has;
 * every ``personal_every`` rounds a device goes on, once its update is written, to make the model that it keeps its own: by its
   class shares and ``recipe.personal`` passes of its width and labels alone (`edge_runtime.tuning`). In the other rounds it

@@ -89,6 +89,26 @@ def test_when_gradients_are_held():
     assert memory.holds_gradients(Recipe(batch=16, knobs={"widths": 1.0}), 16)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "held"),
+    [
+        ({"widths": 1.0, "mutual": 1.0}, 2 * 4 * 32 * 4),
+        ({"widths": 1.0, "distil": 0.5}, 4 * 32 * 4),
+        ({"widths": 1.0}, 0),
+        ({"mutual": 1.0}, 0),
+    ],
+)
+def test_what_widths_say_to_each_other_is_held_of_a_whole_batch(knobs, held):
+    spec, structure = small_cnn(), Structure(1, {"a": (2, 6), "b": (4, 12)}, "r")
+
+    def peak_of(which, **more):
+        return memory.predict(spec, which, Recipe(batch=32, knobs=more), 4).peak
+
+    plain = {name: 0.0 if name != "widths" else value for name, value in knobs.items()}
+    assert peak_of(structure, **knobs) - peak_of(structure, **plain) == held, "four classes, in float32"
+    assert peak_of(structure.narrowed(0), **knobs) == peak_of(structure.narrowed(0), **plain)
+
+
 def test_narrower_and_smaller_takes_less():
     spec, structure = small_cnn(channels=32, hidden=256), widths(a=(8, 16, 32), b=(64, 128, 256))
     peaks = [memory.predict(spec, structure.narrowed(k), CLIPPED, m).peak for k in range(3) for m in (1, 4, 16)]
