@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -65,11 +66,11 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 )
 """Names of all parameters with their defaults.
 
-``ratio`` is that of `uniform`; the others choose from 0 up to ``high``, and `deadline` only so far (with its probes) that each
-layer keeps two channels. For all bandits: ``granularity`` (theta),
+``ratio`` is that of `uniform`; the others choose from 0 up to ``high``. For `deadline` it, and the probes, are brought down so
+far that each layer keeps two channels, unless memory asks for less. For all bandits: ``granularity`` (theta),
 ``discount`` (lambda), ``padding`` (factor of the confidence term), ``quantile`` (of rewards, see `bandit.Terms.clip`);
 ``floor`` is the least distance from the mean time that `eucb` divides by, as a share of that mean. For `deadline`: the
-ratios of a device's first rounds (``probes``), what learns the worth of deadlines (``curve``), and how strongly it is
+ratios of the fleet's first rounds (``probes``), what learns the worth of deadlines (``curve``), and how strongly it is
 believed, in rounds, what times (``trust``) and worth (``belief``) of ratios are before any is measured. With the regression,
 once the devices' loss is below ``learnt``, a share of what guessing costs, the deadline grows by the loss's fall to the power
 of ``grow``; 0 is never. After each round ``fade`` of every weight that reads a channel which nobody trained is taken away
@@ -83,8 +84,8 @@ _HEARD = 3
 """Rounds whose losses say how far the fleet is."""
 _FLEET, _SLOW = 64, 0.9
 """Devices, heard of last, whose times stand for those of one that is not known, and which quantile of theirs does."""
-_FLEET_TURNS = 480
-"""Turns, about, of which is learnt what ratios are worth."""
+_FLEET_ASKED = 20
+"""What ratios are worth is learnt of as many turns as so many devices are remembered by, or as many as are asked."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -195,7 +196,9 @@ def _by_deadline(
     if rest:
         load = deadline.Load(*(tuple(line) for line in loads))
         seconds = _seconds(load, clients, rest, float(params["trust"]))
-        said = [worth.Said(name, t.round, t.ratio, t.loss) for name, t in _newest(clients) if t.loss > 0.0]
+        said = [
+            worth.Said(name, t.round, t.ratio, t.loss) for name, t in _newest(clients, len(devices)) if t.loss > 0.0
+        ]
         held, high = [least[name] for name in rest], float(params["high"])
         if "common" in scalars:
             found = deadline.at(seconds, held, high, float(scalars["common"]["played"][1]))
@@ -208,20 +211,21 @@ def _by_deadline(
 
 def _seconds(load: deadline.Load, clients: ratios.Clients, names: Sequence[str], trust: float) -> deadline.Numbers:
     """Give what a turn of each device takes at every ratio; a device without measured turns is taken for a slow one."""
-    timed = {name: [(t.ratio, t.seconds) for t in one.turns if t.seconds > 0.0] for name, one in clients.items()}
-    found = {name: deadline.seconds_of(load, timed[name], trust) for name in names if timed.get(name)}
+    timed = {name: ratios.timed(clients[name]) for name in names if name in clients}
+    found = {name: deadline.seconds_of(load, turns, trust) for name, turns in timed.items() if turns}
     strangers = [name for name in names if name not in found]
     if strangers:
-        others = [turns for turns in timed.values() if turns][-_FLEET:]
+        others = islice(filter(None, map(ratios.timed, reversed(list(clients.values())))), _FLEET)
         slow = np.quantile([deadline.seconds_of(load, turns, trust) for turns in others], _SLOW, axis=0)
         found |= dict.fromkeys(strangers, slow)
     return np.array([found[name] for name in names])
 
 
-def _newest(clients: ratios.Clients) -> list[tuple[str, ratios.Turn]]:
-    """Give the turns of the fleet that were last, of which worth is learnt."""
+def _newest(clients: ratios.Clients, asked: int) -> list[tuple[str, ratios.Turn]]:
+    """Give the turns of the fleet that were last, in whole rounds, of which worth is learnt: all where all are asked."""
     turns = [(name, turn) for name, one in clients.items() for turn in one.turns]
-    oldest = sorted((turn.round for _, turn in turns), reverse=True)[:_FLEET_TURNS][-1:]
+    count = ratios.TURNS * max(_FLEET_ASKED, asked)
+    oldest = sorted((turn.round for _, turn in turns), reverse=True)[:count][-1:]
     return [(name, turn) for name, turn in turns if turn.round >= oldest[0]]
 
 
@@ -232,7 +236,7 @@ def _probing(params: Mapping[str, Any], clients: ratios.Clients, devices: Sequen
     of the fleet must do for them.
     """
     probes = _numbers(str(params["probes"]))
-    turns = {name: sum(t.seconds > 0.0 for t in one.turns) for name, one in clients.items()}
+    turns = {name: len(ratios.timed(one)) for name, one in clients.items()}
     heard = sum(turns.values()) // max(1, len(devices))
     stage = {device.name: max(heard, turns.get(device.name, 0)) for device in devices}
     return {name: probes[count] for name, count in stage.items() if count < len(probes)}

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.blocks import timecost
+from coordinator.blocks.nesting import kept_counts
 from coordinator.blocks.timecost import Line
 from coordinator.fitting import Means
 from coordinator.fitting import fit as fitted
@@ -86,7 +87,8 @@ def most(spec: ModelSpec) -> float:
     than the losses in them say (docs/decisions/fedmp.md).
     """
     sizes = [group.size for group in spec.groups if group.prunable and group.size > 1]
-    return max((float(r) for r in RATIOS if all(math.ceil((1.0 - r) * size) > 1 for size in sizes)), default=0.0)
+    least = [min(kept_counts(size, [1.0 - float(ratio)])[0] for size in sizes) if sizes else 2 for ratio in RATIOS]
+    return max(float(ratio) for ratio, kept in zip(RATIOS, least, strict=True) if kept > 1)
 
 
 def seconds_of(load: Load, turns: Sequence[Sequence[float]], trust: float) -> Numbers:

@@ -190,6 +190,11 @@ def _turned(client: Client, due: Due, terms: bandit.Terms, earned: float | None)
     return dataclasses.replace(client, edges=after.edges, ratios=after.ratios, rewards=after.rewards)
 
 
+def timed(client: Client) -> list[tuple[float, float]]:
+    """Give the ratio and seconds of each turn whose time is known."""
+    return [(turn.ratio, turn.seconds) for turn in client.turns if turn.seconds > 0.0]
+
+
 def by_gap(floor: float) -> Reward:
     """Give the paper's reward; see `bandit.gap_reward`."""
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.blocks import deadline, worth
 from coordinator.blocks.deadline import GRID, RATIOS, Load
+from coordinator.blocks.nesting import widths_of
 from coordinator.blocks.worth import Said
 from coordinator.fitting import Means, fit
 from tests.support.models import small_cnn
@@ -126,13 +127,14 @@ def test_the_deadline_grows_as_the_losses_fall_by_hand():
     assert deadline.stretch([1e-3], 0.5, 0.0) == 1.0
 
 
-@pytest.mark.parametrize(("size", "wanted"), [(6, 0.83), (2, 0.49), (32, 0.91), (1, 0.91)])
+@pytest.mark.parametrize(("size", "wanted"), [(6, 0.83), (2, 0.49), (20, 0.94), (60, 0.98), (1, 0.98)])
 def test_no_layer_is_cut_to_a_single_channel(size, wanted):
-    spec = small_cnn(channels=size, hidden=12)
+    spec = small_cnn(channels=size, hidden=60)
     found = deadline.most(spec)
-    assert found == wanted, "12 neurons alone allow for .91"
-    kept = sorted(width[0] for width in uniform(spec, 1.0 - found).widths.values())
-    assert kept[0] == min(2, size)
+    assert found == wanted, "sixty neurons alone allow for .98"
+    kept, fewer = (widths_of(spec, [1.0 - ratio])["a"][0] for ratio in (found, found + 0.01))
+    assert kept == min(2, size)
+    assert fewer == 1
 
 
 def test_the_least_ratio_is_the_least_that_fits():

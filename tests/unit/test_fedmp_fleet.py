@@ -8,6 +8,7 @@ from coordinator.algorithms import fedmp
 from coordinator.blocks import deadline, ratios, worth
 from tests.support.models import random_arrays, small_cnn
 from tests.unit.test_fedmp import AMPLE, answer, start
+from wire.spec import Structure
 
 SPEC = small_cnn(channels=50, hidden=100)
 COST = {"slow": 4.0, "mid": 2.0, "fast": 1.0}
@@ -51,7 +52,7 @@ def test_the_fleet_is_probed_and_not_every_device_again():
     assert [len(set(line.values())) for line in found[2:]] == [1, 1], "nobody knows how fast a stranger is"
 
 
-def test_a_stranger_is_taken_for_a_slow_device_and_known_by_its_first_turn():
+def test_a_stranger_is_taken_for_a_slow_device_and_known_by_its_first_turn(monkeypatch):
     state, _ = begun()
     again = ["slow-0", "mid-0", "fast-0"]
     _, chosen = played(state, [*again, "fast-9"])
@@ -66,6 +67,11 @@ def test_a_stranger_is_taken_for_a_slow_device_and_known_by_its_first_turn():
     found = fedmp._seconds(load, clients, ["fast-9", "slow-0"], fedmp.PARAMS["trust"])
     np.testing.assert_allclose(found[0], np.quantile(rows, 0.9, axis=0))
     np.testing.assert_allclose(found[1], rows[list(clients).index("slow-0")])
+    monkeypatch.setattr(fedmp, "_FLEET", 3)
+    found = fedmp._seconds(load, clients, ["fast-9"], fedmp.PARAMS["trust"])
+    np.testing.assert_allclose(
+        found[0], np.quantile(rows[-3:], 0.9, axis=0), err_msg="of those that were heard of last"
+    )
 
 
 def test_one_very_slow_device_does_not_make_strangers_slow(monkeypatch):
@@ -74,7 +80,10 @@ def test_one_very_slow_device_does_not_make_strangers_slow(monkeypatch):
     _, before = played(state, ["mid-0", "fast-9"])
     state, _ = played(state, ["stuck-0", "mid-1", "fast-1"])
     _, after = played(state, ["mid-0", "fast-9"])
-    assert after["fast-9"] == pytest.approx(before["fast-9"], abs=0.03)
+    assert after == pytest.approx(before, abs=0.03)
+    monkeypatch.setattr(fedmp, "_SLOW", 1.0)
+    _, stuck = played(state, ["mid-0", "fast-9"])
+    assert stuck["mid-0"] < before["mid-0"] - 0.3, "nothing would be too long for it"
 
 
 def test_a_device_whose_times_are_not_known_is_a_stranger_and_a_fleet_without_times_is_probed():
@@ -95,9 +104,16 @@ def test_what_ratios_are_worth_is_learnt_from_all_that_were_heard_of_lately(monk
     played(state, ["slow-9"])
     said = {(one.device, one.round, one.ratio) for one in seen[0]}
     assert said == {(name, n, ratio) for n, line in enumerate(found, 1) for name, ratio in line.items()}
-    monkeypatch.setattr(fedmp, "_FLEET_TURNS", 4)
+    monkeypatch.setattr(fedmp, "_FLEET_ASKED", 1)
+    monkeypatch.setattr(ratios, "TURNS", 4)
     played(state, ["slow-9"])
     assert {one.round for one in seen[1]} == {3, 4}, "whole rounds, the last ones"
+    played(state, ["slow-9", "mid-9", "fast-9"])
+    assert len(seen[2]) == 12, "the more are asked, the more"
+    state, _ = played(state, ["mid-1"], loss=0.0)
+    monkeypatch.setattr(fedmp, "_FLEET_ASKED", 20)
+    played(state, ["slow-9"])
+    assert len(seen[-1]) == 12, "who says nothing of its loss teaches nothing"
 
 
 def test_losses_of_the_last_rounds_stretch_the_deadline_whoever_said_them():
@@ -108,3 +124,27 @@ def test_losses_of_the_last_rounds_stretch_the_deadline_whoever_said_them():
     assert state.scalars["stretch"] == pytest.approx(1.0), "rounds 1 to 3: most devices still lose much"
     state, _ = played(state, strangers(9), high / 4.0)
     assert state.scalars["stretch"] == pytest.approx(2.0), "a quarter of the loss, to the power of a half"
+
+
+def test_no_layer_of_six_channels_is_cut_to_one():
+    spec = small_cnn(channels=6, hidden=100)
+    state = fedmp.init(spec, random_arrays(spec, Structure(), 0), {})
+    assert state.scalars["params"]["high"] == pytest.approx(0.83)
+    for number in range(1, 3):
+        state, drafts = fedmp.plan(state, number, (DeviceView("a", AMPLE, 10),), rng_of(0, number))
+        moves = random_arrays(spec, drafts[0].structure, number, 0.001)
+        state = fedmp.close(state, (answer(state, drafts[0], 0, 10, {}, moves, 1.0),))
+        probe = (0.95, 0.9)[number - 1] * 0.83 / 0.95
+        assert state.scalars["ratios"][drafts[0].structure.capacity] == pytest.approx(probe, abs=1e-4)
+        assert drafts[0].structure.widths["a"][0] == 2
+
+
+@pytest.mark.parametrize("policy", ["eucb", "bounded"])
+def test_a_round_without_times_teaches_no_bandit_and_the_ratios_of_a_round_are_its_own(policy):
+    state = start(spec=SPEC, policy=policy)
+    state, chosen = played(state, strangers(0), timed=False)
+    assert all(not one.rewards for one in ratios.read(state).values())
+    assert fedmp.facts(state)["ratio.mean"] == pytest.approx(np.mean(list(chosen.values())))
+    state, chosen = played(state, ["slow-1"])
+    facts = fedmp.facts(state)
+    assert facts["ratio.least"] == facts["ratio.most"] == chosen["slow-1"], "not those of the round before"
