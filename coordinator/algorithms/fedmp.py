@@ -298,10 +298,10 @@ def _drafts(
 
 
 def _capped(params: Mapping[str, Any], most: float) -> dict[str, Any]:
-    """Give the largest ratio and the probes, all brought down by as much as is needed for none to be above `most`."""
-    probes, high = _numbers(str(params["probes"])), float(params["high"])
-    share = min(1.0, most / max(high, *probes))
-    return {"high": share * high, "probes": " ".join(f"{share * ratio:g}" for ratio in probes)}
+    """Give the largest ratio, at most `most`, and the probes, brought down by as much as their largest is above it."""
+    probes = _numbers(str(params["probes"]))
+    share = min(1.0, most / max(most, *probes))
+    return {"high": min(float(params["high"]), most), "probes": " ".join(f"{share * ratio:g}" for ratio in probes)}
 
 
 def _terms(params: Mapping[str, Any]) -> bandit.Terms:

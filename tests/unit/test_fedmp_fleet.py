@@ -129,7 +129,9 @@ def test_losses_of_the_last_rounds_stretch_the_deadline_whoever_said_them():
 def test_no_layer_of_six_channels_is_cut_to_one():
     spec = small_cnn(channels=6, hidden=100)
     state = fedmp.init(spec, random_arrays(spec, Structure(), 0), {})
-    assert state.scalars["params"]["high"] == pytest.approx(0.83)
+    assert state.scalars["params"]["high"] == 0.83
+    asked = fedmp.init(spec, state.weights, {"high": 0.5}).scalars["params"]
+    assert (asked["high"], asked["probes"]) == (0.5, "0.83 0.786316")
     for number in range(1, 3):
         state, drafts = fedmp.plan(state, number, (DeviceView("a", AMPLE, 10),), rng_of(0, number))
         moves = random_arrays(spec, drafts[0].structure, number, 0.001)
