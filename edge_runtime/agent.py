@@ -19,7 +19,6 @@ from edge_runtime import session as table
 from edge_runtime.config import Config
 from edge_runtime.desk import Desk, Finished
 from edge_runtime.fetch import Fetcher
-from edge_runtime.frugal import give_back
 from edge_runtime.guest import Guest, Move
 from edge_runtime.keep import Keep
 from edge_runtime.life import Life, address, claim, next_seq, notify
@@ -145,8 +144,6 @@ class Agent:
                     log.warning("the broker does not carry what this device says: %s", event.problem)
             case Stop():
                 self._life.leaving = True
-            case _:
-                pass
 
     def _message(self, message: link.Message) -> None:
         place = topics.parse(message.topic)
@@ -176,6 +173,8 @@ class Agent:
             self._happen(table.Failed(order.id, "data", str(error)))
 
     def _worker(self, event: Said | Ended) -> None:
+        if isinstance(event, Ended):
+            self._life.used(time.monotonic())
         told = self._desk.take(event, time.monotonic())
         if isinstance(told, Ready):
             news = self._life.learnt(told)
@@ -269,7 +268,7 @@ class Agent:
                 self._offers.drop(order_id)
                 self._keep.drop()
                 self._life.silence = float("inf")
-                give_back()
+                self._life.used(now)
 
     def _work(self, order: Order, now: float) -> None:
         path = self._spool.path(order.spec.digest)
@@ -297,6 +296,7 @@ class Agent:
         )
         self._desk.give(job, now, fits.bytes_bound)
         self._life.guest.began(now)
+        self._life.used(now)
         if self._life.guest.standing == "still":
             self._desk.still()
 
@@ -389,7 +389,7 @@ class Agent:
         self._link.publish(topic, codec.encode(presence), retain=True)
         self._life.beat = time.monotonic()
         notify("READY=1")
-        give_back()
+        self._life.used(time.monotonic())
 
     def _signalled(self, number: int, _: FrameType | None) -> None:
         log.info("signal %d: leaving", number)

@@ -18,6 +18,8 @@ from wire.spool import Spool
 
 SECONDS_PATIENCE = 3.0
 _MISMATCHES_MAX = 3
+_MUCH = 1 << 20
+"""Bytes after which the heap is worth a look at once; after less it is given back when the agent rests."""
 
 
 class Fetcher:
@@ -77,7 +79,8 @@ class Fetcher:
         self._window.pop((prefix, index), None)
         if self._window or not self._advance(now):
             return False
-        give_back()  # before planning and a worker take theirs
+        if assembly.ref.size >= _MUCH:
+            give_back()  # before planning and a worker take theirs
         return True
 
     def late(self, now: float) -> None:

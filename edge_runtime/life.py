@@ -14,6 +14,7 @@ from typing import IO
 from edge_runtime import __version__
 from edge_runtime.config import ConditionsConfig, Config
 from edge_runtime.engines import available
+from edge_runtime.frugal import give_back
 from edge_runtime.guest import Guest
 from edge_runtime.memory.watch import Watch
 from edge_runtime.paces import Paces
@@ -31,6 +32,7 @@ PACES = "paces.json"
 _CLIENT_ID_MAX = 128
 _SECONDS_SESSION = 86_400
 _SECONDS_KEEPALIVE = 30.0
+_SECONDS_REST = 1.0
 
 
 class Life:
@@ -44,7 +46,7 @@ class Life:
         silence: When an unanswered offer is made again.
         beat: When the next sign of life is due.
         watchdog: When systemd's watchdog is to be fed.
-        seconds_watchdog: How often.
+        rest: When what was used lately is given back, since nothing uses it any more.
         guest: Whether the owner's conditions hold.
         renewal: What replaces this device's certificate in time; None before `link`.
         tries: How often the order in hand was tried.
@@ -62,13 +64,18 @@ class Life:
         self.keepalive = 20.0
         self.silence = NEVER
         self.beat = NEVER
-        self.seconds_watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
         self.watchdog = time.monotonic() if self.seconds_watchdog else NEVER
+        self.rest = NEVER
+
+    @property
+    def seconds_watchdog(self) -> float:
+        """How often systemd's watchdog is to be fed; 0 for never."""
+        return int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
 
     @property
     def due(self) -> float:
         """The earliest of the timers."""
-        return min(self.silence, self.beat, self.watchdog, self.guest.due, self.tries.due, self.watch.due)
+        return min(self.silence, self.beat, self.watchdog, self.rest, self.guest.due, self.tries.due, self.watch.due)
 
     def link(self, config: Config, will: Will) -> MqttLink:
         """Prepare the agent's link; its certificate is looked after from then on, in `next`. What was measured is read.
@@ -86,8 +93,15 @@ class Life:
         return made
 
     def next(self, link: MqttLink, timeout: float) -> object | None:
-        """Give the link's next event that is the agent's business."""
+        """Give the link's next event that is the agent's business. After a second of rest, first give back what was used."""
+        if time.monotonic() >= self.rest:
+            self.rest = NEVER
+            give_back()
         return link.next(timeout) if self.renewal is None else self.renewal.next(timeout)
+
+    def used(self, now: float) -> None:
+        """Rest in a second, unless there is more to do by then: giving back takes a tenth of a round without training."""
+        self.rest = now + _SECONDS_REST
 
     def led(self, lead: Lead) -> None:
         """Take over a coordinator's keepalive."""

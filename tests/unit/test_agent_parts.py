@@ -336,6 +336,22 @@ class TestLife:
         one.led(Lead("online", BOOT, BOOT, 4.0))
         assert one.due < life.NEVER
 
+    def test_memory_is_given_back_once_after_a_second_of_rest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one, clock, given, waited = life.Life(1), [100.0], [], []
+        link = SimpleNamespace(next=waited.append)
+        monkeypatch.setattr(life, "give_back", lambda: given.append(clock[0]))
+        monkeypatch.setattr(life.time, "monotonic", lambda: clock[0])
+        one.next(link, 1.0)
+        for now in (100.0, 100.9, 101.8, 102.7, 102.8, 103.0):
+            clock[0] = now
+            one.next(link, 1.0)
+            if now < 102.0:
+                one.used(now)
+                assert one.due == now + 1.0, "it wakes up for that"
+        assert given == [102.8], "rounds that follow each other at once push it off"
+        assert one.due == life.NEVER
+        assert len(waited) == 7
+
     def test_the_device_is_its_own_user_where_there_is_a_password(self, tmp_path: Path) -> None:
         secret = tmp_path / "secret"
         secret.write_text("hush\n")
