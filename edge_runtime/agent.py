@@ -19,6 +19,7 @@ from edge_runtime import session as table
 from edge_runtime.config import Config
 from edge_runtime.desk import Desk, Finished
 from edge_runtime.fetch import Fetcher
+from edge_runtime.frugal import give_back
 from edge_runtime.guest import Guest, Move
 from edge_runtime.keep import Keep
 from edge_runtime.life import Life, address, claim, next_seq, notify
@@ -173,8 +174,6 @@ class Agent:
             self._happen(table.Failed(order.id, "data", str(error)))
 
     def _worker(self, event: Said | Ended) -> None:
-        if isinstance(event, Ended):
-            self._life.used(time.monotonic())
         told = self._desk.take(event, time.monotonic())
         if isinstance(told, Ready):
             news = self._life.learnt(told)
@@ -389,7 +388,7 @@ class Agent:
         self._link.publish(topic, codec.encode(presence), retain=True)
         self._life.beat = time.monotonic()
         notify("READY=1")
-        self._life.used(time.monotonic())
+        give_back()
 
     def _signalled(self, number: int, _: FrameType | None) -> None:
         log.info("signal %d: leaving", number)
