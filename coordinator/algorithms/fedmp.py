@@ -57,7 +57,7 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
         "probes": "0.95 0.9",
         "trust": 0.05,
         "belief": 2.0,
-        "learnt": 0.2,
+        "learnt": 0.05,
         "grow": 0.5,
         "fade": 0.2,
         "fade.others": 0.0,
