@@ -27,7 +27,7 @@ _HOLES = 3
 """Holes take a third of the heap's own peak (measured, none to a half in chains of layers, up to three quarters where there
 are branches), and two thirds of its weights, which every order makes anew among what the one before has left."""
 
-_SPARSE = 3000 * KIB
+_SPARSE = 2600 * KIB
 """The compiled core, and the modules that call it."""
 
 _CONV, _POINT = 180 * KIB, 550 * KIB

@@ -14,7 +14,7 @@ by whoever asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -288,7 +288,7 @@ def _weights(spec: ModelSpec, structure: Structure, masked: Masked | None) -> _S
     indices = (index_bytes(shapes[name], kept[name]) if name in sparse else whole[name] for name in kept)
     index, trained, bits = sum(indices), sum(values.values()), sum(-(-size // 8) for size in whole.values())
     scratch = max(((_SORTED - FLOAT) * kept[name] for name in sparse), default=0)
-    read = _resident(values.values()) if kept else max(map(_resident, _shells(spec, structure)))
+    read = _read_alone(values.values()) if kept else max(map(_resident, _shells(spec, structure)))
     reading = max((_reading(whole[name], kept[name]) for name in kept), default=0)
     loading, filled = index + bits + reading if kept else trained + read, 0
     for name, size in values.items():
@@ -312,6 +312,11 @@ def _shells(spec: ModelSpec, structure: Structure) -> list[list[int]]:
 def _reading(size: int, kept: int) -> int:
     """Bound what reading a mask takes beside its bits: its code as it came, taken apart and looked at, and places."""
     return 3 * min(kept + size // 255, size // 5) + _READ * min(kept, _READ_AT_ONCE)
+
+
+def _read_alone(sizes: Collection[int]) -> int:
+    """Give the same of a masked model's file of values: a large one is opened again for every tensor."""
+    return sum(sizes) if sum(sizes) <= _MAPPED else max(sizes)
 
 
 def _resident(sizes: Iterable[int]) -> int:
