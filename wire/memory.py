@@ -314,11 +314,6 @@ def _reading(size: int, kept: int) -> int:
     return 3 * min(kept + size // 255, size // 5) + _READ * min(kept, _READ_AT_ONCE)
 
 
-def _read_alone(sizes: Collection[int]) -> int:
-    """Give the same of a masked model's file of values: a large one is opened again for every tensor."""
-    return sum(sizes) if sum(sizes) <= _MAPPED else max(sizes)
-
-
 def _resident(sizes: Iterable[int]) -> int:
     """Give the most of a mapped file that is resident while tensors of these sizes are read one after the other."""
     most = touched = 0
@@ -326,3 +321,8 @@ def _resident(sizes: Iterable[int]) -> int:
         touched = size if touched >= _MAPPED else touched + size
         most = max(most, touched)
     return most
+
+
+def _read_alone(sizes: Collection[int]) -> int:
+    """Give the same of a masked model's file of values: a large one is opened again for every tensor."""
+    return sum(sizes) if sum(sizes) <= _MAPPED else max(sizes)
