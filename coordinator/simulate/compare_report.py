@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.show import MIB, table
-from coordinator.simulate import compare_layers, compare_widths
+from coordinator.simulate import compare_layers, compare_pairs, compare_widths
 from coordinator.simulate.compare_widths import COSTS, accuracy, extent, median, median_cost, to_target, worst
 from coordinator.simulate.report import Result, pyplot
 from coordinator.simulate.trials import Failure, Trial
 from wire.errors import ConfigError
-
-TIED = 0.005
-"""Two methods whose accuracies differ by no more are tied."""
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
 Found = Sequence[tuple[Trial, Result | Failure]]
 
@@ -63,8 +57,7 @@ def summed_up(found: Found, target: str, tried: Mapping[str, int] | None = None)
         thin = {**one, "devices": peak, "curve": curve, "target": wanted, "to_target": to_target(curve, wanted)}
         runs.append({**about, **thin, "to_target_worst": to_target(curve, wanted, worst)})
     rows = [_row(group) for group in _groups(runs)]
-    for row in rows:
-        _judge(row, rows, runs)
+    compare_pairs.judge(rows, runs)
     return {"runs": runs, "summary": rows, "configurations": dict(tried or {})}
 
 
@@ -115,55 +108,13 @@ def _row(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _judge(row: dict[str, Any], rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> None:
-    """Say how far a row is behind the best one of its density, seed by seed.
-
-    ``mean`` is of the paired differences, ``half_width`` of their 95 % interval (Student's t); ``tied`` is within half a
-    point, or an interval of three seeds or more that holds 0. A method without a density is compared with those of every
-    density, and these with it.
-    """
-    rivals = [
-        other
-        for other in rows
-        if other["accuracy"]["median"] is not None and other["density"] in (row["density"], None)
-    ]
-    row["behind_best"] = None
-    if row["accuracy"]["median"] is None:
-        return
-    best = max(rivals, key=lambda other: other["accuracy"]["median"])
-    mine, theirs = (_by_seed(one, runs) for one in (row, best))
-    gaps = [theirs[seed] - mine[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    if gaps:
-        mean, half = statistics.fmean(gaps), _half_width(gaps)
-        tied = mean <= TIED or (half is not None and len(gaps) > 2 and mean <= half)
-        row["behind_best"] = {"label": best["label"], "mean": mean, "half_width": half, "tied": tied}
-
-
-def _by_seed(row: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    return {
-        run["seed"]: run["accuracy"]["full"]
-        for run in runs
-        if (run["label"], run["density"]) == (row["label"], row["density"])
-        and "error" not in run
-        and run["accuracy"]["full"] is not None
-    }
-
-
-def _half_width(gaps: Sequence[float]) -> float | None:
-    """Give half the width of the 95 % interval of a mean; None for a single value."""
-    if len(gaps) < 2:
-        return None
-    quantile = _T95[len(gaps) - 2] if len(gaps) - 2 < len(_T95) else 2.228
-    return quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
-
-
 def text(facts: Mapping[str, Any]) -> str:
     """Lay a comparison out for people: a line for each method and density, best accuracy of a density first."""
     head = ["method", "density", "accuracy", "from", "to", "behind", "tied", "virtual s", "down MB", "up MB", "GFLOP"]
     head += ["peak MiB", "target", "reached", "in round", "in s", "in MB", "in GFLOP"]
     rows = sorted(facts["summary"], key=lambda r: (-(r["density"] or 2.0), -(r["accuracy"]["median"] or 0.0)))
     lines = [table(head, [_cells(row) for row in rows])]
-    lines += [more for part in (compare_widths, compare_layers) if (more := part.text(rows, _number))]
+    lines += [more for part in (compare_widths, compare_pairs, compare_layers) if (more := part.text(rows, _number))]
     lines += [
         f"{row['label']}: {row['failed']} of {row['runs']} runs FAILED: {_last_line(row)}"
         for row in rows

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from coordinator import cli
@@ -209,33 +207,6 @@ def test_a_method_that_was_never_measured_sets_no_target():
     facts = compare_report.summed_up(found, "0.5*fedavg")
     assert [run["target"] for run in facts["runs"]] == [None, None]
     assert facts["summary"][1]["reached"] == 0
-
-
-def test_ties_by_half_a_point_or_by_the_paired_interval():
-    rows = {
-        "best": [0.900, 0.901, 0.902],
-        "near": [0.896, 0.897, 0.898],
-        "wild": [0.930, 0.880, 0.860],
-        "far": [0.880, 0.881, 0.8821],
-    }
-    facts = compare_report.summed_up(found_of(rows), "0.5")
-    judged = {row["label"]: row["behind_best"] for row in facts["summary"]}
-    assert {label: one["tied"] for label, one in judged.items()} == {
-        "best": True, "near": True, "wild": True, "far": False
-    }  # fmt: skip
-    gaps = np.array(rows["best"]) - np.array(rows["wild"])
-    assert judged["wild"]["mean"] == pytest.approx(gaps.mean())
-    assert judged["wild"]["half_width"] == pytest.approx(4.303 * gaps.std(ddof=1) / math.sqrt(3))
-    two = compare_report.summed_up(found_of({"a": [0.9, 0.9], "b": [0.7, 0.8]}), "0.5")["summary"][1]
-    assert not two["behind_best"]["tied"], "two seeds say nothing of their spread"
-
-
-def test_methods_are_judged_within_their_density():
-    facts = compare_report.summed_up(found_of({"a@0.2": [0.9], "b@0.2": [0.8], "a@0.1": [0.7], "dense": [0.85]}), "0.5")
-    judged = {(row["label"], row["density"]): row["behind_best"] for row in facts["summary"]}
-    assert judged["b", 0.2]["label"] == "a"
-    assert judged["a", 0.1]["label"] == "dense"
-    assert judged["b", 0.2]["half_width"] is None
 
 
 def test_the_plot_is_a_picture(tmp_path):
