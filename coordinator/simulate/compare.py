@@ -334,7 +334,10 @@ def _methods(text: str, sets: Params, recipe: Params, configs: Path | None) -> t
     if not names or len(set(labels)) < len(labels):
         raise ConfigError(f"--algos {text}: write different names with commas between them; LABEL=NAME tells two apart")
     tried = {} if configs is None else _configurations(configs)
-    for name in [*tried, *(key.partition(".")[0] for key in sets)]:
+    for name in tried:  # one file may serve several comparisons
+        if name not in (*labels, "*"):
+            print(f"--configs: {name} is not compared; its configurations are left out", file=sys.stderr, flush=True)
+    for name in (key.partition(".")[0] for key in sets):
         if name not in (*labels, "*"):
             raise ConfigError(
                 f"settings for {name!r}, which is not compared; there are {', '.join(labels)}, and * for all"

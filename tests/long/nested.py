@@ -21,6 +21,7 @@ from tests.long._tables import run, told
 
 FRACTIONS = "0.2 0.4 0.6 0.8 1"
 NESTED = "fledge,nestfl,heterofl,fjord"
+_CLOSE = "fledge,fjord,fedavg-20=fedavg"
 PLAIN = "fedavg,fedavg-20=fedavg,fedavg-all=fedavg"
 ALONE = {"alone-20": 236, "alone-40": 78, "alone-60": 47, "alone-80": 40, "alone-100": 57}
 """One width alone, on every device that holds it: rounds in which its devices together do the operations (`flops`) of fifteen
@@ -114,6 +115,8 @@ class Table:
 
 _SEEDS = "0,1,2,3,4,5,6"
 """Of tables that tell apart what three seeds do not: on MotionSense fledge deviates by 1.4 points (the mean of its widths)."""
+_MANY = ",".join(map(str, range(21)))
+"""Of tables that ask who is ahead where seven seeds do not tell, of those who are close to each other alone."""
 _MNIST = {"steps": "10", "batch": "20"}
 _HAR = {"epochs": "1", "batch": "32"}
 _FEDMP = ",".join(
@@ -164,6 +167,21 @@ TABLES = {
         data=("motionsense", "people", "24"),
         measured=2,
         recipe=_HAR,
+        tuned=_RATES_PEOPLE,
+        sets={"fledge.personal_every": "4"},
+    ),
+    "close-50": Table(
+        _CLOSE, 15, seeds=_MANY, data=("digits", "dir0.3", "50"), measured=3, target="0.9341", tuned=_RATES_50
+    ),
+    "close-people": Table(
+        _CLOSE,
+        12,
+        seeds=_MANY,
+        model="har-cnn-wide",
+        data=("motionsense", "people", "24"),
+        measured=2,
+        recipe=_HAR,
+        target="0.9102",
         tuned=_RATES_PEOPLE,
         sets={"fledge.personal_every": "4"},
     ),

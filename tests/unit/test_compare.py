@@ -139,6 +139,14 @@ def test_configurations_are_at_most_six(tmp_path):
     assert asked("--algos", "fedavg", "--configs", str(file)).methods[0].configurations == ({"recipe.epochs": 3.0},)
 
 
+def test_configurations_of_what_is_not_compared_are_left_out_aloud(tmp_path, capsys):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"fedavg": [{"recipe.epochs": 3}], "nestfl": [{"angle": 1}]}))
+    (method,) = asked("--algos", "fedavg", "--configs", str(file)).methods
+    assert method.configurations == ({"recipe.epochs": 3.0},)
+    assert capsys.readouterr().err == "--configs: nestfl is not compared; its configurations are left out\n"
+
+
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
 def test_every_algorithm_is_told_its_density_in_its_own_words(algo):
     method = compare.Method(algo, algo, ({},))
