@@ -23,26 +23,32 @@ _T95 = (
 
 Values = Mapping[int, float]
 """What a method reached, by seed."""
-Measure = Callable[[Mapping[str, Any]], float | None]
-"""Reads an accuracy from a row of the summary, or from a run."""
 
 
 def judge(rows: Sequence[dict[str, Any]], runs: Sequence[Mapping[str, Any]]) -> None:
     """Give each row of a summary ``behind_best`` and ``behind_by_width``: how far it is behind the best one of its density.
 
-    Each is as `gap` says, with the ``label`` of the best, which is the one with the highest median; the second is one of these
-    for each width that several methods have. A method without a density is compared with those of every density, and these
-    with it.
+    Each is as `gap` says, with the ``label`` of the best, which is the one with the highest median. The second is one of these
+    for each width: the best is one of several widths; a method with one model, such as a narrower one, is held against each
+    with that. A method without a density is compared with those of every density, and these with it.
     """
     for row in rows:
-        rivals = [other for other in rows if other["density"] in (row["density"], None)]
-        row["behind_best"] = _behind(row, rivals, runs, _median, _end)
-        row["behind_by_width"] = {}
-        for width in row["by_width"]:
-            middle, end = _width(width, _medians), _width(width, _ends)
-            several = [other for other in rivals if middle(other) is not None]
-            if len(several) > 1 and middle(row) is not None:
-                row["behind_by_width"][width] = _behind(row, several, runs, middle, end)
+        row["behind_best"], row["behind_by_width"] = None, {}
+        if row["accuracy"]["median"] is None:
+            continue
+        rivals = [
+            other
+            for other in rows
+            if other["density"] in (row["density"], None) and other["accuracy"]["median"] is not None
+        ]
+        best = max(rivals, key=lambda other: float(other["accuracy"]["median"]))
+        row["behind_best"] = _behind(row, best, runs)
+        nested = [other for other in rivals if _several(other["by_width"])]
+        for width in sorted({width for other in nested for width in other["by_width"]}, key=int):
+            ends = {place: other["by_width"][width] for place, other in enumerate(nested) if width in other["by_width"]}
+            if not _several(row["by_width"]) or (width in row["by_width"] and len(rivals) > 1):
+                best = nested[max(ends, key=lambda place: float(ends[place]))]
+                row["behind_by_width"][width] = _behind(row, best, runs, width)
 
 
 def gap(mine: Values, theirs: Values) -> dict[str, Any] | None:
@@ -81,8 +87,9 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
     ]
     head = ["method", "density", *(f"width {width}" for width in widths)]
     about = (
-        "behind the best of each width, seed by seed: mean of the differences, and half of its 95 % interval; a difference"
-        " that is smaller says nothing"
+        "behind the best of each width, seed by seed: mean of the differences, and half of its 95 % interval, below which"
+        " a difference\nsays nothing; what has one model is held against every width with it, and is ahead where there is"
+        " a minus"
     )
     return f"{table(head, cells)}\n{about}"
 
@@ -97,50 +104,26 @@ def _cell(label: str, behind: Mapping[str, Any] | None, number: Callable[..., st
 
 
 def _behind(
-    row: Mapping[str, Any],
-    rivals: Sequence[Mapping[str, Any]],
-    runs: Sequence[Mapping[str, Any]],
-    middle: Measure,
-    end: Measure,
+    row: Mapping[str, Any], best: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], width: str = ""
 ) -> dict[str, Any] | None:
-    """Compare a row with the one of `rivals` that has the highest `middle`, by the `end` of their runs."""
-    if middle(row) is None:
-        return None
-    best = max(rivals, key=lambda other: -math.inf if (value := middle(other)) is None else value)
-    found = gap(_by_seed(row, runs, end), _by_seed(best, runs, end))
+    found = gap(_by_seed(row, runs, width), _by_seed(best, runs, width))
     return None if found is None else {"label": best["label"], **found}
 
 
-def _by_seed(row: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], end: Measure) -> Values:
-    good = [
-        run for run in runs if (run["label"], run["density"]) == (row["label"], row["density"]) and "error" not in run
-    ]
-    return {run["seed"]: value for run in good if (value := end(run)) is not None}
+def _by_seed(row: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], width: str) -> Values:
+    mine = [run for run in runs if (run["label"], run["density"]) == (row["label"], row["density"])]
+    return {run["seed"]: value for run in mine if "error" not in run and (value := _end(run, width)) is not None}
 
 
-def _median(row: Mapping[str, Any]) -> float | None:
-    value: float | None = row["accuracy"]["median"]
+def _end(run: Mapping[str, Any], width: str) -> float | None:
+    """Give what a run ended with: a width of several, or the one model that it has."""
+    widths = run["accuracy"].get("by_width", {})
+    value: float | None = widths.get(width) if width and _several(widths) else run["accuracy"]["full"]
     return value
 
 
-def _end(run: Mapping[str, Any]) -> float | None:
-    value: float | None = run["accuracy"]["full"]
-    return value
-
-
-def _medians(row: Mapping[str, Any]) -> Mapping[str, float]:
-    values: Mapping[str, float] = row["by_width"]
-    return values
-
-
-def _ends(run: Mapping[str, Any]) -> Mapping[str, float]:
-    values: Mapping[str, float] = run["accuracy"].get("by_width", {})
-    return values
-
-
-def _width(width: str, widths: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> Measure:
-    """Read one width of several; a model with a single one has none."""
-    return lambda one: found.get(width) if len(found := widths(one)) > 1 else None
+def _several(widths: Mapping[str, float]) -> bool:
+    return len(widths) > 1
 
 
 def _half_width(gaps: Sequence[float]) -> float | None:

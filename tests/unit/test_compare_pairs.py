@@ -48,13 +48,24 @@ def test_widths_are_judged_one_by_one():
     assert a["0"] == pytest.approx({"label": "b", "mean": 0.2, "half_width": 0.25 * wide, "tied": False})
     assert b["1"] == pytest.approx({"label": "a", "mean": 0.32, "half_width": 0.4 * wide, "tied": False})
     assert (a["1"]["label"], a["1"]["mean"], b["0"]["label"], b["0"]["mean"]) == ("a", 0.0, "b", 0.0)
-    assert (flat, old) == ({}, {}), "one width is no rival of several"
+    narrow = {width: (one["label"], round(one["mean"], 9), one["tied"]) for width, one in flat.items()}
+    assert narrow == {"0": ("b", -0.2, True), "1": ("a", -0.08, True)}, "one model is held against every width"
+    assert old["0"] == pytest.approx({"label": "b", "mean": 0.525 - 0.95, "half_width": None, "tied": True})
     text = compare_report.text(facts)
     (head,) = [line for line in text.splitlines() if line.split() == ["method", "density", "width", "0", "width", "1"]]
     lines = [line.split() for line in text.partition(head)[2].splitlines()]
     assert ["a", "-", "0.2000", f"±{0.25 * wide:.4f}", "best"] in lines
     assert ["b", "-", "best", "0.3200", f"±{0.4 * wide:.4f}"] in lines
+    assert ["old", "-", "-0.4250", "±-", "-0.3200", "±-"] in lines
     assert "±" not in compare_report.text(compare_report.summed_up(found_of({"a": [0.9], "b": [0.8]}), "0.5"))
+
+
+def test_one_method_with_widths_is_the_best_of_them_where_others_have_none():
+    found = nested_of({"a": [0.5, 0.9]})
+    (alone,) = compare_report.summed_up(found, "0.5")["summary"]
+    assert alone["behind_by_width"] == {}, "nobody to compare with"
+    facts = compare_report.summed_up([*found, *found_of({"old": [0.95, "lost", "lost"]})], "0.5")
+    assert [row["behind_by_width"]["1"]["label"] for row in facts["summary"]] == ["a", "a"]
 
 
 def test_one_seed_has_no_interval_and_a_lost_one_no_pair():
