@@ -54,7 +54,7 @@ def code(package: str) -> tuple[tuple[str, ...], str]:
     Cost: starts the interpreter once.
     """
     home = str(Path(__file__).parents[1])
-    argv = [sys.executable, "-P", "-c", f"import {package}"]
+    argv = [sys.executable, "-B", "-P", "-c", f"import {package}"]  # -B: what it compiled would outlast an uninstall
     found = subprocess.run(argv, cwd="/", capture_output=True, check=False, env={})
     roots = {sys.prefix, sys.base_prefix, home, *(str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix))}
     return tuple(sorted(roots - {"/usr", "/"})), home if found.returncode else ""
