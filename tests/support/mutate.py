@@ -28,9 +28,12 @@ class Pairs:
 
 
 def opened(data):
-    """Read a msgpack document into lists and `Pairs`; None when it is none."""
+    """Read a msgpack document into lists and `Pairs`; None when it is none.
+
+    An extension, which msgpack gives as a tuple, stands for itself: tuples are pairs here.
+    """
     try:
-        return msgpack.unpackb(data, object_pairs_hook=Pairs, strict_map_key=False)
+        return msgpack.unpackb(data, object_pairs_hook=Pairs, strict_map_key=False, ext_hook=_extension)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
         return None
 
@@ -75,6 +78,10 @@ class Raw:
 
     def __init__(self, data):
         self.data = data
+
+
+def _extension(code, data):
+    return Raw(msgpack.packb(msgpack.ExtType(code, data)))
 
 
 def nasty(rng):

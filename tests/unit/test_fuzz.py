@@ -39,6 +39,13 @@ def spin(data):
         pass
 
 
+def test_an_extension_in_a_document_is_damaged_like_all_else():
+    data = msgpack.packb([msgpack.ExtType(5, b"abc"), {"a": msgpack.ExtType(7, b"x")}, 1])
+    made = {mutate.document(data, data, random.Random(seed)) for seed in range(500)}
+    assert len(made) > 400
+    assert any(b"\xc7\x03\x05abc" in one and one != data for one in made), "and stays itself elsewhere"
+
+
 def test_a_value_and_an_expected_error_are_no_finds():
     assert (tried(len).inputs, tried(len).refused, tried(len).finds) == (1, 0, {})
     assert (tried(refuse).refused, tried(refuse).finds) == (1, {})
