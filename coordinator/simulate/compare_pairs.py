@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coordinator.show import table
+from coordinator.simulate.compare_widths import SHOWN
 
 TIED = 0.005
 """Two methods whose accuracies differ by no more are tied."""
@@ -67,7 +68,7 @@ def gap(mine: Values, theirs: Values) -> dict[str, Any] | None:
 
 
 def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
-    """Lay out how far methods are behind the best of each width; empty where no two methods have widths.
+    """Lay out how far methods are behind the best of each width; empty where no method has widths, or too many.
 
     Args:
         rows: Of the summary, in their order.
@@ -75,7 +76,7 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
     """
     told = [row for row in rows if any(row["behind_by_width"].values())]
     widths = sorted({width for row in told for width in row["behind_by_width"]}, key=int)
-    if not told:
+    if not 0 < len(widths) <= SHOWN:
         return ""
     cells = [
         [

@@ -19,7 +19,7 @@ from coordinator.show import table
 COSTS = ("round", "seconds_virtual", "bytes_up", "bytes_down", "flops")
 """What a run has cost by a point of its curve."""
 
-_SHOWN = 8
+SHOWN = 8
 """Widths that have a column of their own; of more, only the worst one is shown."""
 _WHAT = ("mean", "p10")
 _ALWAYS = 2
@@ -109,7 +109,7 @@ def text(rows: Sequence[Mapping[str, Any]], number: Callable[..., str]) -> str:
     if not told:
         return ""
     widths = sorted({width for row in told for width in row["by_width"] if len(row["by_width"]) > 1}, key=int)
-    shown = widths if len(widths) <= _SHOWN else []
+    shown = widths if len(widths) <= SHOWN else []
     head = [
         "method",
         "density",

@@ -140,6 +140,7 @@ _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjo
 TABLES = {
     "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, seeds=_SEEDS, tuned=_RATES),
     "equal": Table(f"fledge,{','.join(f'{label}=fedavg' for label in ALONE)}", 15, target="0.95*fledge"),
+    "close-alone": Table("fledge,alone-20=fedavg", 15, seeds=_MANY, target="0.95*fledge"),
     "momentum": Table(f"{NESTED},fedavg-20=fedavg,fedavg-all=fedavg", 15, sets=_SAME),
     "digits-50": Table(
         f"{NESTED},{PLAIN},{PERSONAL}",

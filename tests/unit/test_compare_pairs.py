@@ -57,7 +57,13 @@ def test_widths_are_judged_one_by_one():
     assert ["a", "-", "0.2000", f"±{0.25 * wide:.4f}", "best"] in lines
     assert ["b", "-", "best", "0.3200", f"±{0.4 * wide:.4f}"] in lines
     assert ["old", "-", "-0.4250", "±-", "-0.3200", "±-"] in lines
-    assert "±" not in compare_report.text(compare_report.summed_up(found_of({"a": [0.9], "b": [0.8]}), "0.5"))
+    for other in (
+        found_of({"a": [0.9], "b": [0.8]}),
+        nested_of({"a": [1.0 - i / 20 for i in range(9)], "b": [0.5] * 9}),
+    ):
+        assert "±" not in compare_report.text(compare_report.summed_up(other, "0.5")), (
+            "no widths, or too many for columns"
+        )
 
 
 def test_one_method_with_widths_is_the_best_of_them_where_others_have_none():
