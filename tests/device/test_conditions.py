@@ -22,7 +22,7 @@ from wire.messages import Ack, Beat, Order, Presence, Recipe, Refusal, Reply
 
 SECONDS_MEMORY = 2.0
 LONG = Recipe(rule="sgd", epochs=2000, batch=8)
-SHORT = Recipe(rule="sgd", epochs=25, batch=4)
+SHORT = Recipe(rule="sgd", epochs=100, batch=4)
 PLUG = "sys/class/power_supply/AC/online"
 ROUTE = "proc/net/route"
 HEAD = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"

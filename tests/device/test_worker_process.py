@@ -164,7 +164,7 @@ def test_progress_comes_with_the_observed_peak(tmp_path, worker):
     one = worker()
     one.next()
     started = time.monotonic()
-    done, told = one.do(order(tmp_path / "j", recipe=Recipe(epochs=3, batch=8, clip=1.0)))
+    done, told = one.do(order(tmp_path / "j", recipe=Recipe(epochs=40, batch=8, clip=1.0)))
     assert isinstance(done, Done), done
     assert told[0] == Progress(0.0, None, 0)
     assert 2 <= len(told) <= 2 + (time.monotonic() - started) / 0.2

@@ -34,6 +34,8 @@ class Unit:
         self.path = path
         self._argv = ["systemd-socket-activate", "--listen", str(path), "--accept", "--inetd", "--setenv=PATH"]
         self._argv.append(f"--setenv=TMPDIR={path.parent}")  # a unit has a /tmp of its own
+        # The same kernels as the child that its updates are compared with has: of their bits, the last differ.
+        self._argv += [f"--setenv={name}" for name in os.environ if name.startswith("OPENBLAS_")]
         self._argv += [sys.executable, "-m", "edge_runtime.trainer", "--config", str(config)]
         if stranger or refuse:
             self._argv = [sys.executable, "-m", "tests.support.unit", str(path), str(config), *map(str, refuse)]

@@ -61,8 +61,8 @@ def scored(output: Array, labels: Labels) -> tuple[float, int]:
     with np.errstate(all="ignore"):
         shifted = output - output.max(1, keepdims=True)
         picked = shifted[np.arange(len(labels)), labels]
-        lost = np.log(np.exp(shifted, out=shifted).sum(1)) - picked
-    return float(lost.sum()), int(np.count_nonzero(output.argmax(1) == labels))
+        lost = float((np.log(np.exp(shifted, out=shifted).sum(1)) - picked).sum())
+    return lost, int(np.count_nonzero(output.argmax(1) == labels))
 
 
 def _check(output: Array, target: Labels | Floats) -> None:
