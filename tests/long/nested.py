@@ -13,6 +13,7 @@ alone, on every device that can hold it, with as many operations in all as fledg
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,17 @@ _POSTER = {"nestfl.recipe.rate": "0.15"}
 _SAME = {f"{label}.beta": "0.7" for label in ("nestfl", "heterofl", "fjord", "fedavg-20")}
 _SAME |= {f"{label}.recipe.rate": "0.2" for label in ("nestfl", "heterofl", "fjord")}
 """The momentum that fledge ships with for its rivals too, at the rates that the table `digits` chose for them."""
+_PEOPLE = Table(
+    f"{NESTED},{PLAIN},{PERSONAL}",
+    12,
+    seeds=_SEEDS,
+    model="har-cnn-wide",
+    data=("motionsense", "people", "24"),
+    measured=2,
+    recipe=_HAR,
+    tuned=_RATES_PEOPLE,
+    sets={"fledge.personal_every": "4"},
+)
 
 TABLES = {
     "digits": Table(f"{NESTED},{PLAIN},{PERSONAL}", 15, seeds=_SEEDS, tuned=_RATES),
@@ -160,32 +172,11 @@ TABLES = {
         recipe=_MNIST,
         sets=_POSTER,
     ),
-    "motionsense": Table(
-        f"{NESTED},{PLAIN},{PERSONAL}",
-        12,
-        seeds=_SEEDS,
-        model="har-cnn-wide",
-        data=("motionsense", "people", "24"),
-        measured=2,
-        recipe=_HAR,
-        tuned=_RATES_PEOPLE,
-        sets={"fledge.personal_every": "4"},
-    ),
+    "motionsense": _PEOPLE,
     "close-50": Table(
         _CLOSE, 15, seeds=_MANY, data=("digits", "dir0.3", "50"), measured=3, target="0.9341", tuned=_RATES_50
     ),
-    "close-people": Table(
-        _CLOSE,
-        12,
-        seeds=_MANY,
-        model="har-cnn-wide",
-        data=("motionsense", "people", "24"),
-        measured=2,
-        recipe=_HAR,
-        target="0.9102",
-        tuned=_RATES_PEOPLE,
-        sets={"fledge.personal_every": "4"},
-    ),
+    "close-people": dataclasses.replace(_PEOPLE, algos=_CLOSE, seeds=_MANY, target="0.9102"),
     "ratios": Table(
         f"fedavg,flexcom,{_FEDMP}", 25, data=("digits", "dir0.3", "10"), fleet="spread-whole", target="0.95*fedavg"
     ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tomllib
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,17 @@ def test_compiled_files_are_noted_and_removed(tmp_path: Path, monkeypatch: pytes
     files.write(root, units.files(placed, SITE), placed.copies, placed.secrets, ())
     files.remove(root)
     assert tree(tmp_path) == before
+
+
+def test_looking_for_the_package_compiles_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv.create(tmp_path, symlinks=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    (site / "tiny.py").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    before = tree(tmp_path)
+    assert service.code("tiny")[1] == ""
+    assert service.code("absent")[1] == str(Path(service.__file__).parents[1])
+    assert tree(tmp_path) == before, "an uninstall knows nothing of it"
 
 
 def test_a_note_that_was_tampered_with_removes_nothing_else(tmp_path: Path) -> None:
