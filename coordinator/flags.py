@@ -23,7 +23,8 @@ def subcommand(commands: Commands, name: str, text: str, examples: str) -> argpa
 
 
 _HALVING = (
-    "with commas: all configurations have a run with the first, the better half of them one with the next, and so on"
+    "with commas: all configurations have a run with the first, the better half of them one with the next, and so on; "
+    "1000+1001,1002: all have two, the better half one more"
 )
 _ENGINE = "training engine: native or torch (default: native where it has all ops of the model)"
 

@@ -2,7 +2,7 @@
 
 Every algorithm runs with every seed, and with every density if it knows one. What is finished is kept (see `trials`), what
 fails is reported and the others go on. With ``--tune``, each method (at each density) first tries its configurations, at most
-six, on a validation part with other seeds, and the better half again with the next seed; the best in the mean goes on.
+six, on a validation part with other seeds, and the better half again with the next ones; the best in the mean goes on.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Comparison:
         methods: What is compared.
         densities: For the methods that know one.
         seeds: Of the runs that count.
-        tuning_seeds: Of the runs that choose a configuration; none when nothing is chosen.
+        tuning_seeds: Of the runs that choose a configuration, rung by rung; none when nothing is chosen.
         target: When a run is fast enough to be asked how long it took, see `compare_report.target_of`.
     """
 
@@ -83,7 +83,7 @@ class Comparison:
     methods: tuple[Method, ...]
     densities: tuple[float, ...]
     seeds: tuple[int, ...]
-    tuning_seeds: tuple[int, ...]
+    tuning_seeds: tuple[tuple[int, ...], ...]
     target: str
 
     def variants(self) -> Iterator[tuple[Method, float | None]]:
@@ -177,21 +177,24 @@ def _chosen(
 ) -> list[Params]:
     """Choose a configuration for each method and density by what it is worth on the validation part (`_reached`).
 
-    By successive halving (Jamieson and Talwalkar, AISTATS 2016): all have a run with the first tuning seed, the better half
-    of them one with the next, and so on; the best by the mean of its seeds goes on. One that fails is the worst.
+    By successive halving (Jamieson and Talwalkar, AISTATS 2016): all have a run with each tuning seed of the first rung, the
+    better half of them with each of the next, and so on; the best by the mean of its seeds goes on. One that fails is
+    the worst.
     """
     worth: list[list[list[float]]] = [[[] for _ in method.configurations] for method, _ in variants]
     left = [list(range(len(each))) if len(each) > 1 else [] for each in worth]
-    for seed in comparison.tuning_seeds:
+    for rung in comparison.tuning_seeds:
         tries = [
             (each[number], comparison.trial(method, density, method.configurations[number], seed, tuning=True))
+            for seed in rung
             for (method, density), each, numbers in zip(variants, worth, left, strict=True)
             for number in numbers
             if len(numbers) > 1
         ]
-        found = _done([trial for _, trial in tries], store, jobs, out, f"tuning runs, seed {seed}")
+        name = f"seed{'s' * (len(rung) > 1)} {', '.join(map(str, rung))}"
+        found = _done([trial for _, trial in tries], store, jobs, out, f"tuning runs, {name}")
         if found and all(isinstance(one, Failure) for one in found):
-            raise ConfigError(f"every run with tuning seed {seed} failed; see above, and --tuning-seeds")
+            raise ConfigError(f"every run with tuning {name} failed; see above, and --tuning-seeds")
         for (values, _), one in zip(tries, found, strict=True):
             values.append(-1.0 if isinstance(one, Failure) else _reached(one))
         left = [_better(each, numbers) for each, numbers in zip(worth, left, strict=True)]
@@ -282,11 +285,11 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         raise ConfigError(
             f"--configs has several configurations of {', '.join(several)}: add --tune to choose among them"
         )
-    tuning = _numbers(args.tuning_seeds, "--tuning-seeds", int) if args.tune else ()
+    tuning = _rungs(args.tuning_seeds) if args.tune else ()
     seeds = _numbers(args.seeds, "--seeds", int)
     if args.tune and not tuning:
         raise ConfigError("--tuning-seeds: write at least one, such as 1000")
-    if set(seeds) & set(tuning):
+    if set(seeds) & {seed for rung in tuning for seed in rung}:
         raise ConfigError("--tuning-seeds: write other seeds than those of --seeds")
     if not seeds or min(args.jobs, args.rounds, args.evaluate_every) < 1:
         raise ConfigError("--seeds, --jobs, --rounds and --evaluate-every: write at least one of each")
@@ -309,7 +312,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         methods=methods,
         densities=densities,
         seeds=tuple(seeds),
-        tuning_seeds=tuple(tuning),
+        tuning_seeds=tuning,
         target=args.target,
     )
 
@@ -325,6 +328,16 @@ def _numbers(text: str, flag: str, kind: type[int | float]) -> tuple[Any, ...]:
         return tuple(kind(word) for word in text.split(",") if word)
     except ValueError:
         raise ConfigError(f"{flag} {text}: write numbers with commas between them") from None
+
+
+def _rungs(text: str) -> tuple[tuple[int, ...], ...]:
+    """Read tuning seeds: rungs with commas between them, of which a plus joins seeds that none is left out of."""
+    rungs = (rung.split("+") for rung in text.split(",") if rung)
+    found = tuple(_numbers(",".join(rung), "--tuning-seeds", int) if all(rung) else () for rung in rungs)
+    seeds = [seed for rung in found for seed in rung]
+    if not all(found) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--tuning-seeds {text}: write different whole numbers, such as 1000+1001,1002")
+    return found
 
 
 def _methods(text: str, sets: Params, recipe: Params, configs: Path | None) -> tuple[Method, ...]:

@@ -73,6 +73,32 @@ def test_tuning_goes_by_the_mean_of_the_seeds_and_leaves_out_what_failed_once(mo
     assert chosen(0.1, 0.2, 0.3, seeds="7,9") == 0.1, "what fails with the last seed only is out as well"
 
 
+def test_seeds_that_a_plus_joins_all_have_their_say_before_anything_is_left_out(monkeypatch, tmp_path):
+    worth = {(0.1, 7): 0.7, (0.1, 8): 0.9, (0.2, 7): 0.8, (0.2, 8): 0.6, (0.3, 7): 0.75, (0.3, 8): 0.8}
+    done = played(monkeypatch, lambda config: worth.get((config.params["recipe.rate"], config.seed), 0.5))
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"fedavg": [{"recipe.rate": rate} for rate in (0.1, 0.2, 0.3)]}))
+    words = ["--algos", "fedavg", "--configs", str(file), "--seeds", "0", "--tune", "--tuning-seeds"]
+
+    def runs(seeds):
+        done.clear()
+        compare.compare(asked(*words, seeds), Store(tmp_path / seeds), 1)
+        return [(t.config.seed, t.config.params["recipe.rate"]) for t in done]
+
+    all_of_both = [(seed, rate) for seed in (7, 8) for rate in (0.1, 0.2, 0.3)]
+    assert runs("7,8")[-1] == (0, 0.3), "what is the last with seed 7 is out"
+    assert runs("7+8") == [*all_of_both, (0, 0.1)], ".8 against .7 and .775"
+    assert runs("7+8,9") == [*all_of_both, (9, 0.1), (9, 0.3), (0, 0.1)]
+    for wrong in ("7+", "7++8", "7+8,8", "7,seven"):
+        with pytest.raises(ConfigError, match="--tuning-seeds"):
+            asked(*words, wrong)
+    with pytest.raises(ConfigError, match="other seeds"):
+        asked(*words, "7+0")
+    played(monkeypatch, lambda _: "burst")
+    with pytest.raises(ConfigError, match="tuning seeds 7, 8 failed"):
+        compare.compare(asked(*words, "7+8,9"), Store(tmp_path / "none"), 1)
+
+
 def test_it_is_said_how_many_configurations_each_method_chose_from(monkeypatch, tmp_path, capsys):
     played(monkeypatch, lambda _: 0.5)
     file, out = tmp_path / "c.json", tmp_path / "o.json"
