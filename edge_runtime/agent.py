@@ -23,7 +23,7 @@ from edge_runtime.frugal import give_back
 from edge_runtime.guest import Guest, Move
 from edge_runtime.keep import Keep
 from edge_runtime.life import Life, address, claim, next_seq, notify
-from edge_runtime.memory.limit import Grant
+from edge_runtime.memory.limit import grant_of
 from edge_runtime.offer import Offers
 from edge_runtime.session import Session
 from wire import codec, link, topics
@@ -74,7 +74,7 @@ class Agent:
         self._desk = Desk(config, self._link.post)
         self._fetcher = Fetcher(self._link, self._spool, config.federation, config.device)
         self._spec: tuple[str, ModelSpec | None] = "", None
-        self._grant = Grant(config.bytes_budget, config.bytes_reserve, config.budget_file)
+        self._grant = grant_of(config)
         self._offers = Offers(self._link, root / "out", config.federation)
 
     def run(self) -> None:

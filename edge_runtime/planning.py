@@ -133,7 +133,7 @@ def _budgets(config: Config, engines: tuple[str, ...]) -> tuple[dict[str, int], 
 
     told = limit.said(config.budget_file)
     configured = min((most for most in (config.bytes_budget, told) if most), default=0)
-    grant = limit.Grant(config.bytes_budget, config.bytes_reserve, config.budget_file)
+    grant = limit.grant_of(config)
     granted = {name: grant.now(BASE_GUESS.get(name, max(BASE_GUESS.values())), name) for name in engines}
     if configured and all(size == configured for size in granted.values()):
         file = config.budget_file

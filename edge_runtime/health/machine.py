@@ -54,7 +54,7 @@ def memory(config: Config, where: Machine) -> Finding:
         return Finding("memory", fine=False, found=f"{file}: {error}", advice=advice)
     free, whole = probe.available(where.root), probe.total(where.root)
     allowed = min((most for most in (config.bytes_budget, told) if most), default=0)
-    granted = probe.budget(allowed, config.bytes_reserve, where.root)
+    granted = probe.budget(allowed, config.bytes_reserve, where.root, shared=not config.worker.socket)
     found = (
         f"{free // MIB} of {whole // MIB} MiB available; an order may take {granted // MIB} MiB above the worker's base"
     )

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from edge_runtime.config import BrokerConfig, Config, MemoryConfig, StateConfig
+from edge_runtime.config import BrokerConfig, Config, MemoryConfig, StateConfig, WorkerConfig
 from edge_runtime.health import HERE
 from edge_runtime.health import machine as questions
 from edge_runtime.memory import limit, probe
@@ -63,6 +63,25 @@ def test_the_least_is_granted(tmp_path, configured, text, found):
     assert fresh.now(0) == 1, "nothing is left, which 0 would not say"
 
 
+@pytest.mark.parametrize(("shared", "coming", "found"), [(True, 100, 150), (True, -30, 280), (False, 100, 400)])
+def test_a_control_group_has_room_for_the_worker_and_the_order_together(tmp_path, shared, coming, found):
+    """Its limit is 300 MiB, of which 50 are in use; free are 500. Behind a socket a worker is in another group."""
+    machine(tmp_path, 500 * MIB, resident=0)
+    grouped(tmp_path, 300 * MIB, 50 * MIB)
+    grant = limit.Grant(0, 0, tmp_path / limit.FILE, tmp_path, shared=shared)
+    assert grant.now(coming * MIB) == found * MIB
+
+
+def test_whose_worker_is_behind_a_socket_has_another_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "group_room", lambda _: 5)
+    child = Config("d", BrokerConfig("mqtt://localhost"), state=StateConfig(str(tmp_path)))
+    visited = dataclasses.replace(child, worker=WorkerConfig(socket="/run/door"))
+    assert limit.grant_of(child).now(0) == 5
+    assert limit.grant_of(visited).now(0) > MIB
+    assert "take 0 MiB" in questions.memory(child, HERE).found
+    assert "take 0 MiB" not in questions.memory(visited, HERE).found
+
+
 def test_another_word_of_the_operators_is_heard_at_once(tmp_path):
     file = tmp_path / limit.FILE
     machine(tmp_path, 500 * MIB, resident=0)
@@ -75,7 +94,7 @@ def test_another_word_of_the_operators_is_heard_at_once(tmp_path):
 
 
 def test_check_says_what_the_operators_file_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "budget", lambda configured, *_: configured or 500 * MIB)
+    monkeypatch.setattr(probe, "budget", lambda configured, *_, **__: configured or 500 * MIB)
     config = Config("d", BrokerConfig("mqtt://localhost"), state=StateConfig(str(tmp_path)))
     file = tmp_path / limit.FILE
     assert str(file) not in questions.memory(config, HERE).found
@@ -93,6 +112,15 @@ def machine(root, free, resident):
     (root / "proc" / str(os.getpid())).mkdir(parents=True, exist_ok=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 999999 kB\nMemAvailable: {free // 1024} kB\n")
     (root / "proc" / str(os.getpid()) / "status").write_text(f"VmRSS:\t{resident // 1024} kB\n")
+
+
+def grouped(root, most, used):
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/self/cgroup").write_text("0::/a/b\n")
+    folder = root / "sys/fs/cgroup/a/b"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(str(most))
+    (folder / "memory.current").write_text(str(used))
 
 
 def looked(root, reserve=64 * MIB, file=None, monkeypatch=None):
@@ -115,6 +143,15 @@ def test_half_a_reserve_left_is_made_whole(tmp_path, free, room):
     machine(tmp_path, free, resident=200 * MIB)
     assert looked(tmp_path)(0.5) == room
     assert looked(tmp_path, reserve=0)(0.5) == 0
+
+
+def test_a_worker_keeps_to_its_own_group(tmp_path):
+    machine(tmp_path, 500 * MIB, resident=200 * MIB)
+    grouped(tmp_path, 400 * MIB, 220 * MIB)
+    assert looked(tmp_path)(0.5) == 280 * MIB, "it holds 100 MiB above base, and 180 are left"
+    assert looked(tmp_path, reserve=0)(0.5) == 0
+    grouped(tmp_path, 400 * MIB, 500 * MIB)
+    assert looked(tmp_path)(0.5) == 100 * MIB
 
 
 def test_never_nothing(tmp_path):

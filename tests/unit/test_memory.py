@@ -255,6 +255,9 @@ def test_probe_reads_a_pi(tmp_path):
     assert probe.budget(10**9, 10**9, root) == 0
 
 
+_A = {"proc/self/cgroup": "0::/a\n", "G/a/memory.max": "9000", "G/a/memory.current": "7000"}
+
+
 @pytest.mark.parametrize(
     ("files", "room"),
     [
@@ -271,6 +274,9 @@ def test_probe_reads_a_pi(tmp_path):
             400,
         ),
         ({"proc/self/cgroup": "nonsense\n"}, None),
+        ({**_A, "G/a/memory.stat": "file 7000\ninactive_file 3000\n"}, 5000),
+        ({**_A, "G/a/memory.stat": "inactive_file 3000\n", "G/memory.max": "6500", "G/memory.current": "6000"}, 500),
+        ({**_A, "G/a/memory.stat": "inactive_file 9999\n"}, 9000),
     ],
 )
 def test_probe_reads_control_groups(tmp_path, files, room):
