@@ -174,7 +174,7 @@ class Server:
         limit, size = size_limit(self._store.spec, reply.structure), reply.update.size
         return f"an update of {size} bytes; at most {limit} make sense" if size > limit else ""
 
-    def _arrived(self, reply: Reply) -> None:
+    def _arrived(self, reply: Reply) -> bool:
         assert reply.update is not None
         try:
             held = held_for(self._store, self._standing.orders.get(reply.device), reply.structure)
@@ -182,15 +182,14 @@ class Server:
         except PeerError as error:
             reason: Reason = "nonfinite" if isinstance(error, NonFinite) else "unsupported"
             self._happen(ev.unusable(reply, reason, str(error)))
-            if reply.update.digest not in counted(self._round, self._standing.done):
-                self._store.spool.drop(reply.update.digest)
-            return
+            return False
         self._turn.updates.append(reply.update.digest)
         order = self._standing.orders.get(reply.device)
         if order is not None:
             seconds = 0.0 if interrupted(self._round, reply.device) else self._pace.turn(time.monotonic())
             self._fleet = self._fleet.absorb(reply.device, reply.usage, order.bytes_peak, seconds)
         self._happen(Arrived(reply.device, reply.order, reply))
+        return True
 
     def _refused(self, device: str, refusal: Refusal) -> None:
         if refusal.device == device:
@@ -310,8 +309,10 @@ class Server:
     # --- out: files, rows, messages ------------------------------------------------------------------------------
 
     def _flush(self, *, at_once: bool = False) -> None:
-        for reply in self._mail.uploads.complete():
-            self._arrived(reply)
+        # Only what came just now is deleted, and when nobody else's answer is the same bytes: a device may name any blob.
+        bad = {r.update.digest for r in self._mail.uploads.complete() if r.update is not None and not self._arrived(r)}
+        for digest in bad - counted(self._round, self._standing.done) - {*self._turn.updates}:
+            self._store.spool.drop(digest)
         for reply, have in self._mail.uploads.due(time.monotonic()):
             self._turn.sends.append((reply.device, Ack(reply.order, "more", have)))
         if self._turn.wait(time.monotonic()) and not at_once:

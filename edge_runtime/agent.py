@@ -190,7 +190,7 @@ class Agent:
     def _finished(self, told: Finished) -> None:
         order, result = told.job.order, told.result
         if not isinstance(result, Done):
-            refusing = self._life.tries.failed(told.job, result, time.monotonic())
+            refusing = self._life.tries.failed(told.job, result, time.monotonic(), sent=told.sent)
             if refusing is not None:
                 self._happen(refusing)
             return

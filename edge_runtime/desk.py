@@ -49,11 +49,13 @@ class Finished:
         job: Which.
         result: `Failed` also for a worker that crashed, was killed or stalled.
         took: Seconds with the engine loaded, and those before, in which a fresh worker loaded it; 0 for what is not known.
+        sent: Whether a worker had it: otherwise its end says nothing of the order, nor of an engine.
     """
 
     job: Job
     result: Done | Failed
     took: tuple[float, float] = (0.0, 0.0)
+    sent: bool = True
 
 
 @dataclass(slots=True)
@@ -337,6 +339,9 @@ class Desk:
                 "the worker ended with %d while idle: %s", event.code, event.problem or self.problem or "no word"
             )
             return None
+        if not self._course.sent:
+            detail = f"no worker took the order in {self._failures + 1} tries: {event.problem}"
+            return Finished(job, Failed("crash", detail, 0, 0), sent=False)
         reason: Reason = "oom" if event.code in _OUT_OF_MEMORY else "crash"
         detail = f"the worker ended with {event.code} {event.problem}".strip()
         return Finished(job, Failed(reason, detail, 0, self.progress.bytes_peak))

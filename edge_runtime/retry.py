@@ -137,15 +137,25 @@ class Tries:
         self._way = smaller
         return smaller
 
-    def failed(self, job: Job, result: Failed, now: float) -> Refusing | None:
+    def failed(self, job: Job, result: Failed, now: float, *, sent: bool = True) -> Refusing | None:
         """Take in how a job failed.
+
+        Args:
+            job: Which.
+            result: Why.
+            now: On the monotonic clock.
+            sent: Whether a worker had it.
 
         Returns:
             What to tell the coordinator; None when it is to be tried again at `due`.
         """
         self._peak = max(self._peak, result.bytes_peak)
         needed = max(result.bytes_needed, self._peak)
-        if result.reason in ("crash", "unsupported") and self._engines - self._broken - self._doubted - {job.engine}:
+        if (
+            sent
+            and result.reason in ("crash", "unsupported")
+            and self._engines - self._broken - self._doubted - {job.engine}
+        ):
             self._doubted.add(job.engine)
             self.due = now + SECONDS_PAUSE
             log.warning("engine %s failed, another one is tried: %s", job.engine, result.detail)

@@ -50,6 +50,7 @@ from wire.errors import (
     NonFinite,
     PeerError,
     SpecError,
+    StoreError,
     Unsupported,
 )
 from wire.job import Done, Failed, Job, Progress, Ready, write_frame
@@ -125,8 +126,8 @@ def perform(
         raise
     except NonFinite as error:
         return work.failed("nonfinite", str(error))
-    except (DataError, PeerError, SpecError, DeviceError) as error:
-        reason: Reason = "data" if isinstance(error, DataError) else "unsupported"
+    except (DataError, StoreError, PeerError, SpecError, DeviceError) as error:
+        reason: Reason = "data" if isinstance(error, (DataError, StoreError)) else "unsupported"
         if isinstance(error, PeerError) and not isinstance(error, Unsupported):
             reason = "data"
         return work.failed(reason, str(error))

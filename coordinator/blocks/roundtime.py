@@ -36,6 +36,8 @@ Row = Sequence[Any]
 """What is remembered of a round: device, `Took.seconds`, `Took.rest`, `Took.beyond`, then the kept weights of each layer."""
 
 _KEPT = 4
+_LEAST, _MOST = 1e-9, 1e6
+"""Seconds that are believed, of a device's work at least and of a layer's step at most: it may say any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,9 @@ def took(spec: ModelSpec, answer: Answer, factor: float) -> Took:
         if f"theta.{name}" in answer.metrics:
             size, told = prod(shapes[name]), len(answer.extras[name][0]) if name in answer.extras else 0
             beyond += 4.0 * told + (size / 8.0 if told < size else 0.0) + size / 8.0  # where they stand; new masks
-    layers = {name: answer.metrics.get(f"seconds.{name}", 0.0) for name in maskable(spec)}
+    layers = {name: min(_MOST, max(0.0, answer.metrics.get(f"seconds.{name}", 0.0))) for name in maskable(spec)}
     rest = answer.seconds_turn - work if answer.seconds_turn > work else -1.0
-    return Took(answer.device, factor * work, rest, beyond, layers)
+    return Took(answer.device, factor * work if work >= _LEAST else 0.0, rest, beyond, layers)
 
 
 def remembered(

@@ -52,8 +52,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
 _RATES, _RATES_50, _RATES_PEOPLE = (f"nested-{name}configs.json" for name in ("", "50-", "people-"))
 """What a tuned table tries for each method, as the file says; of the last two, four rates for all. What suits fledge is half
 of the others' rates: a step of it has three updates."""
-_TUNING = "1000+1001+1004"
-"""Seeds by which they are chosen, each by all three, as one tells little; those between have no split with fifty devices."""
+_TUNING = "1000,1001,1004"
+"""Seeds by which they are chosen; those between have no split with fifty devices."""
 
 
 @dataclass(frozen=True, slots=True)
