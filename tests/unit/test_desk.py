@@ -9,6 +9,7 @@ import pytest
 from edge_runtime import desk as desk_module
 from edge_runtime.config import BrokerConfig, Config, WorkerConfig
 from edge_runtime.desk import Desk
+from edge_runtime.door import UNSEEN
 from tests.support.messages import an_order
 from wire.child import Ended, Said
 from wire.errors import StoreError
@@ -100,3 +101,17 @@ def test_what_loading_took_is_told_of_a_worker_that_an_order_was_the_first_of(
         found = desk.take(Said("worker", 0, Failed("data", "why", 0, 0)), 10.0 * number + 5.0)
         assert isinstance(found, desk_module.Finished)
         assert found.took == (3.0, 2.0 if mode == "spawn" else loading)
+
+
+@pytest.mark.parametrize(("sent", "reason"), [(False, "crash"), (True, "oom")])
+def test_a_trainer_that_nobody_reaches_says_nothing_of_memory(reason: str, *, sent: bool) -> None:
+    """The coordinator plans for more memory on a device that ran out of it, and gives it narrower widths."""
+    desk = Desk(Config("d", BrokerConfig("mqtt://localhost"), worker=WorkerConfig(socket="/none")), lambda _: None)
+    desk._child = SimpleNamespace(pid=-5, close=lambda: None)  # type: ignore[assignment]  # a stand-in
+    desk._job, desk._failures = Job(an_order("d0", 1), "spec", (), "out", "", 0, 0, 1), desk_module._TRIES
+    desk._course.sent = sent
+    found = desk.take(Ended("worker", -5, UNSEEN, "nobody at the door"), 10.0)
+    assert isinstance(found, desk_module.Finished)
+    assert isinstance(found.result, Failed)
+    assert (found.result.reason, found.sent) == (reason, sent)
+    assert "nobody at the door" in found.result.detail

@@ -140,6 +140,19 @@ def test_what_an_answer_says_of_time():
     assert (quiet.rest, quiet.beyond) == (-1.0, 0.0)
 
 
+@pytest.mark.parametrize("lie", [-1.0, 1.7e308, 5e-324])
+def test_times_that_cannot_be_are_not_believed(lie):
+    """Layers that took 0 seconds together, or a device that took next to none, ended the coordinator, again at every start."""
+    metrics = {"seconds.c.weight": 1.0, "seconds.f.weight": lie}
+    found = took(SPEC, Answer("a", 10, Structure(), metrics, Usage(seconds=5e-324), {}), 1.0)
+    assert found.seconds == 0.0
+    assert 0.0 <= found.layers["f.weight"] <= 1e6
+    assert 1.0 <= sum(found.layers.values()) < 1e7
+    memo = after([(kept, turn(kept)) for kept in SPREAD] + [(SIZES, found)])
+    (line,), _ = lines(SPEC, params(), memo)
+    assert line.seconds((1, 1, 1)) > 0.0
+
+
 @pytest.mark.parametrize("time", ["fit", "fit devices"])
 def test_what_was_remembered_before_turns_were_known_is_taken_for_training(time):
     old = {**NOTHING, "seen": [["" if time == "fit" else "a", WORK.seconds(kept), *kept] for kept in SPREAD]}

@@ -234,6 +234,15 @@ def test_a_test_loss_that_is_no_number_is_named_and_never_sent(tmp_path, verb):
     assert (failed.reason, "test" in failed.detail) == ("nonfinite", True)
 
 
+def test_a_disk_that_is_full_is_told_as_that_and_is_no_crash(tmp_path):
+    """After a crash the whole order is trained again on another engine, and this one is not used any more."""
+    asked = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE])
+    (Path(asked.out) / f"{asked.order.id}.update").symlink_to("/dev/full")
+    failed = perform(asked, dataset(SPEC))
+    assert isinstance(failed, Failed)
+    assert (failed.reason, "space" in failed.detail) == ("data", True)
+
+
 def test_no_partial_result_is_left_under_its_name_when_training_fails(tmp_path):
     recipe = dataclasses.replace(RECIPE, rate=1e18, decay=1e18)
     perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], recipe), dataset(SPEC))
