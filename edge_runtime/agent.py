@@ -258,6 +258,7 @@ class Agent:
                 self._life.silence = now + SECONDS_SILENCE
                 topic = topics.up(self._config.federation, self._config.device, "refusal")
                 self._link.publish(topic, codec.encode(refusal))
+                self._fetcher.stop()
             case table.Promote(order=order):
                 log.info("round %d: the answer counts", order.round)
                 self._keep.promote(self._config.federation, order)

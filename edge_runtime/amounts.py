@@ -26,6 +26,6 @@ def amount(value: int | str, key: str) -> int:
     if found is None or found[2].lower() not in _UNITS:
         raise wrong
     bytes_wanted = float(found[1]) * _UNITS[found[2].lower()]
-    if bytes_wanted > _AMOUNT_MAX:
+    if bytes_wanted > _AMOUNT_MAX or 0 < bytes_wanted < 1:  # "0.5" was meant for more than nothing, which is no limit
         raise wrong
     return int(bytes_wanted)

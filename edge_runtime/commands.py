@@ -212,10 +212,11 @@ def _predict(args: argparse.Namespace) -> int:
 def _keep(args: argparse.Namespace) -> int:
     from edge_runtime.config import load
     from edge_runtime.keep import Keep
+    from wire import topics
 
     keep = Keep(Path(load(args.config).state.dir) / "keep")
     if args.wipe:
-        count = keep.wipe("" if args.wipe == "all" else args.wipe)
+        count = keep.wipe("" if args.wipe == "all" else topics.valid_name(args.wipe, "--wipe"))
         print(json.dumps({"wiped": count}) if args.json else f"wiped: {count}")
         return exits.OK
     held = keep.listing()

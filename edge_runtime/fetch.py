@@ -8,10 +8,12 @@ unsubscribe first.
 
 from __future__ import annotations
 
+import contextlib
+
 from edge_runtime.frugal import give_back
 from wire import codec, topics
 from wire.chunks import WINDOW_DOWN, Assembly, file_digest
-from wire.errors import DigestMismatch, Malformed
+from wire.errors import DigestMismatch, Malformed, StoreError
 from wire.link import Link
 from wire.messages import Need, Order
 from wire.spool import Spool
@@ -110,10 +112,11 @@ class Fetcher:
     def stop(self) -> None:
         """Stop; what has come stays for the next time."""
         self._unsubscribe()
-        for assembly in self._open.values():
-            assembly.save()
+        opened, self._open, self._window = self._open, {}, {}
+        for assembly in opened.values():
+            with contextlib.suppress(StoreError):  # a full disk: what is not claimed is fetched again
+                assembly.save()
             assembly.close()
-        self._open, self._window = {}, {}
         self._due = float("inf")
         self._silences = self._mismatches = 0
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_runtime import personal
 from edge_runtime.config import Config
+from edge_runtime.data.resolve import is_picture
 from edge_runtime.engines import open_engine
 from edge_runtime.engines.arrays import Floats
 from edge_runtime.keep import Keep, Kept
@@ -25,7 +26,6 @@ from wire.errors import DataError, StoreError
 _SAMPLES_MAX = 100_000
 _BYTES_MAX = 1 << 28
 _DIGITS = 16.0
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def predict(config: Config, where: str) -> list[Answer]:
     x = _fitting(_read(config, where, model.spec.input_shape), model.spec.input_shape)
     engine = open_engine(config.worker.engine, config.worker.threads)()
     engine.load(model.spec, model.structure, model.arrays)
-    names = config.data.labels or tuple(str(i) for i in range(model.spec.classes))
+    named = config.data.labels  # data may have fewer classes than the model
+    names = (*named, *(str(i) for i in range(len(named), model.spec.classes)))
     answers: list[Answer] = []
     for start in range(0, len(x), 64):
         logits = engine.forward(x[start : start + 64]).astype(np.float64)
@@ -83,7 +84,7 @@ def _held(config: Config) -> Kept:
 
 def _read(config: Config, where: str, shape: tuple[int, ...]) -> Floats:
     """Read samples; values that come as whole numbers are divided as the device's own data are."""
-    if where != "-" and Path(where).suffix.lower() in _PICTURES:
+    if where != "-" and is_picture(Path(where)):
         return _scaled(_picture(Path(where), config.data.shape or shape), config)
     try:
         data = sys.stdin.buffer.read(_BYTES_MAX + 1) if where == "-" else Path(where).read_bytes()
@@ -93,7 +94,7 @@ def _read(config: Config, where: str, shape: tuple[int, ...]) -> Floats:
         raise DataError(f"{where}: {len(data)} bytes; from 1 to {_BYTES_MAX} can be read")
     try:
         return _scaled(_parse(data), config)
-    except (ValueError, LookupError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, LookupError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{where}: neither npy, npz, CSV nor JSON rows: {error}") from None
 
 
@@ -128,8 +129,8 @@ def _picture(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 def _fitting(x: Floats, shape: tuple[int, ...]) -> Floats:
     """Bring samples to ``(n, *shape)``."""
     size = prod(shape)
-    if not x.size or x.size % size:
-        raise DataError(f"samples of shape {x.shape} do not divide into {shape} numbers, as the model wants them")
+    if not x.size or size not in (x.size, prod(x.shape[1:])):
+        raise DataError(f"samples of shape {x.shape}, where the model wants {shape}, or rows of {size} numbers")
     if not np.isfinite(x).all():
         raise DataError("a sample holds something that is no number")
     found = x.reshape(-1, *shape)

@@ -141,7 +141,7 @@ def test_predict_shows_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFi
     ("data", "told"),
     [
         (b"", "0 bytes"),
-        (b"1,2,3", "do not divide"),
+        (b"1,2,3", "rows of 64 numbers"),
         (b"hello", "neither npy, npz, CSV nor JSON"),
         (b"[" + b"1," * 63 + b"null]", "no number"),
         (b"[]", "neither"),

@@ -102,7 +102,7 @@ def test_amounts(value: int | str, expected: int) -> None:
     assert amount(value, "k") == expected
 
 
-@pytest.mark.parametrize("value", ["", "MiB", "-1", "1 MiB 2", "1 TiB", "1e3", -5])
+@pytest.mark.parametrize("value", ["", "MiB", "-1", "1 MiB 2", "1 TiB", "1e3", -5, "0.5", "0.4 B"])
 def test_no_amounts(value: int | str) -> None:
     with pytest.raises(ConfigError, match='write bytes or text such as "48 MiB"'):
         amount(value, "memory.budget")
