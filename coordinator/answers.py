@@ -15,7 +15,7 @@ from wire import tensor
 from wire.errors import Malformed
 from wire.maskfile import TOLD, WHOLE, Held
 from wire.masks import AnyMask, unpacked
-from wire.messages import BlobRef, Reply
+from wire.messages import BlobRef, Order, Reply
 from wire.norms import OWN, observed_shapes
 from wire.spec import ModelSpec, Structure, parameter_count, tensor_shapes
 from wire.spool import Spool
@@ -140,7 +140,18 @@ def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, AnyMask]) -> np.ndar
     return unpacked(masks[name]) if blob.entry(name).encoding == "values" else blob.mask(name, masks.get(name))
 
 
-def within(structure: Structure, asked: Structure) -> bool:
+def problem_of(reply: Reply, order: Order | None, spec: ModelSpec) -> str:
+    """Say why a reply's update need not even be fetched; empty where it should be."""
+    asked = order.structures[0] if order is not None else reply.structure
+    if not _within(reply.structure, asked):
+        return "the reply is for a structure that was not asked"
+    if reply.update is None:
+        return "the reply brings no update"
+    limit, size = _size_limit(spec, reply.structure), reply.update.size
+    return f"an update of {size} bytes; at most {limit} make sense" if size > limit else ""
+
+
+def _within(structure: Structure, asked: Structure) -> bool:
     """Say whether a device may answer about a structure: what it was asked about, or a narrower width of that.
 
     Masks of a size are its own, so that of one with masks no narrower width can be answered.
@@ -150,7 +161,7 @@ def within(structure: Structure, asked: Structure) -> bool:
     return structure == asked.narrowed(structure.capacity)
 
 
-def size_limit(spec: ModelSpec, structure: Structure) -> int:
+def _size_limit(spec: ModelSpec, structure: Structure) -> int:
     """Give the most bytes that an update can sensibly have: every weight moved, and as much told beside it."""
     return 8 * parameter_count(spec, structure) + _HEADROOM
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from coordinator.keys.between import Between
 from coordinator.publish import Publisher
 from coordinator.uploads import Uploads
 from wire import codec, topics
-from wire.link import Link
+from wire.link import Denied, Link, Published
 from wire.messages import Ack, BlobRef, Lead, Order
 from wire.spool import Spool
 
+log = logging.getLogger("coordinator")
+
 _KINDS = {Order: "order", Ack: "ack"}
+_SECONDS_QUIET = 60.0
 
 
 class Mail:
@@ -27,6 +31,7 @@ class Mail:
         self._federation = federation
         self._lead = lead
         self._door = door
+        self._told: dict[str, float] = {}
 
     def start(self) -> None:
         """Connect, in the background, for as long as it takes."""
@@ -54,6 +59,17 @@ class Mail:
     def down(self) -> None:
         """Note that nobody can be heard."""
         self.is_up = False
+
+    def answered(self, event: Published | Denied, now: float) -> None:
+        """Take the broker's answer; where it shuts this coordinator out the operator reads so, at most once a minute."""
+        if isinstance(event, Published):
+            self.publisher.sent(event.id)
+        what, why = ("publish", event.problem) if isinstance(event, Published) else (f"read {event.topic}", event.why)
+        if why and now >= self._told.get(what, 0.0):
+            self._told[what] = now + _SECONDS_QUIET
+            log.warning(
+                "the broker does not let this coordinator %s: %s (rules for it: coordinator acl --help)", what, why
+            )
 
     def send(self, device: str, message: Order | Ack) -> None:
         """Send one message to one device; orders signed, where there is an authority."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator import events as ev
 from coordinator.advance import Outcome, Task
-from coordinator.answers import check_update, size_limit, within
+from coordinator.answers import check_update, problem_of
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator, Measured
 from coordinator.events import Arrived, Born, Lost, Refused
@@ -96,8 +96,8 @@ class Server:
                     log.warning("dropped a message on %s: %s", event.topic[:120], error)
                 finally:
                     self._mail.link.done(event)
-            case link.Published():
-                self._mail.publisher.sent(event.id)
+            case link.Published() | link.Denied():
+                self._mail.answered(event, time.monotonic())
             case link.Up():
                 self._fleet = self._fleet.excused(time.monotonic())
                 self._mail.up(event.session_present)
@@ -147,6 +147,8 @@ class Server:
             return
         if isinstance(told, Lost):
             self._say(f"device {presence.device} is {presence.state}")
+        else:
+            self._pace.retry = 0.0
         self._happen(told)
 
     def _offered(self, device: str, reply: Reply) -> None:
@@ -156,23 +158,13 @@ class Server:
         if said != "more":
             self._turn.sends.append((device, Ack(reply.order, said)))
             return
-        problem = self._unusable(reply)
+        problem = problem_of(reply, self._standing.orders.get(device), self._store.spec)
         if problem:
             self._happen(ev.unusable(reply, "unsupported", problem))
         elif self._mail.uploads.offer(reply, time.monotonic()):
             self._arrived(reply)
         else:
             self._steps.ready()
-
-    def _unusable(self, reply: Reply) -> str:
-        order = self._standing.orders.get(reply.device)
-        asked = order.structures[0] if order is not None else reply.structure
-        if not within(reply.structure, asked):
-            return "the reply is for a structure that was not asked"
-        if reply.update is None:
-            return "the reply brings no update"
-        limit, size = size_limit(self._store.spec, reply.structure), reply.update.size
-        return f"an update of {size} bytes; at most {limit} make sense" if size > limit else ""
 
     def _arrived(self, reply: Reply) -> bool:
         assert reply.update is not None
@@ -233,8 +225,10 @@ class Server:
                 self._advance(closing=True)
             case ev.Abandon(why=why):
                 assert self._round is not None
-                self._say(f"round {self._round.number} abandoned: {why}")
+                wait = self._pace.abandoned(time.monotonic(), self._round)
                 self._turn.rows.append(Abandoned(self._round.number, why))
+                why += f"; the next one in {wait:.0f} s" if wait else ""
+                self._say(f"round {self._round.number} abandoned: {why}")
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -257,9 +251,8 @@ class Server:
 
     def _may_plan(self, now: float) -> bool:
         standing, turn = self._standing, self._turn
-        settled = standing.round is None or standing.done >= standing.round.number
         busy = self._steps.busy or turn.following is not None or turn.rows
-        return settled and not busy and standing.done < self._config.rounds and now >= self._pace.retry
+        return standing.settled and not busy and standing.done < self._config.rounds and now >= self._pace.retry
 
     def _advance(self, *, closing: bool) -> None:
         self._outcome(self._steps.begin(self._standing, self._round, self._fleet, closing=closing))
@@ -271,6 +264,7 @@ class Server:
         turn, store = self._turn, self._store
         turn.files += [outcome.state, *(ref.digest for ref in outcome.blobs)]
         if task.closing:
+            self._pace.vain = 0
             turn.rows.append(self._closed(task, outcome))
             if self._evaluator is not None:
                 token = order_id(self._run, task.round - 1, "local")
@@ -365,10 +359,11 @@ class Server:
     def _resume(self) -> None:
         standing = self._standing
         arrived = counted(self._round, standing.done)
-        self._store.spool.sweep({standing.state, *self._store.lasting, *standing.live, *arrived})
+        keep = {standing.state, *self._store.lasting, *standing.live, *arrived}
+        self._store.spool.sweep(keep, partial=standing.settled)  # devices go on with what they have begun to send
         if self._evaluator is not None:
             self._evaluator.start()
-        if self._round is None or standing.done >= self._round.number:
+        if self._round is None or standing.settled:
             return
         self._say(
             f"going on with round {self._round.number}: {self._round.arrived} of {len(self._round.seats)} are here"

@@ -43,6 +43,7 @@ class Standing:
         live: Blobs whose pieces may be at the broker, by digest.
         scales: Device to its `Device.memory_scale`.
         finished: Whether the run has ended.
+        closed: Rounds that were closed: where there is none, the state is what the run began with.
     """
 
     started: RunStarted | None = None
@@ -53,6 +54,12 @@ class Standing:
     live: Map[str, BlobRef] = _NO_BLOBS
     scales: Map[str, float] = _NO_SCALES
     finished: bool = False
+    closed: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is no round that is open, or whose end has still to be carried out."""
+        return self.round is None or self.done >= self.round.number
 
 
 def fold(entries: Iterable[Entry]) -> Standing:
@@ -78,7 +85,8 @@ def absorb(standing: Standing, record: Record) -> Standing:
             gone = set(record.digests)
             return replace(standing, live=Map({d: ref for d, ref in standing.live.items() if d not in gone}))
         case Closed():
-            return replace(standing, done=record.round, state=record.state or standing.state)
+            closed = standing.closed + 1
+            return replace(standing, done=record.round, state=record.state or standing.state, closed=closed)
         case Abandoned():
             return replace(standing, done=record.round)
         case Finished():

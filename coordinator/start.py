@@ -27,7 +27,7 @@ from coordinator.steps import Store
 from coordinator.weights import read
 from wire import codec, topics, zoo
 from wire import spec as specs
-from wire.errors import ConfigError
+from wire.errors import ConfigError, one_line
 from wire.link import Address, Will
 from wire.link.mqtt import MqttLink
 from wire.messages import Lead
@@ -46,13 +46,15 @@ def start(config: Config) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_as_line)
     say = logging.getLogger("coordinator").info
     algorithms.by_name(config.algo)
     state = Path(config.state)
     store, standing = prepare(config, state)
     if standing.finished:
-        say("this run is finished; its model is %s (another run: another --state)", write_model(state, None)[0])
-        return 0
+        store.journal.close()
+        return _left(state, "this run is finished; its model is %s (another run: another --state)", say)
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: stopping.append(caught))
@@ -65,10 +67,23 @@ def start(config: Config) -> int:
     if not done:
         say("stopped; start again with the same --state to go on")
         return 130
-    if not standing_of(state).state:
+    return _left(state, "the model: %s", say)
+
+
+def _left(state: Path, words: str, say: Callable[..., None]) -> int:
+    """Write the model that a run has left behind; 4 where no round was closed, so that nobody has trained anything."""
+    if not standing_of(state).closed:
+        say(
+            "no round was closed, so that there is no model: the lines above, and coordinator devices, say who answered what"
+        )
         return 4
-    say("the model: %s", write_model(state, None)[0])
+    say(words, write_model(state, None)[0])
     return 0
+
+
+def _as_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
 
 
 def prepare(config: Config, state: Path) -> tuple[Store, Standing]:

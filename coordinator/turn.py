@@ -11,6 +11,8 @@ from wire.messages import Ack, BlobRef, Order
 from wire.spool import Spool
 
 SECONDS_GATHER = 0.1
+_SECONDS_VAIN = 1.0
+_SECONDS_VAIN_MOST = 300.0
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class Pace:
         bytes_old: Written to the spool since it was last swept.
         rounds_old: Rounds since then.
         resumed: The instant `issued` where an earlier life of the coordinator issued the round; nobody knows how long ago.
+        vain: Rounds in a row that everybody refused.
     """
 
     deadline: float = float("inf")
@@ -85,7 +88,19 @@ class Pace:
     bytes_old: int = 0
     rounds_old: int = 0
     resumed: float = -1.0
+    vain: int = 0
 
     def turn(self, now: float) -> float:
         """Give the seconds since the open round was issued; 0, which means not known, where that was in an earlier life."""
         return 0.0 if self.issued == self.resumed else now - self.issued
+
+    def abandoned(self, now: float, current: Round) -> float:
+        """Give the seconds until another round may be planned, after this one was given up.
+
+        None, unless everybody refused: whoever cannot take part would refuse the next round just as fast, and all rounds would
+        be gone before anybody has read why. So each such round in a row doubles the wait, up to `_SECONDS_VAIN_MOST`.
+        """
+        self.vain = self.vain + 1 if current.refused == len(current.seats) else 0
+        wait = min(_SECONDS_VAIN_MOST, _SECONDS_VAIN * 2.0 ** min(self.vain - 1, 20)) if self.vain else 0.0
+        self.retry = now + wait
+        return wait

@@ -55,8 +55,7 @@ class Uploads:
             known.reply = reply
             known.due = now
             return False
-        if known is not None:
-            known.assembly.close()
+        self.drop(reply.order)
         self._open[reply.order] = Upload(reply, self._spool.assembly(reply.update), due=now + _SECONDS_FIRST)
         return False
 
@@ -99,7 +98,7 @@ class Uploads:
         return result
 
     def drop(self, order: str) -> None:
-        """Forget an upload and its bytes."""
+        """Forget an upload, and its bytes unless another order brings the same ones."""
         upload = self._open.pop(order, None)
-        if upload is not None:
-            upload.assembly.close()
+        if upload is not None and all(other.assembly is not upload.assembly for other in self._open.values()):
+            self._spool.discard(upload.assembly)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Literal, cast
 
+from wire.errors import one_line
+
 Form = Literal["auto", "plain", "logfmt", "json"]
 
 SECONDS_BETWEEN = 60.0
@@ -107,14 +109,10 @@ class Lines:
             return json.dumps(said)
         if self._form == "plain":
             more = f" (and {held} more that were held back)" if held else ""
-            return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {_one_line(said['msg'])}{more}"
+            return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {one_line(said['msg'])}{more}"
         return " ".join(f"{key}={_shown(value)}" for key, value in said.items())
 
 
 def _shown(value: object) -> str:
     text = str(value)
     return text if _BARE.fullmatch(text) else json.dumps(text)
-
-
-def _one_line(value: object) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in str(value))

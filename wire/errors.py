@@ -33,6 +33,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def one_line(text: object) -> str:
+    """Give a text as one line of printable letters: what others have written in it must not pass for lines of our own."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+
+
 class NestlingError(Exception):
     """Root of all expected failures. `blame` says in one word who has to act."""
 

@@ -108,6 +108,12 @@ class Spool:
         _unlink(assembly.path)
         return path
 
+    def discard(self, assembly: Assembly) -> None:
+        """Delete what is half here of a blob; a whole one of that name stays."""
+        assembly.forget()
+        if self._open.get(assembly.ref.digest) is assembly:
+            del self._open[assembly.ref.digest]
+
     def add_bytes(self, data: bytes) -> BlobRef:
         """Store bytes under their digest. Not yet durable.
 
@@ -166,8 +172,8 @@ class Spool:
         for gone in (path, sidecar_of(partial), partial):
             _unlink(gone)
 
-    def sweep(self, keep: Container[str]) -> int:
-        """Delete all blobs but those in `keep`, partial ones that nobody has open, and old temporary files.
+    def sweep(self, keep: Container[str], *, partial: bool = True) -> int:
+        """Delete all blobs but those in `keep`, partial ones (where asked) that nobody has open, and old temporary files.
 
         Returns:
             Bytes freed.
@@ -180,7 +186,7 @@ class Spool:
         for path in self._files(self.root):
             if path.name not in keep:
                 freed += _unlink(path)
-        for path in _listed(self.root / _PARTIAL):
+        for path in _listed(self.root / _PARTIAL) if partial else ():
             digest = path.name.removesuffix(".have")
             if digest not in keep and digest not in self._open:
                 freed += _unlink(path)
