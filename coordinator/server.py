@@ -333,7 +333,7 @@ class Server:
         pace.issued, pace.bytes_up, pace.bytes_down = time.monotonic(), wire.bytes_received, wire.bytes_sent
         self._clear(set(wanted))
         self._mail.publisher.want(wanted.values())
-        shown = ", ".join(f"{o.device} width {o.structures[0].capacity}" for o in self._standing.orders.values())
+        shown = ", ".join(f"{o.device} width {o.structures[0].called}" for o in self._standing.orders.values())
         self._say(f"round {following.number} of {self._config.rounds}: {shown}")
         self._happen(ev.Issued(pace.issued))
         self._flush()

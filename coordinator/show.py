@@ -233,6 +233,7 @@ def device_rows(run: RunView) -> list[dict[str, str | int | float]]:
             {
                 "name": name,
                 "width": structure.capacity if structure is not None else -1,
+                "part": structure.called if structure is not None else "-",
                 "density": last.metrics.get("density", 1.0) if last is not None else 1.0,
                 "engine": last.usage.engine if last is not None else "",
                 "bytes_budget": last.usage.bytes_budget if last is not None else 0,
@@ -262,7 +263,7 @@ def show_devices(folder: Path, *, as_json: bool) -> int:
             [
                 [
                     str(r["name"]),
-                    str(r["width"]),
+                    str(r["part"]),
                     str(r["engine"]),
                     f"{int(r['bytes_budget']) / MIB:.1f}",
                     f"{int(r['bytes_peak']) / MIB:.1f}",

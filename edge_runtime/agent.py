@@ -234,7 +234,7 @@ class Agent:
         match effect:
             case table.Fetch(order=order):
                 named = {"fields": {"order": order.id, "round": order.round}}
-                log.info("round %d: %s, width %d", order.round, order.verb, order.structures[-1].capacity, extra=named)
+                log.info("round %d: %s, width %s", order.round, order.verb, order.structures[-1].called, extra=named)
                 self._life.guest.took(order, now)
                 if self._fetcher.begin(order, now):
                     self._happen(table.Fetched(order.id))

@@ -153,6 +153,13 @@ class Structure:
     masks: Annotated[str, Limit(0, 64)] = ""
     kept: Mapping[Name, Natural] = field(default_factory=dict)
 
+    @property
+    def called(self) -> str:
+        """Name the part for people: ``whole``, ``2/5`` (the second narrowest width of five) or ``own`` (the only one there is)."""
+        count = max(map(len, self.widths.values()), default=0)
+        width = "whole" if not count else "own" if count == 1 else f"{self.capacity + 1}/{count}"
+        return f"{width} masked" if self.masks else width
+
     def narrowed(self, capacity: int) -> Structure:
         """Give the same ranking at another capacity."""
         return dataclasses.replace(self, capacity=capacity)

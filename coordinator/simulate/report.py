@@ -149,7 +149,7 @@ def text(facts: Result) -> str:
     rows = [
         [
             str(d["name"]),
-            str(d["width"]) if d["answered"] else "-",
+            str(d["part"]) if d["answered"] else "-",
             f"{d['bytes_budget'] / MIB:.1f}",
             f"{d['bytes_predicted'] / MIB:.1f}",
             f"{d['bytes_peak'] / MIB:.1f}",

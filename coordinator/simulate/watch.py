@@ -47,8 +47,8 @@ class Screen:
                 print(self._line(current), flush=True)
 
     def _line(self, current: RoundView) -> str:
-        widths = " ".join(
-            f"{name}:w{reply.structure.capacity} {reply.usage.bytes_peak / MIB:.0f}/{reply.usage.bytes_budget / MIB:.0f}MiB"
+        widths = ", ".join(
+            f"{name} {reply.structure.called} in {reply.usage.bytes_peak / MIB:.0f}/{reply.usage.bytes_budget / MIB:.0f} MiB"
             for name, reply in sorted(current.replies.items())
         )
         return (
@@ -72,7 +72,7 @@ class Screen:
             usage = reply.usage if reply is not None else None
             devices.add_row(
                 name,
-                str(order.structures[0].capacity),
+                order.structures[0].called,
                 state,
                 f"{usage.bytes_peak / MIB:.1f}" if usage else "-",
                 f"{usage.bytes_budget / MIB:.1f}" if usage else "-",

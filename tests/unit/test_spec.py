@@ -170,3 +170,17 @@ def test_a_residual_sum_needs_one_group_for_both_summands():
 def test_a_model_beyond_all_measure_is_refused():
     with pytest.raises(SpecError, match="the limit is"):
         check(models.small_cnn(hidden=2**30))
+
+
+@pytest.mark.parametrize(
+    ("structure", "called"),
+    [
+        (Structure(), "whole"),
+        (Structure(0, {"h": (2, 4, 8)}, "a" * 64), "1/3"),
+        (Structure(2, {"h": (2, 4, 8), "g": (1, 2, 3)}, "a" * 64), "3/3"),
+        (Structure(0, {"h": (5,)}, "a" * 64), "own"),
+        (Structure(masks="b" * 64, kept={"w": 3}), "whole masked"),
+    ],
+)
+def test_parts_have_names_for_people(structure: Structure, called: str) -> None:
+    assert structure.called == called
