@@ -155,7 +155,7 @@ class Structure:
 
     @property
     def called(self) -> str:
-        """Name the part for people: ``whole``, ``2/5`` (the second narrowest width of five) or ``own`` (the only one there is)."""
+        """Name the part for people: ``whole``, ``2/5`` (the second narrowest width of five) or ``own`` (there is only one)."""
         count = max(map(len, self.widths.values()), default=0)
         width = "whole" if not count else "own" if count == 1 else f"{self.capacity + 1}/{count}"
         return f"{width} masked" if self.masks else width
