@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coordinator import __version__
-from coordinator.flags import Commands, add_compare, add_simulate, add_ticket, subcommand
+from coordinator.flags import DEVICES, Commands, add_compare, add_simulate, add_ticket, subcommand, whole
 from coordinator.keys.flags import add_keys
 from coordinator.service import add_service
 from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError
@@ -91,9 +91,9 @@ def _add_demo(commands: Commands) -> None:
         "  coordinator demo --devices 8 --seed 1 --out my-demo",
     )
     demo.add_argument("--algo", default="nestfl", help="algorithm (default: nestfl; see `coordinator algos`)")
-    demo.add_argument("--devices", type=int, default=5, help="device processes, at least 2 (default: 5)")
-    demo.add_argument("--rounds", type=int, default=None, help="rounds (default: as many as the demo needs)")
-    demo.add_argument("--seed", type=int, default=0, help="root of all randomness (default: 0)")
+    demo.add_argument("--devices", type=DEVICES, default=5, help="device processes, at least 2 (default: 5)")
+    demo.add_argument("--rounds", type=whole(1), default=None, help="rounds (default: as many as the demo needs)")
+    demo.add_argument("--seed", type=whole(0), default=0, help="root of all randomness (default: 0)")
     demo.add_argument(
         "--engine", default="native", help="training engine of the devices: native, or torch (default: native)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +22,35 @@ def subcommand(commands: Commands, name: str, text: str, examples: str) -> argpa
     )
     return added
 
+
+def whole(least: int, most: int = 2**53) -> Callable[[str], int]:
+    """Give the type of a flag that takes whole numbers of a range."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text:.40}: write a whole number from {least} to {most}")
+        return value
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """Read a flag that takes a time; there is none of 0, and none without end."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text:.40}: write a number of seconds above 0 and at most 1e9")
+    return value
+
+
+DEVICES = whole(1, 1_000_000)
+"""The type of a flag that counts devices."""
 
 _HALVING = (
     "with commas: all configurations have a run with the first, the better half of them one with the next, and so on; "
@@ -61,7 +91,9 @@ def add_ticket(commands: Commands) -> None:
         default=0.01,
         help="accuracy that the ticket may lack of the dense model (default: 0.01)",
     )
-    ticket.add_argument("--fresh-seed", type=int, help="of the other initial weights (default: another than --seed)")
+    ticket.add_argument(
+        "--fresh-seed", type=whole(0), help="of the other initial weights (default: another than --seed)"
+    )
     ticket.set_defaults(command=_ticket)
 
 
@@ -77,12 +109,12 @@ def _add_flags(parser: argparse.ArgumentParser, algo: str, fleet: str) -> None:
         default="fair",
         help="fair, gusty, stormy: slow and lost devices; squeezed: less memory (default: fair)",
     )
-    parser.add_argument("--devices", type=int, default=5, help="virtual devices (default: 5)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
-    parser.add_argument("--seed", type=int, default=0, help="root of all randomness (default: 0)")
+    parser.add_argument("--devices", type=DEVICES, default=5, help="virtual devices (default: 5)")
+    parser.add_argument("--rounds", type=whole(1), default=15, help="rounds (default: 15)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="root of all randomness (default: 0)")
     parser.add_argument("--select", default="all", help="who is asked: all, random:5, random:0.2 (default: all)")
-    parser.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="virtual time for a round (default: 3600)")
+    parser.add_argument("--quorum", type=whole(0), default=0, help="least number of replies; 0 for all (default: 0)")
+    parser.add_argument("--seconds", type=seconds, default=3600.0, help="virtual time for a round (default: 3600)")
     parser.add_argument("--engine", default="", help=_ENGINE)
     parser.add_argument(
         "--recipe", action="append", default=[], metavar="NAME=VALUE", help="change the recipe: rate=0.05"
@@ -113,12 +145,12 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument("--partition", default="dir0.5", help="how the data are split (default: dir0.5)")
     compare.add_argument("--fleet", default="even", help="profile of the virtual devices, or a file (default: even)")
     compare.add_argument("--weather", default="fair", help="fair, gusty, stormy or squeezed (default: fair)")
-    compare.add_argument("--devices", type=int, default=5, help="virtual devices (default: 5)")
+    compare.add_argument("--devices", type=DEVICES, default=5, help="virtual devices (default: 5)")
     compare.add_argument("--select", default="all", help="who is asked: all, random:10, random:0.2 (default: all)")
-    compare.add_argument("--quorum", type=int, default=0, help="least number of replies; 0 for all (default: 0)")
-    compare.add_argument("--seconds", type=float, default=86400.0, help="virtual time for a round (default: 86400)")
+    compare.add_argument("--quorum", type=whole(0), default=0, help="least number of replies; 0 for all (default: 0)")
+    compare.add_argument("--seconds", type=seconds, default=86400.0, help="virtual time for a round (default: 86400)")
     compare.add_argument("--engine", default="", help=_ENGINE)
-    compare.add_argument("--rounds", type=int, default=15, help="rounds (default: 15)")
+    compare.add_argument("--rounds", type=whole(1), default=15, help="rounds (default: 15)")
     compare.add_argument("--seeds", default="0,1,2", help="with commas (default: 0,1,2)")
     compare.add_argument("--densities", default="", help="for methods that know one, with commas: .2,.1")
     compare.add_argument(
@@ -141,8 +173,8 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument(
         "--target", default="0.95", help="accuracy to reach, or a share of a method's: 0.95*fedavg (default: 0.95)"
     )
-    compare.add_argument("--evaluate-every", type=int, default=1, metavar="N", help="rounds (default: 1)")
-    compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+    compare.add_argument("--evaluate-every", type=whole(1), default=1, metavar="N", help="rounds (default: 1)")
+    compare.add_argument("--jobs", type=whole(1), default=1, help="runs at a time, each in a process (default: 1)")
     compare.add_argument(
         "--keep",
         type=Path,

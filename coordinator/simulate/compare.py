@@ -291,8 +291,8 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         raise ConfigError("--tuning-seeds: write at least one, such as 1000")
     if set(seeds) & {seed for rung in tuning for seed in rung}:
         raise ConfigError("--tuning-seeds: write other seeds than those of --seeds")
-    if not seeds or min(args.jobs, args.rounds, args.evaluate_every) < 1:
-        raise ConfigError("--seeds, --jobs, --rounds and --evaluate-every: write at least one of each")
+    if not seeds or min(seeds) < 0:
+        raise ConfigError(f"--seeds {args.seeds}: write at least one whole number from 0 on, such as 0,1,2")
     densities = _numbers(args.densities, "--densities", float)
     if not all(0.0 < density <= 1.0 for density in densities):
         raise ConfigError(f"--densities {args.densities}: write numbers above 0 and at most 1, such as .2,.05")
@@ -335,8 +335,8 @@ def _rungs(text: str) -> tuple[tuple[int, ...], ...]:
     rungs = (rung.split("+") for rung in text.split(",") if rung)
     found = tuple(_numbers(",".join(rung), "--tuning-seeds", int) if all(rung) else () for rung in rungs)
     seeds = [seed for rung in found for seed in rung]
-    if not all(found) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--tuning-seeds {text}: write different whole numbers, such as 1000+1001,1002")
+    if not all(found) or len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
+        raise ConfigError(f"--tuning-seeds {text}: write different whole numbers from 0 on, such as 1000+1001,1002")
     return found
 
 
