@@ -11,7 +11,7 @@ from coordinator import __version__
 from coordinator.flags import DEVICES, Commands, add_compare, add_simulate, add_ticket, subcommand, whole
 from coordinator.keys.flags import add_keys
 from coordinator.service import add_service
-from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError
+from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError, of_disk
 
 EXITS = {
     0: "all done",
@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     except NestlingError as error:
         print(f"coordinator: {type(error).__name__}: {error}", file=sys.stderr)
+        return 5
+    except OSError as error:
+        if not of_disk(error):
+            raise
+        print(f"coordinator: {error}", file=sys.stderr)
         return 5
 
 

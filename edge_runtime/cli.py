@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime import exits, frugal
-from wire.errors import ConfigError, DataError, EnrolmentError, LinkError, NestlingError, StoreError
+from wire.errors import ConfigError, DataError, EnrolmentError, LinkError, NestlingError, StoreError, of_disk
 
 if TYPE_CHECKING:
     import argparse
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NestlingError as error:
         print(f"edge-runtime: {error}", file=sys.stderr)
         return _code(error)
+    except OSError as error:
+        if not of_disk(error):
+            raise
+        print(f"edge-runtime: {error}", file=sys.stderr)
+        return exits.DISK
 
 
 def _code(error: NestlingError) -> int:

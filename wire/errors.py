@@ -30,7 +30,10 @@ NestlingError
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 
 
 def one_line(text: object) -> str:
@@ -169,3 +172,8 @@ class StoreError(NestlingError):
     """This machine's disk: the spool, the journal or the Keep cannot be read or written."""
 
     blame = "disk"
+
+
+def of_disk(error: OSError) -> bool:
+    """Tell whether the system's error is about a file or the disk, and not about a socket or a process."""
+    return error.filename is not None or error.errno in _DISK

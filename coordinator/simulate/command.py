@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from coordinator.simulate import report
+from coordinator.simulate import outputs, report
 from coordinator.simulate.run import simulate
 from coordinator.simulate.watch import Screen
 from coordinator.simulate.world import Config, Terms, named
@@ -20,6 +20,7 @@ def run_simulation(args: argparse.Namespace) -> int:
         NestlingError: Something that was asked for cannot work; the text says what to write.
     """
     config = config_of(args)
+    outputs.ready(args.json)
     bare = args.json is not None and str(args.json) == "-"
     if bare:
         result = simulate(config, weights=args.weights)
@@ -30,7 +31,7 @@ def run_simulation(args: argparse.Namespace) -> int:
         result = simulate(config, screen.show, args.weights)
     print(report.text(result))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1), "utf-8")
+        outputs.write(args.json, result)
     return 0
 
 

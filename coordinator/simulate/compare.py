@@ -21,10 +21,10 @@ from typing import Any, TextIO
 
 from coordinator import algorithms
 from coordinator.recipes import merged
-from coordinator.simulate import compare_report
+from coordinator.simulate import compare_report, outputs
 from coordinator.simulate.command import settings
 from coordinator.simulate.crew import Ended, work
-from coordinator.simulate.report import Result
+from coordinator.simulate.report import Result, drawable
 from coordinator.simulate.trials import Failure, Store, Trial
 from coordinator.simulate.world import Config, Terms, named
 from wire.errors import ConfigError
@@ -130,6 +130,9 @@ def run_comparison(args: argparse.Namespace) -> int:
         NestlingError: Something that was asked for cannot work; the text says what to write.
     """
     comparison = _comparison(args)
+    outputs.ready(args.json, args.plot, args.keep / "any.json")
+    if args.plot is not None:
+        drawable(args.plot)
     bare = args.json is not None and str(args.json) == "-"
     results = compare(comparison, Store(args.keep), args.jobs, sys.stderr if bare else sys.stdout)
     facts = compare_report.summed_up(results, comparison.target, comparison.tried())
@@ -138,7 +141,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     else:
         print(compare_report.text(facts))
         if args.json is not None:
-            args.json.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            outputs.write(args.json, facts)
     if args.plot is not None:
         compare_report.plot(facts, args.plot)
     return 4 if all(isinstance(found, Failure) for _, found in results) else 0

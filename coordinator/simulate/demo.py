@@ -28,7 +28,7 @@ from coordinator.export import JOURNAL, MODEL
 from coordinator.journal import Journal
 from coordinator.recipes import recipe_of
 from coordinator.show import RunView
-from coordinator.simulate import fleet, partitions, report, watch
+from coordinator.simulate import fleet, outputs, partitions, report, watch
 from coordinator.simulate.held import Held
 from coordinator.simulate.world import installed
 from edge_runtime.data import Dataset, Source, load
@@ -73,6 +73,7 @@ def run_demo(demo: Demo, json_file: Path | None) -> int:
     if demo.devices < 2:
         raise ConfigError(f"--devices {demo.devices}: a federation has at least 2")
     installed(demo.engine)
+    outputs.ready(json_file)
     began = time.monotonic()
     run = _fresh(demo.out)
     interrupted: list[int] = []
@@ -259,10 +260,9 @@ def _finish(run: Path, view: RunView, parts: tuple[Shares, Held], seconds: float
     peaks = held.peaks()
     result["bytes_processes"] = {name: dataclasses.asdict(peak) for name, peak in peaks.items()}
     result["bytes_devices"] = sum(peak.agent + peak.worker for peak in peaks.values())
-    text = json.dumps(result, indent=1)
-    (run / "result.json").write_text(text, "utf-8")
+    outputs.write(run / "result.json", result)
     if json_file is not None:
-        json_file.write_text(text, "utf-8")
+        outputs.write(json_file, result)
     plot = report.plot(result, run / "plot.png")
     print(report.text(result))
     if peaks:

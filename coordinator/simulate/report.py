@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
+
+
+def drawable(path: Path) -> None:
+    """See that a plot can be drawn as such a file: an empty one is, into memory.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or draws no such files; the text says which it does.
+    """
+    plt = pyplot()
+    figure = plt.figure()
+    try:
+        figure.savefig(BytesIO(), format=path.suffix[1:] or None)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"--plot {path}: {error}; a name that ends in .png will do") from error
+    finally:
+        plt.close(figure)
 
 
 def plot(facts: Mapping[str, Any], path: Path) -> Path:

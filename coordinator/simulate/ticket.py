@@ -31,6 +31,7 @@ from coordinator.blocks.initial import initial_weights
 from coordinator.blocks.masks import densities, density
 from coordinator.recipes import merged
 from coordinator.show import RunView, table
+from coordinator.simulate import outputs
 from coordinator.simulate.command import config_of
 from coordinator.simulate.report import Result
 from coordinator.simulate.run import Log, play
@@ -68,6 +69,7 @@ def run_ticket(args: argparse.Namespace) -> int:
         NestlingError: Something that was asked for cannot work; the text says what to write.
     """
     config = config_of(args)
+    outputs.ready(args.json)
     fresh = config.seed + _FRESH if args.fresh_seed is None else args.fresh_seed
     if args.json is not None and str(args.json) == "-":
         json.dump(experiment(config, args.epsilon, fresh), sys.stdout)
@@ -86,7 +88,7 @@ def run_ticket(args: argparse.Namespace) -> int:
         result = experiment(config, args.epsilon, fresh, watch)
     print(text(result))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1), "utf-8")
+        outputs.write(args.json, result)
     return 0
 
 
