@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from coordinator.advance import load_state
-from coordinator.algorithm import State
+from coordinator.algorithm import Arrays, State
 from coordinator.blocks import norms
 from coordinator.blocks.masks import kept_by, masked_weights
 from coordinator.journal import Journal
 from coordinator.shells import structures_of
 from coordinator.standing import Standing, fold
 from wire import structure as cutting
-from wire.errors import ConfigError
+from wire.errors import ConfigError, StoreError
 from wire.schema import to_plain
 from wire.spec import ModelSpec, Structure, decode, group_sizes, parameter_count
 from wire.spool import Spool
@@ -51,9 +53,13 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
 
     Returns:
         The file and what is in it. The file's metadata hold the spec of exactly these tensors as JSON.
+
+    Raises:
+        ConfigError: There is no model yet, or no such width.
+        StoreError: The folder cannot be read, or the file not be written.
     """
     try:
-        from safetensors.numpy import save_file
+        import safetensors.numpy  # noqa: F401 - said before anything is read
     except ModuleNotFoundError:
         how = "pip install safetensors (in Termux first: pkg install rust), or copy the folder to a computer"
         raise ConfigError(f"an export is written with safetensors, which is not installed: {how}") from None
@@ -76,8 +82,7 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
     small = narrowed_spec(spec, structure)
     fraction = 1.0 if width is None else width
     metadata = {"spec": json.dumps(to_plain(small)), "round": str(standing.done), "width": f"{fraction:g}"}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, str(target), metadata=metadata)
+    _save(target, arrays, metadata)
     facts: dict[str, object] = {
         "round": standing.done,
         "width": fraction,
@@ -85,6 +90,35 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
         "bytes": target.stat().st_size,
     }
     return target, facts
+
+
+def _save(target: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    """Write a file as any program would: all of it or none, through a link, and readable by whom the umask says.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    part = None
+    try:
+        real = target.resolve()
+        if real.exists() and not real.is_file():
+            raise StoreError(f"{target}: cannot be written: it is there and no file; write the name of one")
+        real.parent.mkdir(parents=True, exist_ok=True)
+        part = real.with_name(f".{os.getpid()}.part")
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(dict(arrays), part, metadata=metadata)
+        part.chmod(mode)
+        part.replace(real)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{target}: cannot be written: {error}") from error
+    finally:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def standing_of(folder: Path) -> Standing:
