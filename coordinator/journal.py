@@ -8,8 +8,6 @@ file is in WAL mode with ``synchronous=FULL``: what `append` returned for surviv
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import time
 import zlib
@@ -18,25 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
-from urllib.parse import quote
 
 import msgpack
 
+from coordinator import rows
 from coordinator.events import Arrived, Born, Deadline, Lost, Refused, Stopped
 from coordinator.facts import FACTS_MAX
 from wire.errors import Malformed, StoreError
 from wire.messages import BlobRef, Order
 from wire.schema import Amount, Digest, Limit, Name, Natural, Text, Token, from_plain, to_plain
 
-_APPLICATION = 0x6E73746C
-_VERSION = 1
 _SQUEEZE_BYTES = 2048
 _RECORD_BYTES_MAX = 256 << 20
-_SCHEMA = """
-CREATE TABLE record (
-  seq INTEGER PRIMARY KEY, seconds_wall REAL NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL
-)
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +193,17 @@ class Journal:
             clock: Gives the wall time of the rows.
 
         Raises:
-            StoreError: The file is missing (viewing), foreign, damaged, of a newer version, or held by another writer.
+            StoreError: The file is missing (viewing), foreign, damaged, of a newer version, held by another writer, or
+                not for this user.
         """
         self.path = path
         self._viewing = viewing
         self._clock = clock
-        self._lock = -1 if viewing else _lock(path)
+        self._lock = -1 if viewing else rows.lock(path)
         try:
-            self._rows = _connect(path, viewing)
-            self._round = _prepare(self._rows, path, viewing)
+            self._rows, self._round, self._mark = rows.opened(path, viewing)
         except BaseException:
-            _unlock(self._lock)
+            rows.unlock(self._lock)
             raise
 
     def append(self, records: Sequence[Record]) -> int:
@@ -227,19 +218,19 @@ class Journal:
         if not records:
             return self.last()
         now = self._clock()
-        rows = []
+        lines = []
         for record in records:
             if isinstance(record, Planned):
                 self._round = record.round
-            rows.append((now, getattr(record, "round", self._round), _NAMES[type(record)], _pack(record)))
+            lines.append((now, getattr(record, "round", self._round), _NAMES[type(record)], _pack(record)))
         try:
             self._rows.execute("BEGIN IMMEDIATE")
-            self._rows.executemany("INSERT INTO record (seconds_wall, round, kind, body) VALUES (?, ?, ?, ?)", rows)
+            self._rows.executemany("INSERT INTO record (seconds_wall, round, kind, body) VALUES (?, ?, ?, ?)", lines)
             self._rows.execute("COMMIT")
         except sqlite3.Error as error:
             if self._rows.in_transaction:
                 self._rows.execute("ROLLBACK")
-            raise StoreError(f"{self.path}: cannot write: {error}; free some space or look at the disk") from error
+            raise StoreError(f"{self.path}: cannot write: {error}; {rows.DISK}") from error
         return self.last()
 
     def replay(self, after: int = 0) -> Iterator[Entry]:
@@ -253,19 +244,22 @@ class Journal:
             for seq, seconds, number, kind, body in self._rows.execute(query, (after,)):
                 yield Entry(seq, seconds, number, self._unpack(seq, kind, body))
         except sqlite3.Error as error:
-            raise _damaged(self.path, error) from error
+            self._look()
+            raise rows.unreadable(self.path, error) from error
+        self._look()
 
     def last(self) -> int:
         """Give the highest `Entry.seq`; 0 when there is none. Viewers poll it: no row is decoded."""
+        self._look()
         try:
             return int(self._rows.execute("SELECT coalesce(max(seq), 0) FROM record").fetchone()[0])
         except sqlite3.Error as error:
-            raise _damaged(self.path, error) from error
+            raise rows.unreadable(self.path, error) from error
 
     def close(self) -> None:
         """Fold the WAL into the file and let another writer in."""
         self._rows.close()
-        _unlock(self._lock)
+        rows.unlock(self._lock)
         self._lock = -1
 
     def __enter__(self) -> Self:
@@ -276,6 +270,11 @@ class Journal:
     ) -> None:
         self.close()
 
+    def _look(self) -> None:
+        """See that nobody writes a file that was opened as one that nobody writes."""
+        if self._mark is not None and self._mark != rows.mark(self.path):
+            raise StoreError(f"{self.path}: a coordinator began to write it meanwhile; ask again")
+
     def _unpack(self, seq: int, kind: str, body: bytes) -> Record:
         cls = KINDS.get(kind)
         if cls is None:
@@ -283,7 +282,8 @@ class Journal:
         try:
             return _parse(cls, body)
         except (Malformed, ValueError, TypeError, zlib.error, msgpack.UnpackException) as error:
-            raise _damaged(self.path, f"row {seq}: {error}") from error
+            self._look()
+            raise rows.unreadable(self.path, error, f"row {seq}: ") from error
 
 
 def _pack(record: Record) -> bytes:
@@ -299,72 +299,3 @@ def _parse(cls: type[Record], body: bytes) -> Record:
             raise ValueError("the compressed row is cut off or too large")
     plain: Any = msgpack.unpackb(body)
     return from_plain(cls, plain)
-
-
-def _lock(path: Path) -> int:
-    """Hold a neighbour file for as long as the process lives; the kernel lets go of it after kill -9."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot write here: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise StoreError(
-            f"{path}: another coordinator is writing this journal; stop it or use another folder"
-        ) from error
-    return lock
-
-
-def _unlock(lock: int) -> None:
-    if lock >= 0:
-        os.close(lock)
-
-
-def _connect(path: Path, viewing: bool) -> sqlite3.Connection:
-    if viewing and not path.is_file():
-        raise StoreError(f"{path}: there is no journal; has a coordinator been started with this folder?")
-    try:
-        address = f"file:{quote(str(path.absolute()))}?mode={'ro' if viewing else 'rwc'}"
-        return sqlite3.connect(address, uri=True, isolation_level=None, timeout=5.0)
-    except sqlite3.Error as error:
-        raise _damaged(path, error) from error
-
-
-def _prepare(rows: sqlite3.Connection, path: Path, viewing: bool) -> int:
-    """Check whose file it is, lay out a new one, and give the number of the round that was planned last."""
-    try:
-        application = rows.execute("PRAGMA application_id").fetchone()[0]
-        version = rows.execute("PRAGMA user_version").fetchone()[0]
-        empty = rows.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if application == 0 and version == 0 and empty and not viewing:
-            rows.execute("PRAGMA journal_mode=WAL")
-            marks = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={_VERSION}"
-            rows.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}; {marks}; COMMIT")
-        else:
-            _recognise(path, application, version)
-        if not viewing:
-            rows.execute("PRAGMA synchronous=FULL")
-        found = rows.execute("SELECT round FROM record WHERE kind = 'planned' ORDER BY seq DESC LIMIT 1").fetchone()
-    except sqlite3.Error as error:
-        rows.close()
-        raise _damaged(path, error) from error
-    except StoreError:
-        rows.close()
-        raise
-    return 0 if found is None else int(found[0])
-
-
-def _recognise(path: Path, application: int, version: int) -> None:
-    if application != _APPLICATION:
-        raise StoreError(f"{path}: this is not a journal of ours; move it away or use another folder")
-    if version > _VERSION:
-        raise StoreError(f"{path}: written by a newer version ({version}); this one reads up to {_VERSION}")
-
-
-def _damaged(path: Path, error: object) -> StoreError:
-    return StoreError(
-        f"{path}: cannot be read: {error}; move it away together with its -wal file to start anew, or bring back a copy"
-    )
