@@ -189,7 +189,7 @@ def _add_readers(commands: Commands) -> None:
         if name == "export":
             reader.add_argument("file", type=Path, help="where to write")
             reader.add_argument(
-                "--width", type=float, metavar="FRACTION", help="a nested width, for example 0.2 (default: all)"
+                "--width", type=float, metavar="FRACTION", help="a nested width, for example 0.2 (default: the widest)"
             )
         reader.set_defaults(command=_read, what=name)
 

@@ -1,4 +1,4 @@
-"""Write the global model as safetensors: whole, or any nested width, cut to its own small size."""
+"""Write the global model as safetensors: what is trained of it, or any nested width, cut to its own small size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
 
     Args:
         folder: The run's folder.
-        width: Fraction of the channels of a nested width; None for the whole model.
+        width: Fraction of the channels of a nested width; None for the widest, which most often is the whole model.
         file: Where to; default `MODEL` in the folder.
 
     Returns:
@@ -70,17 +70,17 @@ def write_model(folder: Path, width: float | None, file: Path | None = None) -> 
         raise ConfigError(f"{folder}: no round has been planned yet, so there is no model to export")
     spec = decode(spool.path(str(standing.started.about["spec"])).read_bytes())
     state = load_state(spool, standing.state, spec)
-    structure = choose_width(spec, state, width)
-    weights = masked_weights(state.weights, kept_by(state, None if width is None else structure.capacity))
-    if width is None:
+    fraction, structure = choose_width(spec, state, width)
+    whole = structure == Structure()
+    weights = masked_weights(state.weights, kept_by(state, None if whole else structure.capacity))
+    if whole:
         arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
     else:
-        whole = cutting.to_wire(spec, weights, state.levels)
-        arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, whole, structure).items()}
+        wired = cutting.to_wire(spec, weights, state.levels)
+        arrays = {name: np.ascontiguousarray(a) for name, a in cutting.cut(spec, wired, structure).items()}
         arrays |= {name: np.ascontiguousarray(a) for name, a in norms.own(state, structure).items()}
     target = folder / MODEL if file is None else file
     small = narrowed_spec(spec, structure)
-    fraction = 1.0 if width is None else width
     metadata = {"spec": json.dumps(to_plain(small)), "round": str(standing.done), "width": f"{fraction:g}"}
     _save(target, arrays, metadata)
     facts: dict[str, object] = {
@@ -142,20 +142,24 @@ def widths_of_state(spec: ModelSpec, state: State) -> dict[float, Structure]:
     return named
 
 
-def choose_width(spec: ModelSpec, state: State, width: float | None) -> Structure:
-    """Find the nested width that was asked for.
+def choose_width(spec: ModelSpec, state: State, width: float | None) -> tuple[float, Structure]:
+    """Find the nested width that was asked for; None for the widest, as `Structure()` where that is the whole model.
+
+    Returns:
+        Its fraction, as asked where it was, and itself.
 
     Raises:
         ConfigError: There is none; the text lists those that are.
     """
-    if width is None:
-        return Structure()
     named = widths_of_state(spec, state)
+    if width is None:
+        fraction, widest = max(named.items())
+        return (1.0, Structure()) if narrowed_spec(spec, widest) == spec else (fraction, widest)
     found = min(named, key=lambda fraction: abs(fraction - width))
-    if abs(found - width) > 0.02:
+    if not abs(found - width) <= 0.02:  # nor is no number one
         known = ", ".join(f"{fraction:g}" for fraction in named)
         raise ConfigError(f"--width {width:g}: this run's nested widths are {known}")
-    return named[found]
+    return width, named[found]
 
 
 def narrowed_spec(spec: ModelSpec, structure: Structure) -> ModelSpec:

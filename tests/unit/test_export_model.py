@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import stat
 from pathlib import Path
 
+import numpy as np
+import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from coordinator.advance import save_state
 from coordinator.algorithm import State
 from coordinator.algorithms import by_name
 from coordinator.blocks.initial import initial_weights
+from coordinator.blocks.masks import kept_by, masked_weights
 from coordinator.cli import main
-from coordinator.export import JOURNAL, SPOOL
+from coordinator.export import JOURNAL, SPOOL, write_model
 from coordinator.journal import Closed, Journal, RunStarted
+from coordinator.shells import structures_of
 from wire import zoo
-from wire.spec import encode
+from wire.schema import from_plain
+from wire.spec import ModelSpec, Structure, encode, parameter_count, tensor_shapes
 from wire.spool import Spool
+from wire.structure import cut, to_wire
 
 SPEC = zoo.load("digits-mlp")
 
@@ -32,6 +40,46 @@ def left(folder: Path, algo: str, **params: float | str) -> State:
     with Journal(folder / JOURNAL) as journal:
         journal.append([RunStarted("ab" * 8, about=about), Closed(1, save_state(spool, state).digest, ("d",))])
     return state
+
+
+@pytest.mark.parametrize(
+    ("algo", "params", "fraction"),
+    [
+        ("fedavg", {"width": 0.4}, 0.4),
+        ("fedavg", {}, 1.0),
+        ("heterofl", {"fractions": "0.2 1"}, 1.0),
+        ("fiarse", {"sizes": "0.9 0.5", "fractions": "0.5 1", "by": "layer"}, 1.0),
+        ("fiarse", {"sizes": "0.2 0.5", "by": "layer"}, 1.0),
+        ("fedrolex", {"fractions": "0.2 1"}, 1.0),
+        ("prunetrain", {}, 1.0),
+    ],
+)
+def test_without_a_width_the_widest_that_is_trained_is_exported(tmp_path, capsys, algo, params, fraction):
+    state, file = left(tmp_path / "run", algo, **params), tmp_path / "m.safetensors"
+    assert main(["export", str(file), "--state", str(tmp_path / "run"), "--json"]) == 0
+    facts, arrays = json.loads(capsys.readouterr().out), load_file(file)
+    assert facts["width"] == pytest.approx(fraction, abs=0.02)
+    widest = Structure() if fraction == 1.0 else structures_of(state)[-1]
+    assert {name: array.shape for name, array in arrays.items()} == tensor_shapes(SPEC, widest)
+    assert facts["parameters"] == sum(array.size for array in arrays.values()) == parameter_count(SPEC, widest)
+    if fraction < 1.0:
+        assert tensor_shapes(zoo.load(f"{SPEC.name}@{fraction}"), Structure()) == tensor_shapes(SPEC, widest)
+    with safe_open(file, framework="numpy") as found:
+        assert float(found.metadata()["width"]) == facts["width"]
+        small = from_plain(ModelSpec, json.loads(found.metadata()["spec"]))
+    assert tensor_shapes(small, Structure()) == tensor_shapes(SPEC, widest)
+    kept = masked_weights(state.weights, kept_by(state))
+    wanted = kept if fraction == 1.0 else cut(SPEC, to_wire(SPEC, kept, state.levels), widest)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, wanted[name])
+    assert write_model(tmp_path / "run", None)[1] == {name: facts[name] for name in facts if name != "file"}
+
+
+@pytest.mark.parametrize("width", ["nan", "inf", "-1", "0", "0.7"])
+def test_a_width_that_is_none_lists_those_that_are(tmp_path, capsys, width):
+    left(tmp_path / "run", "fedavg", width=0.4)
+    assert main(["export", str(tmp_path / "m"), "--state", str(tmp_path / "run"), f"--width={width}"]) == 2
+    assert f"--width {float(width):g}: this run's nested widths are 0.4" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
