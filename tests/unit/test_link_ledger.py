@@ -137,8 +137,8 @@ def test_receipts_go_out_in_order_of_arrival() -> None:
 def test_the_outbox_keeps_to_the_window_and_the_size() -> None:
     outbox = Outbox()
     outbox.greet(2, 100)
-    parcels = [Parcel(outbox.new_id(), "t", b"x" * size, False, None) for size in (10, 90, 10)]
-    outbox.waiting.extend(parcels)
+    parcels = [Parcel(outbox.new_id(), "t", b"%d" % size * (size // 2), False, None) for size in (10, 90, 12)]
+    assert [outbox.add(parcel) for parcel in parcels] == [1, 2, 3]
     assert [outbox.fits(p) for p in parcels] == [True, False, True]
     for number in (1, 2):
         parcel = outbox.ready()
@@ -149,6 +149,33 @@ def test_the_outbox_keeps_to_the_window_and_the_size() -> None:
     assert outbox.ready() == parcels[2]
     outbox.greet(None, None)
     assert outbox.fits(parcels[1])
+
+
+def test_nothing_waits_twice_and_of_what_is_retained_the_last_alone() -> None:
+    """As by hand: a day of repeating is one message, in its old place; a value that comes back is still the last one."""
+    outbox = Outbox()
+
+    def say(topic: str, payload: bytes, *, retain: bool = False, seconds: int | None = None) -> int:
+        return outbox.add(Parcel(outbox.new_id(), topic, payload, retain, seconds))
+
+    reply, piece = say("reply", b"r"), say("piece", b"p")
+    here = say("presence", b"online", retain=True, seconds=7)
+    for _ in range(17_280):
+        assert say("reply", b"r") == reply
+        say("presence", b"bye", retain=True)
+        assert say("presence", b"online", retain=True) == here
+    other = say("reply", b"another")
+    bye = outbox.hurry(Parcel(outbox.new_id(), "presence", b"lost", True, None))
+    outbox.window = 100
+    wait = [(p.id, p.topic, p.payload, p.seconds_expiry) for p in iter(outbox.ready, None)]
+    assert wait == [
+        (bye, "presence", b"lost", None),
+        (reply, "reply", b"r", None),
+        (piece, "piece", b"p", None),
+        (other, "reply", b"another", None),
+    ]
+    assert bye == here
+    assert say("reply", b"r") > bye, "what is under way is said again: its receipt may be lost"
 
 
 def test_back_off_grows_to_its_most_and_starts_over_only_after_a_calm() -> None:

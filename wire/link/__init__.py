@@ -206,7 +206,9 @@ class Link(Protocol):
     ) -> int:
         """Send a message and return its id.
 
-        QoS 1 waits out any outage and ends in `Published`; QoS 0 is sent now or never and ends in nothing.
+        QoS 1 waits out any outage and ends in `Published`; QoS 0 is sent now or never and ends in nothing. While a message
+        waits, one that says the same may take its place, and of those that are to be retained on one topic the last may: they
+        have one id, and one `Published`.
         """
         ...
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FILTERS = 8
 """Most filters in one SUBSCRIBE: the least of all brokers' limits."""
@@ -66,11 +66,16 @@ class Parcel:
 
 
 class Outbox:
-    """Messages that wait, and the few that are under way, by the number that the transport gave them."""
+    """Messages that wait, and the few that are under way, by the number that the transport gave them.
+
+    Nothing waits twice: whoever repeats a message through an outage has it sent once at its end, and of what a broker keeps
+    (one value for each topic) the last alone. So an outage takes as much memory as there are different things to say,
+    however long it is.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
-        self.waiting: deque[Parcel] = deque()
+        self._waiting: OrderedDict[str | tuple[str, bytes], Parcel] = OrderedDict()
         self.flying: dict[int, int] = {}
         self.window = 20
         self.packet_max = 0
@@ -86,13 +91,31 @@ class Outbox:
         self.window = max(1, min(20, receive_max or 20))
         self.packet_max = packet_max or 0
 
+    def add(self, parcel: Parcel) -> int:
+        """Let a message wait behind the others, or in the place of one that says no more; give the name that it has here."""
+        place = _place(parcel)
+        known = self._waiting.get(place, parcel)
+        self._waiting[place] = replace(parcel, id=known.id)
+        return known.id
+
+    def hurry(self, parcel: Parcel) -> int:
+        """The same, but before the others."""
+        number = self.add(parcel)
+        self._waiting.move_to_end(_place(parcel), last=False)
+        return number
+
     def ready(self) -> Parcel | None:
         """Take the next message if there is one and the broker may get it now."""
-        return self.waiting.popleft() if self.waiting and len(self.flying) < self.window else None
+        return self._waiting.popitem(last=False)[1] if self._waiting and len(self.flying) < self.window else None
 
     def fits(self, parcel: Parcel) -> bool:
         """Whether the broker would take it; a packet beyond its limit costs the connection, again and again."""
         return not self.packet_max or len(parcel.topic) * 3 + len(parcel.payload) + 32 <= self.packet_max
+
+
+def _place(parcel: Parcel) -> str | tuple[str, bytes]:
+    """Name what one message of a kind is enough of."""
+    return parcel.topic if parcel.retain else (parcel.topic, parcel.payload)
 
 
 class Wishes:

@@ -160,9 +160,10 @@ class MqttLink:
             raise TooLarge(f"a message of {len(payload)} bytes on {topic}; the limit is {PACKET_BYTES}")
         parcel = Parcel(self._outbox.new_id(), topic, payload, retain, seconds_expiry)
         if qos > 0:
-            self._outbox.waiting.append(parcel)
+            number = self._outbox.add(parcel)
             self._pump()
-        elif self._state == "up":
+            return number
+        if self._state == "up":
             self._hand_over(parcel, 0)
         return parcel.id
 
@@ -193,9 +194,7 @@ class MqttLink:
         """See `Link.stop`."""
         if self._state == "up" and farewell is not None:
             topic, payload, retain = farewell
-            waiting = self._outbox.waiting
-            waiting.appendleft(Parcel(self._outbox.new_id(), topic, payload, retain, None))
-            last = waiting[0].id
+            last = self._outbox.hurry(Parcel(self._outbox.new_id(), topic, payload, retain, None))
             until = time.monotonic() + _SECONDS_STOP
             while self._state == "up" and time.monotonic() < until and not _answered(self._inbox, last):
                 self._inbox.events.clear()
