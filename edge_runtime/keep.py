@@ -9,12 +9,12 @@ a late copy of that order is not done once more.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from wire.errors import StoreError
 from wire.messages import Order
+from wire.spool import flush
 
 BYTES_MAX = 1 << 30
 _STAGED = ".staged"
@@ -74,11 +74,11 @@ class Keep:
                 raise StoreError(f"{path}: a state of {size} bytes; the bound is {self._bytes_max}")
             folder = self._root / federation
             folder.mkdir(exist_ok=True, mode=0o700)
-            _flush(path)
+            flush(path)
             staged = self._staged(federation, rule, order)
             path.replace(staged)
             self._pending.append(staged)
-            _flush(folder)
+            flush(folder)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
 
@@ -96,11 +96,11 @@ class Keep:
         try:
             new = note.with_suffix(".new")
             new.write_text(f"{order.run} {order.round} {order.id} {rule}", "ascii")
-            _flush(new)
+            flush(new)
             new.replace(note)
-            _flush(note.parent)
+            flush(note.parent)
             staged.replace(self._root / federation / rule)
-            _flush(note.parent)
+            flush(note.parent)
         except OSError as error:
             raise StoreError(f"{staged}: {error.strerror}") from error
         return True
@@ -123,7 +123,7 @@ class Keep:
         try:
             if staged.is_file():
                 staged.replace(folder / rule)
-                _flush(folder)
+                flush(folder)
         except OSError as error:
             raise StoreError(f"{staged}: {error.strerror}") from error
         return ended
@@ -164,11 +164,3 @@ class Keep:
 
 def _counts(path: Path) -> bool:
     return path.is_file() and path.suffix != _STAGED and not path.name.startswith(_ENDED)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

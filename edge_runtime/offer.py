@@ -19,6 +19,7 @@ from wire.errors import NestlingError, StoreError
 from wire.link import Link
 from wire.messages import Order, Reply
 from wire.schema import unpack
+from wire.spool import flush
 
 _BYTES_MAX = 3 * messages.MESSAGE_BYTES
 
@@ -44,7 +45,11 @@ class Offers:
             raise StoreError(f"{out}: {error.strerror}") from error
 
     def keep(self, order: Order, reply: Reply) -> None:
-        """Write down what will be offered, so that a new life can. Not flushed: a power cut costs the work, no more.
+        """Write down what will be offered, so that a new life can.
+
+        Durable together with the update when this returns, if a state of the device's own hangs on it: after a power cut the
+        coordinator alone knows whether the answer counted, and it says so to whoever offers it again. Otherwise a power cut
+        costs the work and no more, and nothing is flushed.
 
         Raises:
             StoreError: The disk refuses.
@@ -54,6 +59,11 @@ class Offers:
             self._note.write_bytes(both)
         except OSError as error:
             raise StoreError(f"{self._note}: {error.strerror}") from error
+        if reply.keep:
+            if reply.update is not None:
+                flush(self._update(order.id))
+            flush(self._note)
+            flush(self.out)
 
     def recall(self, device: str, boot: str) -> tuple[Order, Reply] | None:
         """Give the answer that an earlier life was offering, said anew by this one; None when there is none that is whole."""

@@ -243,7 +243,7 @@ class Spool:
 
         paths |= {path.parent for path in paths}
         with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
-            list(pool.map(_flush, sorted(paths)))
+            list(pool.map(flush, sorted(paths)))
 
     def _place(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -258,7 +258,12 @@ def _store_error(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: {error.strerror or error}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make a file's bytes durable, or a folder's names.
+
+    Raises:
+        StoreError: It is not here, or the disk refuses.
+    """
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -130,7 +130,7 @@ def test_sync_flushes_files_and_their_folder_side_by_side(tmp_path, monkeypatch)
         together.wait()  # passes only when all nine are in flight at once
         done.append(path)
 
-    monkeypatch.setattr(spools, "_flush", flush)
+    monkeypatch.setattr(spools, "flush", flush)
     spool.sync(digests)
     assert sorted(done) == sorted([tmp_path, *(tmp_path / digest for digest in digests)])
 
@@ -139,8 +139,8 @@ def test_sync_takes_digests_and_paths_and_nothing(tmp_path, monkeypatch):
     spool = Spool(tmp_path / "spool")
     ref = spool.add_bytes(DATA)
     (tmp_path / "beside").write_bytes(b"x")
-    real, flushed = spools._flush, []
-    monkeypatch.setattr(spools, "_flush", lambda path: (flushed.append(path), real(path)))
+    real, flushed = spools.flush, []
+    monkeypatch.setattr(spools, "flush", lambda path: (flushed.append(path), real(path)))
     spool.sync([])
     assert flushed == []
     spool.sync([ref.digest])
