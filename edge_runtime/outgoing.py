@@ -28,6 +28,7 @@ class Outgoing:
     """A trained model and what its rule says.
 
     Attributes:
+        run: The order's.
         spec: The model.
         structure: The part of it.
         held: Its masks.
@@ -39,6 +40,7 @@ class Outgoing:
             the state's. Not where a rule says itself what is sent: it has an idea of its own of both.
     """
 
+    run: str
     spec: ModelSpec
     structure: Structure
     held: Held
@@ -63,28 +65,28 @@ class Outgoing:
         model = personal.Personal(self.spec, self.structure, self.arrays, self.held.masks)
         own = self.trained.own
         if self.trained.update is not None:
-            keep_ref = personal.write(keep, model, own=own)
+            keep_ref = personal.write(keep, model, self.run, own=own)
             return self._write_said(update, self.trained.update), keep_ref
         if not self.form and self.tuned is not None:
             received.subtract_from(self.arrays)
-            personal.add_carried(before, self.structure, self.arrays)
+            personal.add_carried(before, self.run, self.structure, self.arrays)
             ref = self._write_moves(update, self.arrays)
             self.tuned(update)
-            return ref, personal.write(keep, model, own=own)
+            return ref, personal.write(keep, model, self.run, own=own)
         if not self.form:
-            keep_ref = personal.write(keep, model, own=own)
+            keep_ref = personal.write(keep, model, self.run, own=own)
             received.subtract_from(self.arrays)
-            personal.add_carried(before, self.structure, self.arrays)  # of a round before, which had a form
+            personal.add_carried(before, self.run, self.structure, self.arrays)  # of a round before, which had a form
             return self._write_moves(update, self.arrays), keep_ref
         moves = {name: array.copy() for name, array in self.arrays.items()}
         received.subtract_from(moves)
-        personal.add_carried(before, self.structure, moves)
+        personal.add_carried(before, self.run, self.structure, moves)
         ref = self._write_moves(update, moves)
         for array in moves.values():
             array[...] = forms.lost(array, self.form)
         if self.tuned is not None:
             self.tuned(update)
-        return ref, personal.write(keep, model, moves, own)
+        return ref, personal.write(keep, model, self.run, moves, own)
 
     def _write_moves(self, path: Path, moves: Arrays) -> BlobRef:
         """Write values alone where the coordinator knows the rest."""

@@ -14,7 +14,7 @@ from wire.masks import AnyMask
 from wire.messages import BlobRef
 from wire.schema import from_plain, to_plain
 from wire.spec import ModelSpec, Structure, decode, encode, tensor_shapes
-from wire.tensor import Coding, open_blob, write_blob
+from wire.tensor import Blob, Coding, open_blob, write_blob
 
 KIND = "keep"
 WHOLE = Structure()
@@ -45,6 +45,7 @@ class Personal:
 def write(
     path: Path,
     personal: Personal,
+    run: str,
     carried: Mapping[str, Floats] | None = None,
     own: Mapping[str, Floats] | None = None,
 ) -> BlobRef:
@@ -53,25 +54,27 @@ def write(
     Args:
         path: The file.
         personal: The model.
+        run: The coordinator's run that it was trained in; what stands beside the weights is of use in that one alone.
         carried: What the last update's form did not carry, by tensor; stands beside the weights.
         own: What the rule keeps, by names of its own.
     """
-    meta = {"spec": encode(personal.spec), "structure": to_plain(personal.structure)}
+    meta = {"run": run, "spec": encode(personal.spec), "structure": to_plain(personal.structure)}
     beside = {_CARRIED + name: array for name, array in (carried or {}).items()}
     beside |= {_OWN + name: array for name, array in (own or {}).items()}
     return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta, masks=personal.masks, coding=_CODING)
 
 
-def own(path: str, spec: ModelSpec, structure: Structure = WHOLE) -> dict[str, Floats]:
+def own(path: str, run: str, spec: ModelSpec, structure: Structure = WHOLE) -> dict[str, Floats]:
     """Give copies of what the rule kept; nothing where no state is held or it cannot be read.
 
-    Nothing of another model or width either, in which a place in a tensor is another weight. Masks may be others.
+    Nothing of another run either, whose weights were others from the beginning, nor of another model or width, in which a
+    place in a tensor is another weight. Masks may be others.
     """
     if not path:
         return {}
     try:
         with open_blob(Path(path)) as blob:
-            if blob.kind != KIND or blob.meta.get("spec") != encode(spec):
+            if not _is_of(blob, run) or blob.meta.get("spec") != encode(spec):
                 return {}
             held = from_plain(Structure, blob.meta.get("structure"), path="$.meta.structure")
             if _width(held) != _width(structure):
@@ -80,6 +83,10 @@ def own(path: str, spec: ModelSpec, structure: Structure = WHOLE) -> dict[str, F
         return {name.removeprefix(_OWN): _copied(Path(path), name) for name in names}
     except NestlingError:
         return {}
+
+
+def _is_of(blob: Blob, run: str) -> bool:
+    return blob.kind == KIND and blob.meta.get("run") == run
 
 
 def _copied(path: Path, name: str) -> Floats:
@@ -101,18 +108,19 @@ def _width(structure: Structure) -> Structure:
     return replace(structure, masks="", kept={})
 
 
-def add_carried(path: str, structure: Structure, update: Mapping[str, Floats]) -> None:
+def add_carried(path: str, run: str, structure: Structure, update: Mapping[str, Floats]) -> None:
     """Add to an update what earlier ones did not carry, in place; nothing where no state is held.
 
-    What was lost of a width is carried over to the same width of the same ranking only: in another one a place in a tensor
-    is another channel. A state that cannot be read is no reason to fail an order: it is as if nothing had been lost.
+    What was lost of a width is carried over to the same width of the same ranking in the same run only: in another ranking a
+    place in a tensor is another channel, and another run's weights never lacked it. A state that cannot be read is no reason
+    to fail an order: it is as if nothing had been lost.
     """
     if not path:
         return
     try:
         with open_blob(Path(path)) as blob:
             held = from_plain(Structure, blob.meta.get("structure"), path="$.meta.structure")
-            if held != structure or blob.kind != KIND:
+            if held != structure or not _is_of(blob, run):
                 return
             for name, array in update.items():
                 if _CARRIED + name in blob.names and blob.entry(_CARRIED + name).shape == array.shape:

@@ -242,7 +242,7 @@ def _trained(
     test = part_of(spec, work.data, "test") if len(work.data.test[0]) else None
     if test is not None:
         metrics["accuracy.before"], metrics["loss.before"] = score(engine, test, micro_batch)
-    own = personal.own(work.job.keep, spec, structure)
+    own = personal.own(work.job.keep, order.run, spec, structure)
     engine.seed(order.recipe.seed, order.round)
     squeeze = work.squeezed(engine, received)
     apart = Apart(received.norms) if order.recipe.knobs.get(APART) else Apart()
@@ -260,7 +260,7 @@ def _trained(
         metrics["loss"], metrics["loss.first"] = trained.losses[-1], trained.losses[0]
     metrics |= trained.metrics
     values = values_of(engine, held.masks)
-    outgoing = Outgoing(spec, structure, held, values, trained, recipe.form, apart.moves(spec), tuned)
+    outgoing = Outgoing(order.run, spec, structure, held, values, trained, recipe.form, apart.moves(spec), tuned)
     return outgoing, received, metrics, engine.name
 
 

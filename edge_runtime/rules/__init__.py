@@ -90,9 +90,9 @@ class Task:
         micro_batch: Samples that may go through the model at once; fewer after a squeeze, so that it is read at each step.
         tell: Called after every step with the fraction that is done and the step's loss.
         masks: What is kept of which weights, in the tensors' shapes; empty when every weight is. The engine has them already.
-        own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, and when
-            the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have changed. The
-            arrays are this order's own: a rule may write to them and hand them back.
+        own: What this rule kept on this device after its last order that counted (`Trained.own`); empty at first, in another
+            run, and when the model has other shapes than then. Of masked tensors it is as the rule left it; masks may have
+            changed. The arrays are this order's own: a rule may write to them and hand them back.
         squeeze: Called by the loop between two batches. Where memory has become less, it cuts the engine and what the rule
             holds to a narrower width, in place, or gives a smaller micro-batch (`edge_runtime.shrink`); not for a rule that
             does not say what it holds.

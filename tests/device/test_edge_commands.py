@@ -13,7 +13,7 @@ import pytest
 from edge_runtime import cli, commands, exits, health, personal, predict
 from edge_runtime.config import load
 from edge_runtime.keep import Keep
-from tests.support.messages import an_order
+from tests.support.messages import RUN, an_order
 from tests.support.mosquitto import Mosquitto, free_port
 from wire import zoo
 from wire.errors import DataError
@@ -36,7 +36,7 @@ def give_model(folder: Path) -> None:
     weight, bias = (names[0], names[1]) if "weight" in names[0] else (names[1], names[0])
     arrays = {weight: 5 * np.eye(10, 64, dtype=np.float32), bias: np.zeros(10, np.float32)}
     made = folder / "made"
-    personal.write(made, personal.Personal(spec, Structure(), arrays))
+    personal.write(made, personal.Personal(spec, Structure(), arrays), RUN)
     keep, order = Keep(folder / "state/keep"), an_order("d0", 1)
     keep.stage("home", order.recipe.rule, order.id, made)
     keep.promote("home", order)

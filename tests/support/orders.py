@@ -40,7 +40,7 @@ def job(folder, spec, arrays, structures, recipe=None, verb="train", **limits):
             shells.append(write_blob(Path(paths[-1]), "shell", parts, meta={"capacity": capacity}))
     order = Order(
         id=f"{number:016x}",
-        run="ab" * 8,
+        run=RUN,
         round=number,
         device="d",
         verb=verb,
@@ -99,3 +99,4 @@ def dataset(spec, train=40, test=16, seed=0, shape=None):
 
 
 WHOLE = Structure()
+RUN = "ab" * 8

@@ -26,7 +26,7 @@ from edge_runtime.worker import perform
 from tests.golden.attacks import container
 from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn
-from tests.support.orders import dataset, job, some_masks
+from tests.support.orders import RUN, dataset, job, some_masks
 from wire import zoo
 from wire.errors import Malformed
 from wire.job import Done
@@ -103,10 +103,10 @@ def test_what_a_rule_keeps_of_one_width_is_not_given_to_another(tmp_path):
     wide, data = Structure(1, widths, "ab" * 32), dataset(SPEC, 24, 8, seed=1)
     recipe, arrays = Recipe(rule="topk", batch=8, knobs={"k": 5.0}), random_arrays(SPEC, WHOLE)
     keep = perform(job(tmp_path / "wide", SPEC, arrays, [wide], recipe), data).keep
-    assert set(personal.own(keep, SPEC, wide)) == set(arrays)
-    assert personal.own(keep, SPEC, dataclasses.replace(wide, masks="ab" * 32, kept={"f.weight": 1}))
+    assert set(personal.own(keep, RUN, SPEC, wide)) == set(arrays)
+    assert personal.own(keep, RUN, SPEC, dataclasses.replace(wide, masks="ab" * 32, kept={"f.weight": 1}))
     for other in (wide.narrowed(0), dataclasses.replace(wide, ranking="cd" * 32), WHOLE):
-        assert personal.own(keep, SPEC, other) == {}
+        assert personal.own(keep, RUN, SPEC, other) == {}
     narrow = job(tmp_path / "narrow", SPEC, arrays, [wide.narrowed(0)], recipe)
     assert isinstance(perform(dataclasses.replace(narrow, keep=keep), data), Done)
 
@@ -119,8 +119,8 @@ def test_a_large_state_of_a_rule_comes_back_whole(tmp_path, monkeypatch):
         "none": np.zeros((0, 3)),
     }
     own["none"] = own["none"].astype(np.float32)
-    personal.write(tmp_path / "keep", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, WHOLE)), own=own)
-    found = personal.own(str(tmp_path / "keep"), SPEC)
+    personal.write(tmp_path / "keep", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, WHOLE)), RUN, own=own)
+    found = personal.own(str(tmp_path / "keep"), RUN, SPEC)
     assert {name: array.tolist() for name, array in found.items()} == {n: a.tolist() for n, a in own.items()}
     assert found["z"].shape == (12, 54)
 

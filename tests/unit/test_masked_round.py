@@ -281,14 +281,14 @@ def test_what_a_rule_keeps_comes_back_to_it(tmp_path, monkeypatch):
         done = perform(job, DATA["d1"], pinned=True)
         assert done.metrics["orders"] == turn + 1
         keep = done.keep
-        own = personal.own(keep, SPEC)
+        own = personal.own(keep, RUN, SPEC)
         assert set(own) == {"orders", "deep/er:name-1"}
         np.testing.assert_array_equal(own["deep/er:name-1"], np.arange(6).reshape(2, 3) * (turn + 1))
         assert own["orders"].flags.writeable
         assert set(personal.read(Path(keep)).arrays) == set(arrays)
-    assert personal.own(keep, small_cnn(hidden=13)) == {}
+    assert personal.own(keep, RUN, small_cnn(hidden=13)) == {}
     for odd in ("", str(tmp_path / "nowhere"), job.spec, job.masks):
-        assert personal.own(odd, SPEC) == {}
+        assert personal.own(odd, RUN, SPEC) == {}
 
 
 def test_still_moves_kept_weights_only(tmp_path):

@@ -17,7 +17,7 @@ from edge_runtime.rules import Extra, Trained
 from edge_runtime.worker import perform
 from tests.support import telling
 from tests.support.models import random_arrays, small_cnn, widths
-from tests.support.orders import dataset, job, masked_job, some_masks
+from tests.support.orders import RUN, dataset, job, masked_job, some_masks
 from wire.errors import Malformed, MaskUnknown, NonFinite, SpecError
 from wire.job import Failed
 from wire.maskfile import WHOLE, Held, outline_of_model, read_masks
@@ -122,7 +122,7 @@ def test_a_whole_tensor_may_be_said_and_an_empty_update_too(tmp_path):
         {"f.weight": Extra(np.empty(0), np.empty(0, int))},
     ):
         names, trained = set(said), Trained((), 0, update=said)
-        going = Outgoing(SPEC, Structure(), WHOLE, ARRAYS, trained, "float16")
+        going = Outgoing(RUN, SPEC, Structure(), WHOLE, ARRAYS, trained, "float16")
         going.write("", received, tmp_path / "update", tmp_path / "keep")
         answer = answer_of(tmp_path, tmp_path / "update", Structure())
         assert set(answer.update) == names
@@ -151,7 +151,7 @@ def floats(*shape):
 def test_a_rule_that_tells_of_what_is_not_there_fails_its_order(tmp_path, monkeypatch, name, extra):
     plain = job(tmp_path, SPEC, ARRAYS, [Structure()], RECIPE)
     for trained in (Trained((), 0, extras={name: extra}), Trained((), 0, update={name: extra})):
-        outgoing = Outgoing(SPEC, Structure(), WHOLE, {n: a.copy() for n, a in ARRAYS.items()}, trained)
+        outgoing = Outgoing(RUN, SPEC, Structure(), WHOLE, {n: a.copy() for n, a in ARRAYS.items()}, trained)
         with pytest.raises(SpecError, match=r"a rule|places"):
             outgoing.write("", Received(SPEC, Structure(), plain.shells), tmp_path / "u", tmp_path / "k")
         monkeypatch.setattr(telling, "train", lambda _, said=trained: said)
@@ -218,7 +218,7 @@ def test_places_are_let_go_before_the_file_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(outgoing, "write_blob", write)
     made = job(tmp_path, SPEC, ARRAYS, [Structure()])
-    going = Outgoing(SPEC, Structure(), WHOLE, dict(ARRAYS), Trained((), 1, update=said))
+    going = Outgoing(RUN, SPEC, Structure(), WHOLE, dict(ARRAYS), Trained((), 1, update=said))
     going.write("", Received(SPEC, Structure(), made.shells), tmp_path / "update", tmp_path / "keep")
     assert alive == [0]
     with open_blob(tmp_path / "update") as blob:

@@ -15,7 +15,7 @@ from edge_runtime.outgoing import Outgoing
 from edge_runtime.worker import perform
 from tests.support.engines import make, predicted
 from tests.support.models import random_arrays, small_cnn, widths
-from tests.support.orders import dataset, job
+from tests.support.orders import RUN, dataset, job
 from wire import maskfile, memory, zoo
 from wire import structure as cutting
 from wire.errors import Malformed
@@ -92,7 +92,7 @@ def test_writing_an_answer_takes_what_is_predicted(tmp_path, form):
         weights = sum(array.nbytes for array in arrays.values())
         keep = str(tmp_path / f"{turn}.keep")
         tracemalloc.start()
-        said = Outgoing(spec, WHOLE, maskfile.WHOLE, arrays, rules.Trained((), 0), form)
+        said = Outgoing(RUN, spec, WHOLE, maskfile.WHOLE, arrays, rules.Trained((), 0), form)
         said.write(work.keep, held, tmp_path / "update", Path(keep))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -297,7 +297,7 @@ def test_personal_refuses_what_is_none(tmp_path):
     made = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE])
     with pytest.raises(Malformed, match="personal"):
         personal.read(Path(made.shells[0]))
-    personal.write(tmp_path / "p", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, NESTED.narrowed(0))))
+    personal.write(tmp_path / "p", personal.Personal(SPEC, WHOLE, random_arrays(SPEC, NESTED.narrowed(0))), RUN)
     with pytest.raises(Malformed, match="its spec says"):
         personal.read(tmp_path / "p")
 
