@@ -93,7 +93,8 @@ def enroll(wanted: Wanted) -> Enrolled:
     """Get this device a certificate, and write down what the agent needs.
 
     Raises:
-        ConfigError: The invitation is none, or a file is in the way; the invitation can still be used.
+        ConfigError: The invitation is none, or a file is in the way; the invitation can still be used. Or the answer's
+            certificate is not of the authority's making.
         EnrolmentError: By name: why there is no certificate.
         BrokerUnreachable: Nobody answers where the invitation says.
         StoreError: The state folder or the configuration cannot be written.
@@ -115,7 +116,7 @@ def enroll(wanted: Wanted) -> Enrolled:
     private.replace(folder / "next.ca.pem", authority)
     try:
         cert = _ask(invitation, folder / "next.ca.pem", request)
-        private.replace(folder / identity.FILE, identity.compose(key, cert.certificate, cert.seconds, time.time()))
+        identity.put(folder / identity.FILE, key, cert, str(folder / "next.ca.pem"))
         (folder / "next.ca.pem").replace(folder / identity.AUTHORITY)
         for name in (keys.CSR, keys.KEY):  # what waits to be signed: who had the old key may have it too
             (folder / name).unlink(missing_ok=True)

@@ -1,17 +1,21 @@
 """This device's key and certificate: one file, so that they change together, and readable by nobody else.
 
-Above the PEM blocks, where TLS libraries do not look, two lines say by this device's clock when the certificate ends and when
-the next one is due: the agent needs to know both, and has nothing that reads certificates.
+Above the PEM blocks, where TLS libraries do not look, two lines say when the certificate ends and when the next one is due:
+the agent needs to know both, and has nothing that reads certificates but TLS, which says so when one comes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from wire import private
 from wire.errors import ConfigError
+from wire.link import Address, tls
+from wire.messages import Cert
 
 FOLDER, FILE, AUTHORITY = "keys", "device.pem", "ca.pem"
 """Inside the state folder: the keys' folder; in it the key with its certificate, and whom to trust."""
@@ -69,14 +73,46 @@ def _seconds(text: str) -> float:
         return math.nan
 
 
-def compose(key: bytes, certificate: bytes, seconds: float, now: float) -> bytes:
-    """Write the file's content.
+def put(path: Path, key: bytes, cert: Cert, authority: str) -> Identity:
+    """Put a key and its certificate in the place of the old ones, after trying them: a broker may have made the answer up.
 
     Args:
+        path: The file.
         key: PEM.
-        certificate: PEM.
-        seconds: How long the certificate is valid from now on.
-        now: Seconds since 1970 by this device's clock.
+        cert: The answer with its certificate.
+        authority: File with who must have signed it.
+
+    Raises:
+        ConfigError: They do not belong together, or the authority has not signed this.
+        StoreError: They cannot be written.
     """
-    head = f"{_RENEW}: {now + seconds * (1 - _LEFT):.3f}\n{_ENDS}: {now + seconds:.3f}\n"
-    return head.encode("ascii") + key + certificate
+    fresh = path.with_name("next.pem")
+    try:
+        private.replace(fresh, key + cert.certificate)
+        begins, ends = tls.vouched(Address("", 0, tls=True, ca=authority, cert=str(fresh)))
+        if cert.seconds > ends - begins:
+            raise ConfigError("the answer tells a longer time than its certificate")
+        found = due(cert.seconds, ends, time.time())
+        private.replace(path, compose(key, cert.certificate, found))
+    finally:
+        fresh.unlink(missing_ok=True)
+    return found
+
+
+def due(seconds: float, ends: float, now: float) -> Identity:
+    """Say when the next certificate is due: when a third of the time is left, by the certificate or by this device's clock.
+
+    Whichever is first. A clock that was ahead when the certificate came does not put that off beyond the certificate's end,
+    and neither does one that stays behind, as of a device without a battery that is often off.
+
+    Args:
+        seconds: How long it is valid from now on, as the coordinator tells.
+        ends: When it ends, as it says itself.
+        now: By this device's clock.
+    """
+    return Identity(min(ends - seconds * _LEFT, now + seconds * (1 - _LEFT)), ends)
+
+
+def compose(key: bytes, certificate: bytes, about: Identity) -> bytes:
+    """Write the file's content."""
+    return f"{_RENEW}: {about.renew}\n{_ENDS}: {about.ends}\n".encode("ascii") + key + certificate

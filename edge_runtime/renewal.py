@@ -13,15 +13,14 @@ import logging
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from edge_runtime import identity
 from edge_runtime.config import Config
 from edge_runtime.sealed import Sealed
-from wire import codec, private, topics
-from wire.errors import ConfigError, NestlingError, PeerError
-from wire.link import Address, Down, Message, Up, tls
+from wire import codec, topics
+from wire.errors import NestlingError, PeerError
+from wire.link import Address, Down, Message, Up
 from wire.link.mqtt import MqttLink
 from wire.messages import Cert, Csr
 
@@ -180,20 +179,8 @@ class Renewal:
         self._link.renew()
 
     def _adopt(self, cert: Cert) -> identity.Identity:
-        """Put key and certificate in the place of the old ones, after trying them: a broker may have made the answer up."""
-        folder = self._path.parent
-        fresh = folder / "next.pem"
-        data = identity.compose((folder / "next.key").read_bytes(), cert.certificate, cert.seconds, time.time())
-        private.replace(fresh, data)
-        try:
-            if cert.seconds > tls.vouched(replace(self._where, cert=str(fresh), key="")):
-                raise ConfigError("the answer tells a longer time than its certificate")
-            found = identity.read(fresh)
-            if found is None:
-                raise ConfigError(f"{fresh}: not what was written")
-            fresh.replace(self._path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        """Take over the new key and its certificate; the next one has another key."""
+        found = identity.put(self._path, (self._path.parent / "next.key").read_bytes(), cert, self._where.ca)
         self._forget()
         return found
 

@@ -169,7 +169,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert software.packages(CONFIG, BOARD).advice == "pip install paho-mqtt numpy"
     assert software.packages(CONFIG, PHONE).advice == "pip install paho-mqtt; pkg install python-numpy"
     assert "pip install zstandard" in software.compression(CONFIG, BOARD).advice
-    (tmp_path / "device.pem").write_bytes(identity.compose(b"", b"", 60.0, 0.0))
+    (tmp_path / "device.pem").write_bytes(identity.compose(b"", b"", identity.Identity(40.0, 60.0)))
     enrolled = dataclasses.replace(CONFIG, broker=dataclasses.replace(CONFIG.broker, cert=str(tmp_path / "device.pem")))
     assert software.packages(enrolled, BOARD).advice == "pip install paho-mqtt numpy cryptography"  # orders are signed
     assert software.packages(enrolled, PHONE).advice.endswith("pkg install python-cryptography")

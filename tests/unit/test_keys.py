@@ -189,7 +189,7 @@ def test_an_authority_signs_what_it_should_and_nothing_else(tmp_path: Path) -> N
     name, public = request(asked)
     issued = authority.issue(name, public, 3600)
     (tmp_path / "leaf.pem").write_bytes(issued.pem)
-    (tmp_path / "device.pem").write_bytes(identity.compose(key, issued.pem, 3600, 1000.0))
+    (tmp_path / "device.pem").write_bytes(identity.compose(key, issued.pem, identity.Identity(3400.0, 4600.0)))
     for purpose, code in (("sslclient", 0), ("sslserver", 2)):  # a device cannot play the broker
         argv = ["openssl", "verify", "-CAfile", str(tmp_path / CA), "-purpose", purpose, str(tmp_path / "leaf.pem")]
         assert subprocess.run(argv, check=False, capture_output=True).returncode == code
@@ -198,7 +198,7 @@ def test_an_authority_signs_what_it_should_and_nothing_else(tmp_path: Path) -> N
     assert leaf.not_valid_after_utc.timestamp() == issued.ends
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     ssl.create_default_context(cafile=str(tmp_path / CA)).load_cert_chain(tmp_path / "device.pem")
-    assert identity.read(tmp_path / "device.pem") == identity.Identity(1000.0 + 2400.0, 1000.0 + 3600.0)
+    assert identity.read(tmp_path / "device.pem") == identity.Identity(3400.0, 4600.0)
     assert identity.read(tmp_path / "leaf.pem") is None
     with pytest.raises(ConfigError, match="edge-runtime enroll"):
         identity.read(tmp_path / "none")

@@ -185,7 +185,9 @@ def test_a_name_that_no_device_can_use_stands_in_no_invitation(name: str) -> Non
 def device(folder: Path, authority: Authority, made: bytes, key: bytes) -> settings.Config:
     folder.mkdir(exist_ok=True)
     (folder / identity.AUTHORITY).write_bytes(authority.pem)
-    (folder / identity.FILE).write_bytes(identity.compose(key, made, 3600.0, time.time()))
+    (folder / identity.FILE).write_bytes(
+        identity.compose(key, made, identity.due(3600.0, time.time() + 3600.0, time.time()))
+    )
     (folder / "device.toml").write_text(
         f'device = "pi"\nfederation = "f"\n[broker]\nurl = "mqtts://h:1"\nca = "{folder / identity.AUTHORITY}"\n'
         f'cert = "{folder / identity.FILE}"\n[data]\nsource = "digits"\n[state]\ndir = "{folder}"\n'
@@ -295,14 +297,15 @@ def test_a_new_key_is_never_beside_an_older_ones_request(tmp_path: Path) -> None
     assert not (tmp_path / keys.CSR).exists()
 
 
-def test_a_clock_that_is_behind_does_not_keep_a_certificate_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hours", [5, -50])
+def test_a_clock_that_is_wrong_does_not_keep_a_certificate_out(tmp_path: Path, hours: int) -> None:
     from cryptography.hazmat.primitives import hashes
 
     from coordinator.keys import authority as module
 
     authority = Authority(tmp_path)
     key, asked = keys.make("pi")
-    later = datetime.now(UTC) + timedelta(hours=5)
+    later = (datetime.now(UTC) + timedelta(hours=hours)).replace(microsecond=0)
     builder = module._builder("pi", authority._ca.subject, request(asked)[1]).not_valid_before(later)
     builder = module._leaf(
         builder.not_valid_after(later + timedelta(days=1)),
@@ -312,7 +315,7 @@ def test_a_clock_that_is_behind_does_not_keep_a_certificate_out(tmp_path: Path) 
     pem = builder.sign(authority._key, hashes.SHA256()).public_bytes(Encoding.PEM)
     (tmp_path / "device.pem").write_bytes(key + pem)
     at = Address("h", 1, True, "", "", str(tmp_path / CA), str(tmp_path / "device.pem"))
-    assert tls.vouched(at) == float("inf")
+    assert tls.vouched(at) == (later.timestamp(), later.timestamp() + 86_400)
     authority.serve(["localhost"])
     with pytest.raises(ConfigError, match="not of this device's authority"):  # for another purpose
         tls.vouched(dataclasses.replace(at, cert=str(tmp_path / SERVER)))

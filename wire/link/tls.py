@@ -8,8 +8,8 @@ from typing import Any
 from wire.errors import ConfigError
 from wire.link import Address
 
-_NOT_YET = 9
-"""OpenSSL's number for a certificate that is not valid yet."""
+_NO_CHECK_TIME = 0x200000
+"""OpenSSL's flag for signatures without times, which `ssl` passes on and does not name."""
 
 
 def context(address: Address) -> Any:
@@ -74,11 +74,11 @@ def trouble(error: Exception) -> str:
     return f"no certificate to trust ({why})"
 
 
-def vouched(address: Address) -> float:
-    """See that our certificate is one that the address's authority has made; give how many seconds it is valid in all.
+def vouched(address: Address) -> tuple[float, float]:
+    """See that our certificate is one that the address's authority has made; give when it begins and ends, in s since 1970.
 
-    Nothing here reads certificates but TLS itself: we greet ourselves, in memory. That it is not valid yet, by a clock that
-    may be behind, is no objection (signatures are looked at before times); then the answer is infinite.
+    Nothing here reads certificates but TLS itself: we greet ourselves, in memory. That it is not valid now is no objection:
+    our clock may be wrong.
 
     Raises:
         ConfigError: It is not, or has no key.
@@ -89,6 +89,7 @@ def vouched(address: Address) -> float:
     client.check_hostname, client.verify_mode, server.verify_mode = False, ssl.CERT_NONE, ssl.CERT_REQUIRED
     forth, back = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
+        server.verify_flags |= _NO_CHECK_TIME
         server.load_verify_locations(address.ca)
         show(server, address)
         show(client, address)
@@ -98,11 +99,11 @@ def vouched(address: Address) -> float:
                 end.do_handshake()
         seen = ends[1].getpeercert() or {}
     except ssl.SSLCertVerificationError as error:
-        if error.verify_code == _NOT_YET:
-            return float("inf")
         raise ConfigError(f"{address.cert}: not of this device's authority ({error.verify_message})") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{address.cert}: {error}") from None
     if not seen:
         raise ConfigError(f"{address.cert}: no certificate that TLS can show")
-    return float(ssl.cert_time_to_seconds(str(seen["notAfter"])) - ssl.cert_time_to_seconds(str(seen["notBefore"])))
+    return float(ssl.cert_time_to_seconds(str(seen["notBefore"]))), float(
+        ssl.cert_time_to_seconds(str(seen["notAfter"]))
+    )
