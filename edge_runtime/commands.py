@@ -215,7 +215,7 @@ def _keep(args: argparse.Namespace) -> int:
     from wire import topics
 
     keep = Keep(Path(load(args.config).state.dir) / "keep")
-    if args.wipe:
+    if args.wipe is not None:
         count = keep.wipe("" if args.wipe == "all" else topics.valid_name(args.wipe, "--wipe"))
         print(json.dumps({"wiped": count}) if args.json else f"wiped: {count}")
         return exits.OK

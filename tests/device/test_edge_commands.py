@@ -137,6 +137,20 @@ def test_predict_shows_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("kind-9  kind-9: 0.9")
 
 
+def test_classes_beyond_the_named_ones_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data may have fewer classes than the model."""
+    path = str(config_of(tmp_path, 1, '[data]\nlabels = ["cat", "dog"]\n'))
+    give_model(tmp_path)
+    np.save(tmp_path / "x.npy", one_hot(1, 9, 0))
+    words = ["predict", "--config", path, "--input", str(tmp_path / "x.npy")]
+    assert cli.main([*words, "--json"]) == exits.OK
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert [answer["class"] for answer in found] == ["dog", "9", "cat"]
+    assert [len(answer["probabilities"]) for answer in found] == [10, 10, 10]
+    assert cli.main(words) == exits.OK
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["dog  dog", "9  9", "cat  cat"]
+
+
 @pytest.mark.parametrize(
     ("data", "told"),
     [
@@ -175,6 +189,23 @@ def test_keep_lists_and_wipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["keep", "--config", path, "--wipe", "work"]) == 0
     assert cli.main(["keep", "--config", path, "--wipe", "all"]) == 0
     assert capsys.readouterr().out == "wiped: 0\nwiped: 1\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../..", "a/b", "home/", "/", "*", "h*", "hom?", "[h]ome", "**", " home", "home\n", "h\0me"]
+)
+def test_keep_wipes_nothing_for_what_is_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = str(config_of(tmp_path, 1))
+    give_model(tmp_path)
+    (tmp_path / "state/keep/b").mkdir()
+    for beside in ("state/lives", "state/keep/beside", "state/keep/b/sgd", "pictures"):
+        (tmp_path / beside).write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert cli.main(["keep", "--config", path, "--wipe", name]) == exits.CONFIG
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"--wipe {name!r}: use 1 to 64 letters" in told.err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_help_teaches_by_example_and_loads_nothing_heavy() -> None:
