@@ -38,6 +38,7 @@ class Outgoing:
         apart: How what narrower widths have of their own has moved, by name in the update.
         tuned: Called with the update's file, once that is written, to make the arrays the device's own model, which is then
             the state's. Not where a rule says itself what is sent: it has an idea of its own of both.
+        labels: As in `personal.Personal`.
     """
 
     run: str
@@ -49,6 +50,7 @@ class Outgoing:
     form: str = ""
     apart: Mapping[str, Floats] = field(default_factory=dict)
     tuned: Callable[[Path], None] | None = None
+    labels: tuple[str, ...] = ()
 
     def write(self, before: str, received: Received, update: Path, keep: Path) -> tuple[BlobRef, BlobRef]:
         """Write update and state. In a form that loses something, what it lost the last time is added, and what it loses kept.
@@ -62,7 +64,7 @@ class Outgoing:
             update: File for the update.
             keep: File for the state.
         """
-        model = personal.Personal(self.spec, self.structure, self.arrays, self.held.masks)
+        model = personal.Personal(self.spec, self.structure, self.arrays, self.held.masks, self.labels)
         own = self.trained.own
         if self.trained.update is not None:
             keep_ref = personal.write(keep, model, self.run, own=own)

@@ -21,6 +21,7 @@ WHOLE = Structure()
 _CARRIED = "carried/"
 _OWN = "own/"
 VALUES_MAPPED = 1 << 20
+_LETTERS_MAX = 1 << 16
 _CODING = Coding(pack=False)
 """What stays here is written for speed, not for size."""
 
@@ -34,12 +35,14 @@ class Personal:
         structure: The width that is held.
         arrays: Its weights, compact, in wire order; of masked tensors the kept values alone where that is said.
         masks: What is kept of which weights.
+        labels: What the data that it was trained on call the classes; empty when they are numbers only.
     """
 
     spec: ModelSpec
     structure: Structure
     arrays: Arrays
     masks: Mapping[str, AnyMask] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 def write(
@@ -58,7 +61,8 @@ def write(
         carried: What the last update's form did not carry, by tensor; stands beside the weights.
         own: What the rule keeps, by names of its own.
     """
-    meta = {"run": run, "spec": encode(personal.spec), "structure": to_plain(personal.structure)}
+    labels = personal.labels if sum(map(len, personal.labels)) <= _LETTERS_MAX else ()
+    meta = {"run": run, "spec": encode(personal.spec), "structure": to_plain(personal.structure), "labels": labels}
     beside = {_CARRIED + name: array for name, array in (carried or {}).items()}
     beside |= {_OWN + name: array for name, array in (own or {}).items()}
     return write_blob(path, KIND, {**personal.arrays, **beside}, meta=meta, masks=personal.masks, coding=_CODING)
@@ -145,4 +149,5 @@ def read(path: Path) -> Personal:
             arrays[name] = blob.tensor(name).copy()
             if arrays[name].shape != shape:
                 raise Malformed(f"tensor {name!r} is {arrays[name].shape}, its spec says {shape}", "$.tensors")
-    return Personal(spec, structure, arrays)
+        labels = blob.meta.get("labels", ())
+    return Personal(spec, structure, arrays, labels=tuple(map(str, labels)) if isinstance(labels, list | tuple) else ())

@@ -59,7 +59,7 @@ def predict(config: Config, where: str) -> list[Answer]:
     x = _fitting(_read(config, where, model.spec.input_shape), model.spec.input_shape)
     engine = open_engine(config.worker.engine, config.worker.threads)()
     engine.load(model.spec, model.structure, model.arrays)
-    named = config.data.labels  # data may have fewer classes than the model
+    named = config.data.labels or model.labels  # data may have fewer classes than the model
     names = (*named, *(str(i) for i in range(len(named), model.spec.classes)))
     answers: list[Answer] = []
     for start in range(0, len(x), 64):

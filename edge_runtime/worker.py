@@ -234,7 +234,7 @@ def _trained(
     micro_batch: int,
 ) -> tuple[Outgoing, Received, dict[str, float], str]:
     """Give what was trained, metrics (of a model tuned later, when it is) and the engine's name; copies are freed."""
-    order, (spec, structure) = work.job.order, model
+    order, recipe, (spec, structure) = work.job.order, work.job.order.recipe, model
     engine, received, held = _loaded(work, spec, structure, micro_batch)
     if not finite(engine.params):
         raise NonFinite("a weight that was received is no number")
@@ -243,12 +243,11 @@ def _trained(
     if test is not None:
         metrics["accuracy.before"], metrics["loss.before"] = score(engine, test, micro_batch)
     own = personal.own(work.job.keep, order.run, spec, structure)
-    engine.seed(order.recipe.seed, order.round)
+    engine.seed(recipe.seed, order.round)
     squeeze = work.squeezed(engine, received)
-    apart = Apart(received.norms) if order.recipe.knobs.get(APART) else Apart()
-    recipe, tell = order.recipe, work.tell
+    apart = Apart(received.norms) if recipe.knobs.get(APART) else Apart()
     tunes = passes(recipe, spec, masked=bool(held.masks))
-    task = rules.Task(recipe, engine, *train, order.round, micro_batch, tell, held.masks, own, squeeze, apart)
+    task = rules.Task(recipe, engine, *train, order.round, micro_batch, work.tell, held.masks, own, squeeze, apart)
     trained = rule.train(task)
     if squeeze.at is not None:
         structure, metrics["squeezed"] = engine.structure, squeeze.at
@@ -260,7 +259,8 @@ def _trained(
         metrics["loss"], metrics["loss.first"] = trained.losses[-1], trained.losses[0]
     metrics |= trained.metrics
     values = values_of(engine, held.masks)
-    outgoing = Outgoing(order.run, spec, structure, held, values, trained, recipe.form, apart.moves(spec), tuned)
+    more = (recipe.form, apart.moves(spec), tuned, work.data.labels)
+    outgoing = Outgoing(order.run, spec, structure, held, values, trained, *more)
     return outgoing, received, metrics, engine.name
 
 

@@ -29,14 +29,14 @@ def config_of(folder: Path, port: int, more: str = "") -> Path:
     return path
 
 
-def give_model(folder: Path) -> None:
+def give_model(folder: Path, labels: tuple[str, ...] = ()) -> None:
     """A model that puts sample x into class argmax(x[:10])."""
     spec = zoo.by_name("linear")
     names = [t.name for t in spec.tensors]
     weight, bias = (names[0], names[1]) if "weight" in names[0] else (names[1], names[0])
     arrays = {weight: 5 * np.eye(10, 64, dtype=np.float32), bias: np.zeros(10, np.float32)}
     made = folder / "made"
-    personal.write(made, personal.Personal(spec, Structure(), arrays), RUN)
+    personal.write(made, personal.Personal(spec, Structure(), arrays, labels=labels), RUN)
     keep, order = Keep(folder / "state/keep"), an_order("d0", 1)
     keep.stage("home", order.recipe.rule, order.id, made)
     keep.promote("home", order)
@@ -135,6 +135,15 @@ def test_predict_shows_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFi
     np.save(tmp_path / "x.npy", one_hot(9))
     assert cli.main(["predict", "--config", str(path), "--input", str(tmp_path / "x.npy")]) == 0
     assert capsys.readouterr().out.startswith("kind-9  kind-9: 0.9")
+
+
+def test_classes_have_the_names_of_the_data_that_it_was_trained_on(tmp_path: Path) -> None:
+    """Folders of pictures give them, for instance; what the configuration says counts more."""
+    np.save(tmp_path / "x.npy", one_hot(1, 9))
+    give_model(tmp_path, ("cat", "dog"))
+    for more, wanted in (("", ["dog", "9"]), ('[data]\nlabels = ["Katze", "Hund"]\n', ["Hund", "9"])):
+        answers = predict.predict(load(config_of(tmp_path, 1, more)), str(tmp_path / "x.npy"))
+        assert [answer.label for answer in answers] == wanted
 
 
 def test_classes_beyond_the_named_ones_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,6 +302,15 @@ def test_personal_refuses_what_is_none(tmp_path):
         personal.read(tmp_path / "p")
 
 
+@pytest.mark.parametrize(("labels", "kept"), [(("cat", "dog"), ("cat", "dog")), (("x" * 256,) * 300, ())])
+def test_a_personal_model_knows_the_names_of_its_classes(tmp_path, labels, kept):
+    """Unless they would not fit a header: then they are numbers, and the training is not lost."""
+    data = dataclasses.replace(dataset(SPEC), labels=labels)
+    done = perform(job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], RECIPE), data)
+    assert isinstance(done, Done)
+    assert personal.read(Path(done.keep)).labels == kept
+
+
 def test_progress_is_throttled(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(worker, "SECONDS_BETWEEN_REPORTS", 0.0)
