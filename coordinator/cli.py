@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coordinator import __version__
-from coordinator.flags import DEVICES, Commands, add_compare, add_simulate, add_ticket, subcommand, whole
+from coordinator.flags import (
+    DEVICES,
+    Commands,
+    add_changes,
+    add_compare,
+    add_simulate,
+    add_ticket,
+    settings,
+    subcommand,
+    whole,
+)
 from coordinator.keys.flags import add_keys
 from coordinator.service import add_service
 from wire.errors import ConfigError, DataError, LinkError, NestlingError, SpecError, of_disk
@@ -116,7 +126,8 @@ def _add_start(commands: Commands) -> None:
         "lead a federation as a service until its rounds are done",
         "  coordinator start --algo nestfl\n  coordinator start --algo nestfl --broker mqtt://192.168.1.5 --devices 4\n"
         "  coordinator start --algo nestfl --listen 0.0.0.0 --data digits\n  coordinator start --config run.toml\n"
-        "  coordinator start --algo nestfl --model mine.spec --weights mine.safetensors",
+        "  coordinator start --algo nestfl --model mine.spec --weights mine.safetensors\n"
+        "  coordinator start --algo fedmp --listen 0.0.0.0 --replace     # the next run, with the devices of the last",
     )
     start.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file with any of the settings; flags go over it"
@@ -149,6 +160,12 @@ def _add_start(commands: Commands) -> None:
     )
     start.add_argument(
         "--address", metavar="NAME", help="with --listen: the name or number by which devices reach this machine"
+    )
+    add_changes(start)
+    start.add_argument(
+        "--replace",
+        action="store_true",
+        help="where --state holds a run with other settings: end that one and begin this with the same devices",
     )
     start.set_defaults(command=_start)
 
@@ -222,8 +239,10 @@ def _start(args: argparse.Namespace) -> int:
         "broker.listen": args.listen,
         "broker.address": args.address,
         "broker.password_file": args.password_file,
+        "recipe": settings(args.recipe, "--recipe") or None,
+        "params": settings(args.param, "--param") or None,
     }
-    return start(load(args.config, flags))
+    return start(load(args.config, flags), instead=args.replace)
 
 
 def _algos(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from wire.errors import ConfigError
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - it has no public name
 
 
@@ -47,6 +49,24 @@ def seconds(text: str) -> float:
     if not 0.0 < value <= 1e9:
         raise argparse.ArgumentTypeError(f"{text:.40}: write a number of seconds above 0 and at most 1e9")
     return value
+
+
+def settings(words: list[str], flag: str) -> dict[str, float | str]:
+    """Read ``NAME=VALUE`` pairs.
+
+    Raises:
+        ConfigError: One has no ``=``.
+    """
+    found: dict[str, float | str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{flag} {word}: write NAME=VALUE, such as {flag} rate=0.05")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 DEVICES = whole(1, 1_000_000)
@@ -116,13 +136,18 @@ def _add_flags(parser: argparse.ArgumentParser, algo: str, fleet: str) -> None:
     parser.add_argument("--quorum", type=whole(0), default=0, help="least number of replies; 0 for all (default: 0)")
     parser.add_argument("--seconds", type=seconds, default=3600.0, help="virtual time for a round (default: 3600)")
     parser.add_argument("--engine", default="", help=_ENGINE)
+    add_changes(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON ('-' for the terminal)")
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Add what an algorithm is to do otherwise; `settings` reads it."""
     parser.add_argument(
         "--recipe", action="append", default=[], metavar="NAME=VALUE", help="change the recipe: rate=0.05"
     )
     parser.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="change a parameter: angle=0"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON ('-' for the terminal)")
 
 
 def add_compare(commands: Commands) -> None:

@@ -81,7 +81,7 @@ class RoundView:
 
 @dataclass(slots=True)
 class RunView:
-    """A whole run as its journal tells it.
+    """A whole run as its journal tells it, the last one where it tells several.
 
     Attributes:
         about: How it was started.
@@ -132,6 +132,7 @@ class RunView:
         match record:
             case RunStarted():
                 self.about, self.run, self.rounds, self.held = record.about, record.run, {}, {}
+                self.finished, self._first, self.seconds = False, entry.seconds_wall, 0.0
             case Planned():
                 orders = {order.device: order for order in record.orders}
                 fetched = sum(self._fetched(order) for order in record.orders)

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator import algorithms
@@ -17,7 +18,7 @@ from coordinator.advance import stored
 from coordinator.broker import Broker, Entrance, choose, instructions
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator
-from coordinator.export import JOURNAL, SPOOL, standing_of, write_model
+from coordinator.export import JOURNAL, MODEL, SPOOL, standing_of, write_model
 from coordinator.journal import Journal, RunStarted
 from coordinator.keys.between import Between
 from coordinator.mail import Mail, offline
@@ -27,16 +28,16 @@ from coordinator.steps import Store
 from coordinator.weights import read
 from wire import codec, topics, zoo
 from wire import spec as specs
-from wire.errors import ConfigError, one_line
+from wire.errors import ConfigError, StoreError, one_line
 from wire.link import Address, Will
 from wire.link.mqtt import MqttLink
-from wire.messages import Lead
+from wire.messages import BlobRef, Lead
 from wire.schema import to_plain
 from wire.spec import ModelSpec
 from wire.spool import Spool
 
 
-def start(config: Config) -> int:
+def start(config: Config, *, instead: bool = False) -> int:
     """Run the service until its rounds are done (exit code 0), or until SIGTERM or Ctrl-C (130; the next start goes on).
 
     Raises:
@@ -51,10 +52,10 @@ def start(config: Config) -> int:
     say = logging.getLogger("coordinator").info
     algorithms.by_name(config.algo)
     state = Path(config.state)
-    store, standing = prepare(config, state)
+    store, standing = prepare(config, state, instead=instead)
     if standing.finished:
         store.journal.close()
-        return _left(state, "this run is finished; its model is %s (another run: another --state)", say)
+        return _left(state, "this run is finished; its model is %s (another one: other settings, and --replace)", say)
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: stopping.append(caught))
@@ -86,48 +87,78 @@ def _as_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def prepare(config: Config, state: Path) -> tuple[Store, Standing]:
-    """Open or create a run's folder.
+def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Store, Standing]:
+    """Open or create a run's folder; where it holds a run with other settings, begin another one `instead`.
+
+    The journal goes on, so that what the one before left at the broker and learnt of devices' memory is known.
 
     Raises:
-        ConfigError: The folder holds a run with other settings.
+        ConfigError: The folder holds a run with other settings, and there is to be no other instead.
         StoreError: It cannot be read or written.
     """
     spec = zoo.load(config.model)
     spool = Spool(state / SPOOL)
     ref = spool.add_bytes(specs.encode(spec))
     journal = Journal(state / JOURNAL)
-    standing = fold(journal.replay())
-    weights = _weights(config, spec, spool, standing)
-    spool.sync([ref.digest, *([weights] if weights else [])])
-    asked = digest(config, weights)
-    if standing.started is None:
-        about: dict[str, str | int | float | bool] = {
-            "algo": config.algo,
-            "model": spec.name,
-            "spec": ref.digest,
-            "rounds": config.rounds,
-            "seed": config.seed,
-            "federation": config.federation,
-            **({"weights": weights} if weights else {}),
-        }
-        started = RunStarted(run=secrets.token_hex(8), config=asked, about=about)
-        journal.append([started])
-        standing = absorb(standing, started)
-    elif standing.started.config != asked:
+    try:
+        standing = fold(journal.replay())
+        before = standing.started
+        weights = _weights(config, spec, spool, before)
+        if before is not None and not _same(before, config, weights, ref):
+            standing = _given_up(state, standing, instead=instead)
+            weights = _weights(config, spec, spool, None)
+        spool.sync([ref.digest, *([weights] if weights else [])])
+        if standing.started is None:
+            about: dict[str, str | int | float | bool] = {
+                "algo": config.algo,
+                "model": spec.name,
+                "spec": ref.digest,
+                "rounds": config.rounds,
+                "seed": config.seed,
+                "federation": config.federation,
+                **({"weights": weights} if weights else {}),
+            }
+            started = RunStarted(run=secrets.token_hex(8), config=digest(config, weights), about=about)
+            if before is not None:
+                _set_aside(state, before.run)
+            journal.append([started])
+            standing = absorb(standing, started)
+    except BaseException:
         journal.close()
-        raise ConfigError(
-            f"{state} holds a run with other settings ({dict(standing.started.about)}); use another --state,"
-            " or give the settings that it was started with"
-        )
+        raise
     return Store(spool, journal, spec, ref, weights), standing
 
 
-def _weights(config: Config, spec: ModelSpec, spool: Spool, standing: Standing) -> str:
+def _same(started: RunStarted, config: Config, weights: str, spec: BlobRef) -> bool:
+    return started.config == digest(config, weights) and started.about.get("spec") == spec.digest
+
+
+def _given_up(state: Path, standing: Standing, *, instead: bool) -> Standing:
+    """Give what a run leaves to the one that begins in its place."""
+    assert standing.started is not None
+    if not instead:
+        raise ConfigError(
+            f"{state} holds a run with other settings ({dict(standing.started.about)}): give those, or use another --state"
+            " for other devices, or begin this run in its place, with the same devices, by --replace"
+        )
+    return replace(standing, started=None)
+
+
+def _set_aside(state: Path, run: str) -> None:
+    """Keep the model of a run from that of the one that follows."""
+    model = state / MODEL
+    try:
+        if model.exists():
+            model.rename(model.with_stem(f"{model.stem}-{run}"))
+    except OSError as error:
+        raise StoreError(f"{model}: {error.strerror}") from error
+
+
+def _weights(config: Config, spec: ModelSpec, spool: Spool, started: RunStarted | None) -> str:
     """Name what the run starts from. One that has begun needs the file no more: what it said then is in the spool."""
     file = Path(config.weights).expanduser()
-    if config.weights and standing.started is not None and not file.exists():
-        return str(standing.started.about.get("weights", ""))
+    if config.weights and started is not None and not file.exists():
+        return str(started.about.get("weights", ""))
     return stored(spool, read(file, spec)) if config.weights else ""
 
 

@@ -22,7 +22,8 @@ def read(cls: type[T], path: Path | None, flags: Mapping[str, object] | None = N
     Args:
         cls: The dataclass.
         path: TOML file, or None for flags only.
-        flags: Dotted key to value, for example ``{"round.seconds": 30.0}``; those that are None are left out.
+        flags: Dotted key to value, for example ``{"round.seconds": 30.0}``; those that are None are left out. The keys of a
+            table go over the file's one by one.
 
     Raises:
         ConfigError: Naming file, key and what to write.
@@ -53,7 +54,8 @@ def _lay(plain: dict[str, object], key: str, value: object, path: Path | None) -
         if not isinstance(inner, dict):
             raise ConfigError(f"{path}: {parent} must be a table: write [{parent}] and its keys below")
         table = inner
-    table[last] = value
+    known = table.get(last, {})
+    table[last] = {**known, **value} if isinstance(value, Mapping) and isinstance(known, dict) else value
 
 
 def text(config: Any, about: str) -> str:

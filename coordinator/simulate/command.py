@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 
+from coordinator.flags import settings
 from coordinator.simulate import outputs, report
 from coordinator.simulate.run import simulate
 from coordinator.simulate.watch import Screen
 from coordinator.simulate.world import Config, Terms, named
-from wire.errors import ConfigError
 
 
 def run_simulation(args: argparse.Namespace) -> int:
@@ -60,21 +60,3 @@ def config_of(args: argparse.Namespace) -> Config:
             },
         )
     )
-
-
-def settings(words: list[str], flag: str) -> dict[str, float | str]:
-    """Read ``NAME=VALUE`` pairs.
-
-    Raises:
-        ConfigError: One has no ``=``.
-    """
-    found: dict[str, float | str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{flag} {word}: write NAME=VALUE, such as {flag} rate=0.05")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = value
-    return found

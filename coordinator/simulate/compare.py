@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from coordinator import algorithms
+from coordinator.flags import settings
 from coordinator.recipes import merged
 from coordinator.simulate import compare_report, outputs
-from coordinator.simulate.command import settings
 from coordinator.simulate.crew import Ended, work
 from coordinator.simulate.report import Result, drawable
 from coordinator.simulate.trials import Failure, Store, Trial

@@ -71,8 +71,8 @@ class Fleet:
         assert found is not None
         return found
 
-    def start(self) -> Self:
-        argv = [sys.executable, "-m", "coordinator", "start", "--config", str(self.root / "run.toml")]
+    def start(self, *more: str) -> Self:
+        argv = [sys.executable, "-m", "coordinator", "start", "--config", str(self.root / "run.toml"), *more]
         with (self.root / "log").open("ab") as log:
             began = log.tell()
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
