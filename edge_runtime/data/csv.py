@@ -22,6 +22,8 @@ from wire.errors import DataError
 
 _LINE_MAX = 2**20
 _CELLS_MAX = 65536
+_MISSING = ("", "?", "-", "na", "n/a", "null", "none")
+"""What stands, in small letters, where a number is missing: in the first row too it is no name of a column."""
 
 
 def read(path: Path, source: Source) -> Raw:
@@ -52,11 +54,12 @@ def read(path: Path, source: Source) -> Raw:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Which column is the class, how many columns there are, and whether the first row is a header."""
+    """Which column is the class, how many there are, whether the first row is a header, and how classes are written."""
 
     label: int
     columns: int
     header: bool
+    labels: tuple[str, ...]
 
     @classmethod
     def of(cls, path: Path, row: list[str], source: Source) -> _Layout:
@@ -67,12 +70,13 @@ class _Layout:
         wanted = source.label or str(columns - 1)
         names = [name.strip() for name in row]
         if wanted in names and not wanted.isdecimal():
-            return cls(names.index(wanted), columns, header=True)
+            return cls(names.index(wanted), columns, True, source.labels)
         if not (wanted.isdecimal() and int(wanted) < columns):
             raise DataError(f"{path}: no column {wanted!r} for data.label; its columns are {names[:20]}")
         label = int(wanted)
-        header = any(_number(cell) is None for i, cell in enumerate(row) if i != label)
-        return cls(label, columns, header)
+        others = [name.lower() for i, name in enumerate(names) if i != label]
+        header = any(_number(cell) is None and cell not in _MISSING for cell in others)
+        return cls(label, columns, header, source.labels)
 
 
 def _cells(path: Path, line: int, row: list[str], layout: _Layout) -> tuple[str, list[float]]:
@@ -86,14 +90,17 @@ def _cells(path: Path, line: int, row: list[str], layout: _Layout) -> tuple[str,
         if number is None or not math.isfinite(number):
             raise DataError(f"{path}: line {line}, column {i}: {cell[:40]!r} is not a number: fill it or drop the row")
         numbers.append(number)
-    return _word(path, line, row[layout.label]), numbers
+    return _word(path, line, row[layout.label], layout.labels), numbers
 
 
-def _word(path: Path, line: int, cell: str) -> str:
+def _word(path: Path, line: int, cell: str, labels: tuple[str, ...]) -> str:
+    """Read a class: as data.labels writes it, or as the whole number that it is, or as a name."""
     word = cell.strip()
-    if not word:
-        raise DataError(f"{path}: line {line} has no class: fill it or drop the row")
+    if word in labels:
+        return word
     number = _number(word)
+    if not word or (number is not None and math.isnan(number)):
+        raise DataError(f"{path}: line {line} has no class: fill it or drop the row")
     return str(int(number)) if number is not None and number >= 0 and number == int(min(number, 1e9)) else word
 
 
@@ -114,7 +121,7 @@ def _rows(path: Path, stream: IO[str]) -> Iterator[tuple[int, list[str]]]:
             yield line
             line = _line(path, stream)
 
-    reader = csv.reader(lines(), delimiter=delimiter)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     for row in reader:
         yield reader.line_num, row
 
