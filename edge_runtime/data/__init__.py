@@ -7,6 +7,7 @@ named by module and imported when `load` is called, because each of them needs n
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias, cast
@@ -78,8 +79,10 @@ class Source:
         """Refuse what no set could satisfy.
 
         Raises:
-            ConfigError: The two held-out shares are more than everything.
+            ConfigError: The two held-out shares are more than everything, or a class has its name twice.
         """
+        if twice := [name for name, count in Counter(self.labels).items() if count > 1]:
+            raise ConfigError(f"data.labels names {twice[0]!r} twice: write every class once")
         if self.validation + self.test > 1.0:
             raise ConfigError(
                 f"data.validation {self.validation:g} and data.test {self.test:g} are more than everything: "

@@ -17,6 +17,8 @@ from edge_runtime.data import Dataset, Source
 from wire.errors import DataError
 
 CLASSES_MAX = 1 << 20
+AXES_MAX = 4
+"""Axes that a sample may have: a device can say no more of them (`wire.messages.Caps`), and no model reads more."""
 _ID_MAX = 1 << 53
 
 Part: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -64,6 +66,10 @@ def divide(raw: Raw, source: Source) -> Dataset:
     if raw.ids is not None:
         _check_ids(raw.name, raw.ids, y)
     shape = source.shape or raw.x.shape[1:]
+    if len(shape) > AXES_MAX or not math.prod(shape):
+        raise DataError(
+            f"{raw.name}: a sample of shape {shape}; wanted are 1 to {AXES_MAX} axes, none of them empty: change data.shape"
+        )
     scale = source.scale or raw.scale
 
     def take(x: NDArray[Any], y: NDArray[np.int64], chosen: NDArray[np.int64]) -> Part:
@@ -145,7 +151,8 @@ def numbered(name: str, words: list[str], labels: tuple[str, ...]) -> tuple[NDAr
 
 
 def _classes_of(name: str, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.int64]:
-    if y.dtype.kind not in "iu" and not (y.dtype.kind == "f" and bool(np.all(y == np.rint(y)))):
+    whole = y.dtype.kind in "iu" or (y.dtype.kind == "f" and bool(np.all(np.isfinite(y) & (y == np.rint(y)))))
+    if not whole:
         raise DataError(f"{name}: classes must be whole numbers 0, 1, 2, ...; these are {y.dtype}")
     if y.ndim != 1 or x.ndim < 2 or len(x) != len(y):
         raise DataError(f"{name}: x {x.shape} and y {y.shape} do not fit; wanted are x [n, ...] and y [n] of equal n")

@@ -1,11 +1,12 @@
-"""Tables with something missing, and classes as they are written."""
+"""Tables with something missing, classes as they are written, and samples that nothing could be told of."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from edge_runtime.data import Source, load
-from wire.errors import DataError
+from wire.errors import ConfigError, DataError
 
 
 def table(tmp_path, text, **options):
@@ -36,3 +37,21 @@ def test_classes_are_written_as_the_labels_write_them(tmp_path):
 def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
     with pytest.raises(DataError, match=r"t\.csv: not a readable table"):
         load(table(tmp_path, '1,2,"cat\n3,4,dog\n5,6,cat\n'))
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (3, 1, 2, 2, 2, 2)])
+def test_samples_of_no_numbers_or_of_too_many_axes_are_refused(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", x=np.zeros(shape), y=[0, 1, 0])
+    with pytest.raises(DataError, match=r"1 to 4 axes, none of them empty: change data\.shape"):
+        load(Source("npz", str(tmp_path / "a.npz")))
+
+
+def test_infinite_classes_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 2)), y=[0.0, np.inf])
+    with pytest.raises(DataError, match="classes must be whole numbers"):
+        load(Source("npz", str(tmp_path / "a.npz")))
+
+
+def test_a_class_has_its_name_once():
+    with pytest.raises(ConfigError, match=r"data\.labels names 'dog' twice"):
+        Source(labels=("dog", "cat", "dog"))
