@@ -14,7 +14,8 @@ import numpy as np
 
 from edge_runtime.models.calls import Call, Floats, refused
 from edge_runtime.models.spaces import NEVER, Dim, Reason, Spaces
-from wire.spec import Axis, AxisGroup, ModelSpec, Node, TensorSpec, check
+from wire.errors import PeerError, SpecError
+from wire.spec import Axis, AxisGroup, ModelSpec, Node, TensorSpec, decode, encode
 
 Cut = tuple[int, slice]
 WHOLE: Cut = (0, slice(None))
@@ -205,7 +206,7 @@ class Draft:
             if call.options:
                 self.note(call.path, f"it has no {role}, so the spec has one of {start.init}, which is trained")
             return self._placed(call, name, Weight(tuple(dims), array, start, None))
-        source = Source(param.path, axis, where.start or 0, where.stop or 0)
+        source = Source(param.path, axis, where.start, where.stop) if suffix else Source(param.path)
         array = param.array[(slice(None),) * axis + (where,)].reshape([dim.length for dim in dims])
         name = fitting(param.path + suffix)
         return self._placed(call, name, Weight(tuple(dims), np.ascontiguousarray(array), start, source))
@@ -269,10 +270,16 @@ class Draft:
             tensors,
             nodes,
         )
+        if not tensors:
+            raise refused("", "output", "nothing in it can be trained", "a model with a layer that has weights")
+        try:
+            spec = decode(encode(spec))  # which checks it
+        except PeerError as error:
+            raise SpecError(f"the format of models has no room for it: {error}") from error
         fixed = {groups[root]: reason for root, reason in closed.items() if groups[root] != _CLASSES}
         sources = {tensor: w.source for tensor, w in weights.items() if w.source}
         arrays = {tensor: w.array for tensor, w in weights.items()}
-        return Exported(check(spec), arrays, sources, fixed, tuple(self.notes))
+        return Exported(spec, arrays, sources, fixed, tuple(self.notes))
 
     def _live(self, last: str) -> set[str]:
         names: set[str] = set()

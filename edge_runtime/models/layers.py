@@ -80,6 +80,8 @@ def _grouped(
 
         def filters(x: Value, where: slice) -> Value:
             draft.fix(x.dims[1:], call, "is a side that a convolution slides over")
+            if x.dims[0].length == 1:
+                draft.fix(x.dims[:1], call, "is one channel alone, whose filter is a convolution of all channels")
             weight = draft.weigh(call, "weight", (x.dims[0], Dim(1), *kernel), Start("fan", fan_in), (0, where))
             bias = draft.weigh(call, "bias", x.dims[:1], _bias(call, fan_in), (0, where))
             own = attrs | {"groups": x.dims[0].length}

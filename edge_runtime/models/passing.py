@@ -58,6 +58,11 @@ def each(value: Any, act: Callable[[Value], Value], draft: Draft, call: Call) ->
     return act(single(draft, call, value))
 
 
+def channelled(draft: Draft, call: Call, value: Any) -> Any:
+    """Give a value for what slides over all axes but the first; parts along another one than that as one."""
+    return single(draft, call, value) if isinstance(value, Parts) and value.axis else value
+
+
 def elementwise(op: str) -> Callable[[Draft, Call, list[Any]], Any]:
     """Lower an activation of one input."""
 
@@ -123,8 +128,8 @@ def pool(op: str, sides: int) -> Callable[[Draft, Call, list[Any]], Any]:
         lengths = inputs[0].lengths if isinstance(inputs[0], (Value, Parts)) else ()
         if options.get("ceil_mode") and any((length - kernel) % stride for length in lengths[1:]):
             raise refused(call.path, call.op, "ceil_mode=True with a window over the edge", "ceil_mode=False")
-        attrs = {"kernel": kernel, "stride": stride}
-        return each(inputs[0], lambda x: _pooled(draft, call, x, op, attrs), draft, call)
+        attrs, value = {"kernel": kernel, "stride": stride}, channelled(draft, call, inputs[0])
+        return each(value, lambda x: _pooled(draft, call, x, op, attrs), draft, call)
 
     return lower
 
@@ -146,15 +151,16 @@ def adaptive_pool(op: str) -> Callable[[Draft, Call, list[Any]], Any]:
         size = square(call, "output_size", call.options["output_size"])
         if size < 1:
             raise refused(call.path, call.op, f"output_size={size}", "a size of 1 or more")
+        value = channelled(draft, call, inputs[0])
         if not op.startswith("max"):
-            return each(inputs[0], lambda x: _pooled(draft, call, x, op, {"size": size}), draft, call)
-        lengths = set(inputs[0].lengths[1:]) if isinstance(inputs[0], (Value, Parts)) else set()
+            return each(value, lambda x: _pooled(draft, call, x, op, {"size": size}), draft, call)
+        lengths = set(value.lengths[1:]) if isinstance(value, (Value, Parts)) else set()
         if len(lengths) != 1 or min(lengths) % size or call.options.get("return_indices"):
             raise refused(
                 call.path, call.op, f"sides {sorted(lengths)} to {size}", "square pictures whose side is a multiple"
             )
         step = min(lengths) // size
-        return each(inputs[0], lambda x: _pooled(draft, call, x, op, {"kernel": step, "stride": step}), draft, call)
+        return each(value, lambda x: _pooled(draft, call, x, op, {"kernel": step, "stride": step}), draft, call)
 
     return lower
 

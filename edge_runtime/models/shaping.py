@@ -161,6 +161,8 @@ def mean(draft: Draft, call: Call, inputs: list[Any]) -> Any:
     value, dims = inputs[0], call.options.get("dim")
     rank = len(value.lengths) if isinstance(value, (Value, Parts)) else 0
     wanted = {(d if d >= 0 else d + rank + 1) - 1 for d in (dims if isinstance(dims, (tuple, list)) else [dims or 0])}
+    if isinstance(value, Parts) and value.axis in wanted:
+        value = single(draft, call, value)
     if wanted == {0} and rank == 2:
         made = _mean(draft, call, _turned(draft, call, value, 0, 1), 1)
         made = _turned(draft, call, made, 0, 1) if call.options.get("keepdim") else made

@@ -132,8 +132,11 @@ def _value(trace: _Trace, node: fx.Node) -> Any:
 
     args, kwargs = known(node.args), known(node.kwargs)
     if node.op == "placeholder":
-        first = next(iter(trace.graph.nodes))
-        return _samples(trace, node) if node is first else node.args[0] if node.args else None
+        if node is next(iter(trace.graph.nodes)):
+            return _samples(trace, node)
+        if not node.args and not str(node.target).startswith("*"):
+            raise refused("", "forward", f"its argument {node.target!r} has no default", "a forward with one input")
+        return node.args[0] if node.args else None
     if node.op == "get_attr":
         return _attribute(trace.module, str(node.target))
     if node.op == "call_module":
