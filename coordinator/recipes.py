@@ -7,7 +7,10 @@ Parameters are one flat map of numbers and strings. Those of the training recipe
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from coordinator.blocks.schedule import rate_at
 from wire.errors import ConfigError, Malformed
@@ -20,6 +23,54 @@ _FIELDS = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("knob
 _KNOBS = ("adam",)
 """What the recipe of any rule may say beside its fields."""
 _WHOLE = ("epochs", "batch", "steps")
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What a knob may be.
+
+    Attributes:
+        most: Greatest value; the least is 0.
+        whole: Whether it is a whole number.
+        above: Whether 0 itself is too small.
+        soft: Whether what is above 0 makes targets for cross-entropy, and for no other loss.
+    """
+
+    most: float = math.inf
+    whole: bool = False
+    above: bool = False
+    soft: bool = False
+
+    def takes(self, value: float) -> bool:
+        return 0.0 <= value <= self.most and not (self.above and not value) and not (self.whole and value % 1.0)
+
+    @property
+    def said(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.most < math.inf:
+            return f"{kind} from 0 to {self.most:g}"
+        return f"{kind} above 0" if self.above else f"{kind}, at least 0"
+
+
+_SHARE, _SWITCH, _AMOUNT = _Bounds(1.0), _Bounds(1.0, whole=True), _Bounds()
+_TICKET = {"threshold": _SHARE, "target": _SHARE, "prune": _SHARE}
+_BOUNDS: Mapping[str, Mapping[str, _Bounds]] = MappingProxyType(
+    {
+        "sgd": {
+            "widths": _Bounds(64.0, whole=True),
+            "distil": _Bounds(1.0, soft=True),
+            "mutual": _Bounds(1.0, soft=True),
+        },
+        "fjord": {"distil": _Bounds(1.0, whole=True, soft=True)},
+        "heterofl": {"mask": _Bounds(1.0, whole=True, soft=True)},
+        "prox": {"mu": _AMOUNT},
+        "maml": {"alpha": _AMOUNT, "hf": _SWITCH, "delta": _Bounds(above=True), "tune": _Bounds(1000.0, whole=True)},
+        "lottery": _TICKET,
+        "selfprune": {**_TICKET, "lambda": _AMOUNT},
+    }
+)
+"""By rule, what devices take of the knobs that are parameters of some algorithm; a test holds it against the rules."""
+_PERSONAL = _Bounds(1000.0, whole=True)
 
 
 def merged(defaults: Params, params: Params) -> dict[str, float | str]:
@@ -46,7 +97,7 @@ def recipe_of(params: Params) -> Recipe:
     """Make the recipe out of the ``recipe.`` parameters.
 
     Raises:
-        ConfigError: A value is out of its bounds.
+        ConfigError: A value is out of its bounds, or one that every device would refuse in every round.
     """
     plain: dict[str, object] = {}
     knobs: dict[str, object] = {}
@@ -57,11 +108,27 @@ def recipe_of(params: Params) -> Recipe:
         whole = key in _WHOLE and isinstance(value, float) and value.is_integer()
         (plain if key in _FIELDS else knobs)[key] = int(value) if whole else value
     try:
-        return from_plain(Recipe, {**plain, "knobs": knobs})
+        recipe = from_plain(Recipe, {**plain, "knobs": knobs})
     except Malformed as error:
         raise ConfigError(
             f"parameter {error.path.replace('$', 'recipe').replace('.knobs', '')}: {error.problem}"
         ) from None
+    _check_knobs(recipe)
+    return recipe
+
+
+def _check_knobs(recipe: Recipe) -> None:
+    """Refuse here what no device would train by."""
+    bounds = {**_BOUNDS.get(recipe.rule, {}), "personal": _PERSONAL}
+    found = {name: value for name, value in recipe.knobs.items() if name in bounds}
+    for name, value in found.items():
+        if not bounds[name].takes(value):
+            raise ConfigError(f"parameter {_PREFIX}{name} = {value:g}: write {bounds[name].said}")
+    soft = [name for name, value in found.items() if bounds[name].soft and value]
+    if soft and recipe.loss != "cross_entropy":
+        raise ConfigError(f"parameter {_PREFIX}{soft[0]} is about cross_entropy, not about {recipe.loss}: write 0")
+    if "distil" in soft and "mutual" in soft:
+        raise ConfigError("parameters recipe.distil and recipe.mutual: write 0 for one of them")
 
 
 def scheduled(recipe: Recipe, text: str, round_number: int) -> Recipe:

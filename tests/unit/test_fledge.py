@@ -169,7 +169,7 @@ def test_a_model_or_loss_that_devices_cannot_make_their_own_is_refused_at_once()
     spec = SPEC
     headless = dataclasses.replace(spec, nodes=(*spec.nodes, Node("squashed", "sigmoid", (spec.nodes[-1].name,))))
     arrays = random_arrays(headless, Structure(), 0)
-    for params in ({}, {"recipe.loss": "sum"}):
+    for params in ({}, {"recipe.loss": "sum", "recipe.mutual": 0.0}):
         with pytest.raises(ConfigError, match="personal_every = 0"):
             fledge.init(headless if not params else SPEC, arrays, params)
     for wrong in (-1.0, 0.5, float("nan")):
