@@ -72,7 +72,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     scheduled(recipe_of(known), str(known["schedule"]), 1)
     if known["by"] not in ("model", "layer"):
         raise ConfigError(f"parameter by = {known['by']!r}: write 'model' or 'layer'")
-    if not 0.0 < float(known["server"]) < math.inf:
+    if not 0.0 < float(known["server"]) <= float(np.finfo(np.float32).max):
         raise ConfigError(f"parameter server = {known['server']}: write a rate above 0, such as 1")
     sizes = _sizes(str(known["sizes"]))
     if not maskable(spec):

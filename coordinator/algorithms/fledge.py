@@ -66,6 +66,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; fledge needs some, fedavg does not")
     pace.check(known)
+    if not float(known["ranking_rounds"]) >= 0.0:
+        raise ConfigError(
+            f"parameter ranking_rounds = {known['ranking_rounds']}: write a number of rounds, such as 1000"
+        )
     _check_own(spec, known)
     norms.check(spec, known)
     affines.check(spec, known)

@@ -83,4 +83,4 @@ def prunings_due(state: State) -> int:
     """Count the prunings that belong before the end of the state's round."""
     params = state.scalars["params"]
     prunings, last = float(params["prunings"]), float(params["until"]) * float(params["horizon"])
-    return int(min(prunings, floor(prunings * state.round / last + 1e-9)))
+    return floor(min(prunings, prunings * state.round / last + 1e-9))

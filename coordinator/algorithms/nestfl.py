@@ -87,6 +87,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not widths:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; nestfl needs some, fedavg does not")
     pace.check(known)
+    if not float(known["ranking_rounds"]) >= 0.0:
+        raise ConfigError(
+            f"parameter ranking_rounds = {known['ranking_rounds']}: write a number of rounds, such as 1000"
+        )
     if not 0.0 <= float(known["angle"]) <= _ANGLE_MAX:
         raise ConfigError(f"parameter angle = {known['angle']}: write a number from 0 to {_ANGLE_MAX:g}, such as 5")
     norms.check(spec, known)

@@ -21,6 +21,7 @@ With ``first = 1`` and ``adaptive = 0`` this is FedAvg of the same local steps, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -74,7 +75,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if known["adaptive"] not in (0.0, 1.0):
         raise ConfigError(f"parameter adaptive = {known['adaptive']}: write 0 or 1")
     for name in ("compute", "exchange"):
-        if not float(known[name]) >= 0.0:
+        if not 0.0 <= float(known[name]) < math.inf:
             raise ConfigError(f"parameter {name} = {known[name]}: write a time, at least 0")
     size = parameter_count(spec, Structure())
     low, high = _bounds(known, size)

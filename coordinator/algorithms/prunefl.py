@@ -126,10 +126,12 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     for name in ("initial.stop", "initial.prunable", "prunable", "doubt", "target", "target.from", "ramp"):
         fraction(known, name)
     for name in ("initial.samples", "initial.start", "half_life", "last", "top", "trust", "link"):
-        if not 0.0 <= float(known[name]) < math.inf or (name in ("half_life", "top") and not known[name]):
-            raise ConfigError(
-                f"parameter {name} = {known[name]}: write a number that is not negative, such as {PARAMS[name]}"
-            )
+        whole = name in ("initial.samples", "last")  # devices refuse parts of samples and steps
+        above = name in ("half_life", "top", "trust")
+        value = float(known[name])
+        if not 0.0 <= value < math.inf or (above and not value) or (whole and not value.is_integer()):
+            kind = "a whole number" if whole else "a number above 0" if above else "a number"
+            raise ConfigError(f"parameter {name} = {value:g}: write {kind}, not negative, such as {PARAMS[name]}")
     for name in ("initial.prunable", "prunable"):
         if known[name] == 1.0:
             raise ConfigError(f"parameter {name} = 1 protects nothing: write a number below 1, such as {PARAMS[name]}")
@@ -137,7 +139,11 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     if not names or max(map(len, names)) > 56:  # a message has 64 for "seconds." and the name
         raise ConfigError(f"model {spec.name!r} has no weights that can be masked, or with names beyond 56 characters")
     if known["time"] not in ("fit", "fit devices"):
-        timecost.read(str(known["time"]), len(names))
+        lines = timecost.read(str(known["time"]), len(names))
+        if not known["link"] and not all(line.constant for line in lines):
+            raise ConfigError(
+                f"parameter time = {known['time']!r}: c is above 0, unless a link takes time for each weight"
+            )
     scheduled(recipe_of(known), str(known["schedule"]), 1)
     memo: dict[str, Any] = {"stage": "further" if known["stages"] == "further" else "initial"}
     memo |= {"since": 0, "last": 0, "orders": 0, "client": "", "unanswered": 0, "started": False, "calm": 0}
@@ -275,7 +281,7 @@ def _tops(state: State) -> dict[str, int]:
     if params["importance"] == "dense" or params["cap"] == "stop" or several or _capped(state):
         return {}
     counts = {
-        name: math.ceil(float(params["top"]) * widen * max(1, int(np.count_nonzero(mask))))
+        name: math.ceil(min(mask.size, float(params["top"]) * widen * max(1, int(np.count_nonzero(mask)))))
         for name, mask in state.masks.items()
     }
     # Beyond a quarter to find them takes more memory than all do.

@@ -18,6 +18,7 @@ it as in FedDIP's comparison:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
@@ -57,10 +58,12 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     scheduled(recipe_of(known), str(known["schedule"]), 1)
     if not 0.0 <= float(known["share"]) < 1.0:
         raise ConfigError(f"parameter share = {known['share']}: write a number from 0 to below 1")
-    if not float(known["threshold"]) > 0.0:
+    if not 0.0 < float(known["threshold"]) < math.inf:
         raise ConfigError(f"parameter threshold = {known['threshold']}: write a number above 0, such as 1e-4")
     if not float(known["interval"]).is_integer() or float(known["interval"]) < 1:
         raise ConfigError(f"parameter interval = {known['interval']}: write a whole number of rounds")
+    if known["enlarge"] not in (0.0, 1.0):
+        raise ConfigError(f"parameter enlarge = {known['enlarge']}: write 0 or 1")
     levels = {group.name: np.zeros(group.size, np.uint8) for group in spec.groups if group.prunable}
     if not levels:
         raise ConfigError(f"model {spec.name!r} has no prunable channels; prunetrain needs some, fedavg does not")

@@ -48,7 +48,8 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 """Names of all parameters with their defaults."""
 
 _CHOICES = {"saliency": ("one", "mean"), "guard": ("none", "layer")}
-_WHOLE = {"batches": 0, "score_batch": 1, "told": 0}
+_WHOLE = {"batches": (0, 1 << 53), "score_batch": (1, 65536), "told": (0, 1 << 53)}
+"""What orders can say."""
 
 
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
@@ -58,10 +59,10 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     for name, choices in _CHOICES.items():
         if known[name] not in choices:
             raise ConfigError(f"parameter {name} = {known[name]!r}: write {' or '.join(choices)}")
-    for name, least in _WHOLE.items():
+    for name, (least, most) in _WHOLE.items():
         value = float(known[name])
-        if value < least or not value.is_integer():
-            raise ConfigError(f"parameter {name} = {value:g}: write a whole number, at least {least}")
+        if not least <= value <= most or not value.is_integer():
+            raise ConfigError(f"parameter {name} = {value:g}: write a whole number from {least} to {most}")
     count = round(density_of(known) * sum(weights[name].size for name in maskable(spec)))
     if 0 < float(known["told"]) < count:
         raise ConfigError(f"parameter told = {known['told']:g}: {count} weights are kept; write as many at least, or 0")

@@ -19,6 +19,7 @@ What was tried and left out, with figures: docs/decisions/taper.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -64,13 +65,14 @@ PARAMS: Mapping[str, float | str] = MappingProxyType(
 def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) -> State:
     """See `coordinator.algorithm.Algorithm.init`."""
     known = merged(PARAMS, params)
+    for name, most in (("iterations", 10_000.0), ("every", math.inf), ("horizon", math.inf)):
+        if not 1.0 <= float(known[name]) <= most or not float(known[name]).is_integer():
+            bounds = "at least 1" if most == math.inf else f"from 1 to {most:g}"
+            raise ConfigError(f"parameter {name} = {known[name]}: write a whole number, {bounds}")
     if "schedule" not in params:
         known["schedule"] = f"linear {known['horizon']:g}"
     recipe_at(known, 1)
     density_of(known)
-    for name, least in (("iterations", 1.0), ("every", 1.0), ("horizon", 1.0)):
-        if float(known[name]) < least or not float(known[name]).is_integer():
-            raise ConfigError(f"parameter {name} = {known[name]}: write a whole number, at least {least:g}")
     for name, most in (("start", 1.0), ("until", 1.0)):
         if not 0.0 <= float(known[name]) <= most:
             raise ConfigError(f"parameter {name} = {known[name]}: write a number from 0 to {most:g}")

@@ -135,7 +135,10 @@ def stretch(losses: Sequence[float], learnt: float, grow: float) -> float:
     """
     if not losses:
         return 1.0
-    return max(1.0, float((learnt / max(_LEAST, statistics.median(losses))) ** grow))
+    try:
+        return max(1.0, float((learnt / max(_LEAST, statistics.median(losses))) ** grow))
+    except OverflowError:  # longer than there are numbers: no deadline
+        return math.inf
 
 
 def equalised(seconds: Numbers, least: Sequence[float], high: float, worth: Numbers, stretch: float = 1.0) -> Numbers:

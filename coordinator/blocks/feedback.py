@@ -29,6 +29,7 @@ Memory = Literal["dense", "round", "nested"]
 MEMORIES = ("dense", "round", "nested")
 """What outlives a round of weights that are not kept: all of it; nothing, but the round before a reconfiguration is seen
 whole; nothing at all, so that masks are nested."""
+_WHOLE_MAX = 1 << 53
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,13 +82,13 @@ class Pruning:
 
 
 def rounds(params: Params, name: str) -> int:
-    """Read a whole number from 1.
+    """Read a whole number from 1, not beyond what an order can say.
 
     Raises:
         ConfigError: It is none.
     """
     value = float(params[name])
-    if value < 1 or not value.is_integer():
+    if not 1 <= value <= _WHOLE_MAX or not value.is_integer():
         raise ConfigError(f"parameter {name} = {value:g}: write a whole number from 1")
     return int(value)
 

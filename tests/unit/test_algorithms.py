@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import re
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -13,8 +17,10 @@ from coordinator.advance import load_state, save_state
 from coordinator.algorithm import Answer, DeviceView, rng_of
 from coordinator.blocks.initial import initial_weights
 from wire import zoo
+from wire.errors import ConfigError
 from wire.masked import maskable
-from wire.messages import Usage
+from wire.messages import Recipe, Usage
+from wire.schema import from_plain, to_plain, unpack
 from wire.spec import tensor_shapes
 from wire.spool import Spool
 
@@ -114,3 +120,42 @@ def test_a_round_without_answers_or_samples_leaves_the_model_as_it_is(name):
                 assert all(np.array_equal(after.weights[key], state.weights[key]) for key in state.weights)
                 assert after.masks is state.masks
         state = algorithm.close(state, told)
+
+
+NUMBERS = [
+    (name, param)
+    for name in algorithms.ALGORITHMS
+    for param, default in algorithms.by_name(name).PARAMS.items()
+    if not isinstance(default, str)
+]
+
+
+@pytest.mark.parametrize(("name", "param"), NUMBERS)
+def test_a_number_that_cannot_be_is_refused_by_its_name(name, param):
+    for value in (math.nan, -1.0, -math.inf):
+        with pytest.raises(ConfigError, match=re.escape(param)):
+            algorithms.by_name(name).init(SPEC, initial_weights(SPEC, 0), {param: value})
+
+
+@pytest.mark.parametrize(("name", "param"), NUMBERS)
+def test_the_least_and_the_greatest_number_are_refused_by_name_or_make_orders_that_can_be_written(name, param):
+    """What a device would say of such orders is another matter (`tests/unit/test_recipes.py`)."""
+    algorithm, policies = algorithms.by_name(name), ({},)
+    if name == "fedmp":
+        policies = ({"policy": "bounded"}, {"policy": "deadline"}, {"policy": "deadline", "curve": "bandit"})
+    for value, policy in itertools.product((5e-324, 1e17, 1.5e308, math.inf), policies):
+        state, why = None, param
+        try:
+            state = algorithm.init(SPEC, initial_weights(SPEC, 0), {**policy, param: value})
+        except ConfigError as error:
+            why = str(error)
+        assert param in why
+        for number in range(1, 4) if state else ():
+            state, drafts = algorithm.plan(state, number, DEVICES, rng_of(0, number))
+            for draft in drafts:
+                assert from_plain(Recipe, unpack(msgpack.packb(to_plain(draft.recipe)), 1 << 16)) == draft.recipe
+            metrics = {"loss": 1e-3, "loss.first": 1e-3}
+            told = [answered(state, draft, "well", 10 * number + i) for i, draft in enumerate(drafts)]
+            told = [dataclasses.replace(a, metrics={**a.metrics, **metrics}, seconds_turn=5.0) for a in told]
+            with np.errstate(over="ignore", invalid="ignore"):  # as in `advance`, which leaves such a round out
+                state = algorithm.close(state, told)

@@ -237,6 +237,7 @@ def test_wrong_parameters_are_explained():
         ({"adaptive": 0.5}, "adaptive"),
         ({"exchange": -1.0}, "exchange"),
         ({"compute": float("nan")}, "compute"),
+        ({"exchange": float("inf")}, "exchange"),
         ({"schedule": "steep"}, "schedule"),
         ({"recipe.k": 5.0}, "not known"),
     ]:

@@ -327,6 +327,20 @@ def test_wrong_parameters_are_explained():
         prunefl.close(state, [dataclasses.replace(answer(state, "dev"), structure=Structure(masks="ab", kept={}))])
 
 
+def test_what_devices_would_refuse_and_times_of_nothing_are_refused_by_name():
+    for params in (
+        {"initial.samples": 0.5},
+        {"last": 2.5},
+        {"trust": 0.0},
+        {"time": "0 1 1 1"},
+        {"time": "1 1 1 1; 0 1 1 1"},
+    ):
+        (name,) = params
+        with pytest.raises(ConfigError, match=f"parameter {name} = "):
+            start(**params)
+    assert start(time="0 1 1 1", link=1e6).round == 0, "then every weight takes time"
+
+
 def test_a_round_of_a_great_model_closes_soon():
     spec = zoo.mlp("great", (2000,), 10, (1000,))
     weights = random_arrays(spec, Structure(), 1)

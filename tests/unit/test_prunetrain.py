@@ -272,6 +272,8 @@ def test_what_is_wrong_is_refused():
     for params, words in [
         ({"share": 1.0}, "share"),
         ({"threshold": 0.0}, "threshold"),
+        ({"threshold": float("inf")}, "threshold"),
+        ({"enlarge": 0.5}, "enlarge"),
         ({"interval": 1.5}, "interval"),
         ({"interval": 0.0}, "interval"),
         ({"interval": float("inf")}, "interval"),

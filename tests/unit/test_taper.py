@@ -137,7 +137,16 @@ def test_without_momentum_and_narrowing_it_is_masked_federated_averaging():
 
 
 @pytest.mark.parametrize(
-    "params", [{"density": 0.0}, {"start": 1.5}, {"beta": 1.0}, {"every": 0.5}, {"first": "luck"}, {"form": "int3"}]
+    "params",
+    [
+        {"density": 0.0},
+        {"start": 1.5},
+        {"beta": 1.0},
+        {"every": 0.5},
+        {"iterations": 10_001.0},
+        {"first": "luck"},
+        {"form": "int3"},
+    ],
 )
 def test_impossible_parameters_are_refused(params):
     with pytest.raises(ConfigError):
