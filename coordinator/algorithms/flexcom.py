@@ -5,6 +5,7 @@ Mobile Edge Devices", INFOCOM 2021, in the way in which FedMP (ICDE 2022) compar
 device. The paper's ratios follow from energy and channel models that a run here does not have; here they follow from times.
 
 * A device's transfers took ``seconds_turn - seconds``, for the whole model down and what it sent up; so many seconds a byte.
+  Both are of its last answer, whatever it was asked for since.
 * The deadline is the turn of the slowest device when it sends the fraction ``least``. Every other one sends as large a
   fraction of its entries as meets the same deadline; before anything is measured, ``first``.
 * What is not sent stays on the device and is added to the next update (the rule `topk`). The updates' mean is weighted by
@@ -48,7 +49,7 @@ def init(spec: ModelSpec, weights: Arrays, params: Mapping[str, float | str]) ->
     first, least = float(known["first"]), float(known["least"])
     if not 0.0 < least <= first <= 1.0:
         raise ConfigError(f"parameters least = {least:g}, first = {first:g}: write 0 < least <= first <= 1")
-    return State(spec, 0, dict(weights), scalars={"params": known, "fractions": {}})
+    return State(spec, 0, dict(weights), scalars={"params": known, "fractions": {}, "sent": {}})
 
 
 def plan(
@@ -58,7 +59,7 @@ def plan(
     params, size = state.scalars["params"], parameter_count(state.spec, Structure())
     drafts = drafted(state.spec, Structure(), recipe_at(params, round_number), devices, rng)
     asked = {draft.device for draft in drafts}
-    fractions = _fractions([d for d in devices if d.name in asked], state.scalars["fractions"], params)
+    fractions = _fractions([d for d in devices if d.name in asked], _sent(state), params)
     scalars = {**state.scalars, "fractions": latest(state.scalars["fractions"], fractions)}
     chosen = tuple(_sending(draft, max(1, math.ceil(fractions[draft.device] * size - 1e-9))) for draft in drafts)
     return dataclasses.replace(state, round=round_number, scalars=scalars), chosen
@@ -72,17 +73,28 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     Raises:
         Malformed: An answer is not about the whole model.
     """
-    samples = []
+    samples, sent, asked = [], dict[str, float](), state.scalars["fractions"]
     for answer in answers:
         if answer.structure != Structure():
             raise Malformed(f"{answer.device} answers with a part of the model; it was asked for all of it")
         samples.append(answer.samples)
+        if answer.device in asked:
+            sent[answer.device] = asked[answer.device]
+    state = dataclasses.replace(state, scalars={**state.scalars, "sent": latest(_sent(state), sent)})
     if not sum(samples):
         return state
     total = {name: np.zeros_like(array) for name, array in state.weights.items()}
     for answer, share in zip(answers, shares(samples), strict=True):
         paste_add(state.spec, total, answer.update, Structure(), share)
     return dataclasses.replace(state, weights={name: array + total[name] for name, array in state.weights.items()})
+
+
+def _sent(state: State) -> Mapping[str, float]:
+    """Give the fraction of each device's last answer, which its measured times are about; a later order may be lost."""
+    known: Mapping[str, float] = state.scalars.get(
+        "sent", state.scalars["fractions"]
+    )  # a run of before has these alone
+    return known
 
 
 def _sending(draft: Draft, count: int) -> Draft:
