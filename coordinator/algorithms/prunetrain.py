@@ -6,7 +6,8 @@ it as in FedDIP's comparison:
 * The strength lambda is settled in the first round that anybody answers: each device finds the one for which the penalty is
   ``share`` of the whole loss in its first batch (the rule `grouplasso`), and their mean, weighted by samples, stands from
   then on.
-* Every ``interval`` rounds a channel goes when no weight that makes or reads it has a magnitude of ``threshold`` or more.
+* Every ``interval`` rounds a channel goes when no weight that makes or reads it has a magnitude of ``threshold`` or more; a
+  round that nobody answers leaves that to the next.
   Layers that meet in a sum share their channels, so that one of them that still needs a channel keeps it (`blocks.channels`).
 * What is left travels, trains and is measured as a smaller dense model: one width of the state, level 0 for the channels that
   are in. Without norms it computes what the whole model does with zeros for the others. A group norm takes its mean over
@@ -107,7 +108,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     weights = {name: array + moves[name] for name, array in state.weights.items()}
     scalars = {**state.scalars, "lambda": state.scalars["lambda"] or strength}
     state = dataclasses.replace(state, weights=weights, scalars=scalars)
-    return _reconfigured(state) if state.round % int(state.scalars["params"]["interval"]) == 0 else state
+    every, last = int(state.scalars["params"]["interval"]), int(state.scalars.get("reconfigured", 0))
+    return _reconfigured(state) if state.round // every > last // every else state
 
 
 def _reconfigured(state: State) -> State:
@@ -115,7 +117,8 @@ def _reconfigured(state: State) -> State:
     threshold = float(state.scalars["params"]["threshold"])
     levels = narrowed(state.levels, largest_weights(state.spec, state.weights), threshold)
     weights = without(state.spec, state.weights, levels)
-    return dataclasses.replace(state, weights=weights, levels=levels, widths=widths_of(levels, 1))
+    scalars = {**state.scalars, "reconfigured": state.round}
+    return dataclasses.replace(state, weights=weights, levels=levels, widths=widths_of(levels, 1), scalars=scalars)
 
 
 def _enlarged(spec: ModelSpec, structure: Structure, recipe: Recipe) -> Recipe:

@@ -195,6 +195,22 @@ def test_the_strength_is_settled_once_as_the_mean():
     assert prunetrain.close(prunetrain.plan(start(), 1, (), rng_of(0, 1))[0], reward).scalars["lambda"] == 0.0
 
 
+@pytest.mark.parametrize("lost", [(), (4,), (4, 5), (3,), (4, 5, 6, 7, 8)])
+def test_a_round_that_nobody_answers_leaves_what_is_due_to_the_next(lost):
+    weights = random_arrays(SPEC, Structure())
+    weights["c.weight"][2] = weights["f.weight"][:, 18:27] = 5e-5
+    state, found = start(SPEC, weights, interval=4.0), []
+    for number in range(1, 10):
+        state, (draft,) = prunetrain.plan(state, number, ONE, rng_of(0, number))
+        if number in lost:  # the round is given up, and never closed
+            continue
+        before = state.widths
+        still = {name: np.zeros(s, np.float32) for name, s in tensor_shapes(SPEC, draft.structure).items()}
+        state = prunetrain.close(state, [Answer("a", 5, draft.structure, {"lambda": 0.1}, Usage(), still)])
+        found += [number] if state.widths != before else []
+    assert found == [min(number for number in range(4, 10) if number not in lost)]
+
+
 def test_channels_go_at_the_interval_and_never_come_back():
     weights = random_arrays(SPEC, Structure())
     weights["c.weight"][2] = weights["f.weight"][:, 18:27] = 5e-5
