@@ -77,8 +77,8 @@ def merged(defaults: Params, params: Params) -> dict[str, float | str]:
     """Lay an operator's parameters over an algorithm's.
 
     Raises:
-        ConfigError: One is unknown, or a number where the default is a string, or the other way round. When the rule is not
-            the default one, its knobs are not known here, and every number is taken as a knob.
+        ConfigError: One is unknown, or a number where the default is a string that is no list of numbers, or the other way
+            round. When the rule is not the default one, its knobs are not known here, and every number is taken as a knob.
     """
     foreign_rule = params.get("recipe.rule", defaults.get("recipe.rule")) != defaults.get("recipe.rule")
     result = dict(defaults)
@@ -86,6 +86,9 @@ def merged(defaults: Params, params: Params) -> dict[str, float | str]:
         known = defaults.get(name, _default(name) if _takes(name, foreign_rule) else None)
         if known is None:
             raise ConfigError(f"parameter {name!r} is not known here; there are {', '.join(sorted(defaults))}")
+        if isinstance(value, float) and isinstance(known, str) and _numbers(known):
+            result[name] = f"{value!r}"  # a list of one, which a command line takes for a number
+            continue
         if isinstance(known, str) != isinstance(value, str) or isinstance(value, bool):
             wanted = "a text" if isinstance(known, str) else "a number"
             raise ConfigError(f"parameter {name} = {value!r}: write {wanted}, such as {known!r}")
@@ -141,6 +144,14 @@ def scheduled(recipe: Recipe, text: str, round_number: int) -> Recipe:
         ConfigError: There is no such schedule.
     """
     return dataclasses.replace(recipe, rate=rate_at(text, recipe.rate, round_number))
+
+
+def _numbers(text: str) -> bool:
+    """Say whether a text is a list of numbers."""
+    try:
+        return bool([float(word) for word in text.split()])
+    except ValueError:
+        return False
 
 
 def _default(name: str) -> float | str:

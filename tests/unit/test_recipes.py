@@ -9,6 +9,7 @@ import pytest
 from coordinator import algorithms
 from coordinator.blocks.initial import initial_weights
 from coordinator.recipes import recipe_of
+from coordinator.simulate.command import settings
 from edge_runtime import rules, tuning
 from tests.support.engines import make as MAKE
 from tests.support.models import batch, random_arrays, small_cnn, widths
@@ -103,3 +104,16 @@ def test_a_run_that_every_device_would_refuse_does_not_start(name, param, value)
     spec = zoo.by_name("digits-mlp")
     with pytest.raises(ConfigError, match=f"parameter {param} = {value:g}: write a "):
         algorithms.by_name(name).init(spec, initial_weights(spec, 0), {param: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "wanted"),
+    [("fedmp", "probes=0.9", "0.9"), ("fiarse", "sizes=1", "1.0"), ("fjord", "fractions=1", "1.0")],
+)
+def test_a_list_of_one_number_may_be_written_on_the_command_line(name, word, wanted):
+    spec, params = zoo.by_name("digits-mlp"), settings([word], "--param")
+    state = algorithms.by_name(name).init(spec, initial_weights(spec, 0), params)
+    assert [state.scalars["params"][param] for param in params] == [wanted]
+    (param,) = params
+    with pytest.raises(ConfigError, match=f"parameter {param} = "):
+        algorithms.by_name(name).init(spec, initial_weights(spec, 0), {param: -1.0})
