@@ -68,9 +68,8 @@ def picture(path: Path, shape: tuple[int, ...] = ()) -> NDArray[np.uint8]:
         raise DataError(f"data.shape {list(shape)}: a picture is [1 or 3 channels, height, width]")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # such as of what stands beside the pixels: a broken date is no broken picture
+            # What stands beside the pixels may be broken: a date that is none makes no picture unreadable.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(path, formats=_FORMATS) as opened:
                 if opened.width * opened.height > _PIXELS_MAX:
@@ -78,9 +77,7 @@ def picture(path: Path, shape: tuple[int, ...] = ()) -> NDArray[np.uint8]:
                     raise DataError(problem)  # noqa: TRY301 - only an open picture says its size
                 grey = shape[0] == 1 if shape else opened.mode in {"1", "L", "I", "I;16", "F", "LA"}
                 turned = operations.exif_transpose(opened)
-                if turned.mode.startswith(
-                    "I"
-                ):  # sixteen bits, of which Pillow would make 255 wherever one is above that
+                if turned.mode.startswith("I"):  # sixteen bits: Pillow would make 255 of all that is above it
                     turned = image_module.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
                 turned = turned.convert("L" if grey else "RGB")
                 if shape and turned.size != (shape[2], shape[1]):
