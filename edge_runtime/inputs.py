@@ -33,7 +33,8 @@ def part_of(spec: ModelSpec, data: Dataset, name: Literal["train", "test"]) -> t
     """Give one part of the device's data in the shape that the model wants.
 
     Raises:
-        DataError: It is empty, or its samples or classes do not fit the model.
+        DataError: It is empty, or its samples or classes do not fit the model. Or it is to be trained on, lacks classes, and
+            numbers those that it has by itself: another device would number them otherwise.
     """
     x, y = data.train if name == "train" else data.test
     if not len(x):
@@ -42,4 +43,10 @@ def part_of(spec: ModelSpec, data: Dataset, name: Literal["train", "test"]) -> t
         raise DataError(f"{data.name}: a sample is {data.input_shape}, model {spec.name} wants {spec.input_shape}")
     if data.classes > spec.classes:
         raise DataError(f"{data.name} has {data.classes} classes, model {spec.name} tells {spec.classes} apart")
+    if name == "train" and data.guessed and data.classes < spec.classes:
+        raise DataError(
+            f"{data.name} has {data.classes} of the {spec.classes} classes that model {spec.name} tells apart, and their"
+            " names do not say which: write [data] labels, the names of all classes, in the same order on every device"
+            " (of pictures: or make an empty folder for each class that is missing)"
+        )
     return x.reshape(len(x), *spec.input_shape), y

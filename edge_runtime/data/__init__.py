@@ -102,6 +102,7 @@ class Dataset:
         input_shape: Shape of one sample.
         name: What to call it in messages.
         labels: Names of the classes; empty when they are numbers only.
+        guessed: Whether classes are numbered by the names that happen to be here, since nobody said which there are.
         ids: Who made each sample of `train` (a writer, a person), int64 [n]; None when the data do not say.
     """
 
@@ -112,6 +113,7 @@ class Dataset:
     input_shape: tuple[int, ...]
     name: str
     labels: tuple[str, ...] = ()
+    guessed: bool = False
     ids: Labels | None = None
 
 

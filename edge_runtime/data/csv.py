@@ -49,7 +49,7 @@ def read(path: Path, source: Source) -> Raw:
         raise DataError(f"{path}: has no row of samples")
     y, labels = numbered(str(path), words, source.labels)
     x = np.frombuffer(values, np.float32).reshape(len(words), layout.columns - 1)
-    return Raw(path.name, x, y, labels=labels)
+    return Raw(path.name, x, y, labels=labels, guessed=bool(labels) and not source.labels)
 
 
 @dataclass(frozen=True, slots=True)

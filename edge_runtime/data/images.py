@@ -47,7 +47,8 @@ def read(path: Path, source: Source) -> Raw:
             x_test, words = _stack(kept, shape, source)
             test = (x_test, _numbered(path / "test", words, names)[0])
     classes = len(labels) or 1 + max(int(name) for name in names)
-    return Raw(path.name, x, y, scale=255.0, classes=classes, labels=labels, test=test)
+    guessed = bool(labels) and not source.labels
+    return Raw(path.name, x, y, scale=255.0, classes=classes, labels=labels, guessed=guessed, test=test)
 
 
 def picture(path: Path, shape: tuple[int, ...] = ()) -> NDArray[np.uint8]:

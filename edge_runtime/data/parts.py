@@ -35,6 +35,7 @@ class Raw:
         scale: Divide x by this.
         classes: Number of classes; 0 for one more than the highest that occurs.
         labels: Names of the classes, when they have names.
+        guessed: Whether those are just the names that occur, because nobody has said which there are.
         test: The test part that the data bring along.
         ids: Who made each sample, when the data say so.
     """
@@ -45,6 +46,7 @@ class Raw:
     scale: float = 1.0
     classes: int = 0
     labels: tuple[str, ...] = ()
+    guessed: bool = False
     test: tuple[NDArray[Any], NDArray[Any]] | None = None
     ids: NDArray[Any] | None = None
 
@@ -89,6 +91,7 @@ def divide(raw: Raw, source: Source) -> Dataset:
         input_shape=tuple(int(n) for n in shape),
         name=raw.name,
         labels=raw.labels or source.labels,
+        guessed=raw.guessed,
         ids=None if raw.ids is None else raw.ids[train].astype(np.int64),
     )
 

@@ -8,6 +8,7 @@ from edge_runtime.config import Config
 from edge_runtime.health.finding import Finding, Machine
 
 _SECONDS_BROKER = 5.0
+_SHOWN = 10
 
 
 def broker(config: Config, _: Machine) -> Finding:
@@ -43,6 +44,9 @@ def data(config: Config, _: Machine) -> Finding:
     data = load_data(config.data)
     count = len(data.train[1])
     found = f"{data.name}: {count} to train on, {len(data.test[1])} to test, {data.classes} classes, {data.input_shape}"
+    if data.labels:
+        shown = ", ".join(data.labels[:_SHOWN]) + (", ..." if len(data.labels) > _SHOWN else "")
+        found += f": {shown}" + (" (as found here: with [data] labels all devices count alike)" if data.guessed else "")
     if not count:
         return Finding(
             "data", fine=False, found=found, advice="lower [data] validation and test, or bring more samples"

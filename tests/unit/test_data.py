@@ -131,6 +131,7 @@ def test_npz_round_trip(tmp_path):
     np.savez(tmp_path / "a.npz", x=X, y=Y, classes=np.array(4), labels=np.array(["a", "b", "c", "d"]), ids=Y + 7)
     data = load(Source("npz", str(tmp_path / "a.npz"), validation=0.0, test=0.2))
     assert (data.classes, data.labels, data.input_shape, len(data.test[1])) == (4, ("a", "b", "c", "d"), (2,), 2)
+    assert not data.guessed, "the file says it"
     assert set(data.ids) == {7, 8}
     assert set(map(tuple, np.concatenate([data.train[0], data.test[0]]))) == set(map(tuple, X))
     assert all(y == int(x[0] / 2) % 2 for x, y in zip(*data.train, strict=True))
@@ -263,8 +264,9 @@ def test_csv_with_and_without_header(tmp_path):
 def test_csv_class_column_by_name_and_names_of_classes(tmp_path):
     text = "kind,a,b\ndog,1,2\ncat,3,4\n"
     data = load(table(tmp_path, text, label="kind"))
-    assert (data.labels, data.train[1].tolist()) == (("cat", "dog"), [1, 0])
+    assert (data.labels, data.train[1].tolist(), data.guessed) == (("cat", "dog"), [1, 0], True)
     data = load(table(tmp_path, text, label="0", labels=("dog", "emu", "cat"), shape=(1, 2)))
+    assert not data.guessed
     assert (data.classes, data.train[1].tolist(), data.train[0].shape) == (3, [0, 2], (2, 1, 2))
 
 
@@ -313,6 +315,8 @@ def test_images_one_folder_per_class(tmp_path):
     (tmp_path / "pets" / "emu").mkdir()  # an empty folder is a class too
     data = load(Source("images", str(tmp_path / "pets"), validation=0.0, test=0.0))
     assert (data.labels, data.classes, data.input_shape) == (("cat", "dog", "emu"), 3, (3, 5, 4))
+    assert data.guessed, "another device's folders may be others"
+    assert not load(Source("images", str(tmp_path / "pets"), labels=("dog", "cat"))).guessed
     assert data.train[0][4, :, 0, 0] * 255 == pytest.approx([40, 1, 255])
     assert data.train[1].tolist() == [0, 0, 0, 1, 1, 1]
 

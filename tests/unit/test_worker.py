@@ -302,6 +302,21 @@ def test_personal_refuses_what_is_none(tmp_path):
         personal.read(tmp_path / "p")
 
 
+def test_classes_that_a_device_numbers_by_itself_must_be_all_of_them(tmp_path):
+    """Another device that lacks others would give the same number to another class, and nobody would see it."""
+    task = job(tmp_path, SPEC, random_arrays(SPEC, WHOLE), [WHOLE], RECIPE)
+    few = dataclasses.replace(dataset(SPEC), classes=SPEC.classes - 1, labels=("a", "b", "c"), guessed=True)
+    failed = perform(task, few)
+    assert isinstance(failed, Failed)
+    assert failed.reason == "data"
+    assert "write [data] labels" in failed.detail
+    for data in (dataclasses.replace(few, guessed=False), dataclasses.replace(few, classes=SPEC.classes)):
+        assert isinstance(perform(task, data), Done)
+    assert isinstance(
+        perform(dataclasses.replace(task, order=dataclasses.replace(task.order, verb="evaluate")), few), Done
+    )
+
+
 @pytest.mark.parametrize(("labels", "kept"), [(("cat", "dog"), ("cat", "dog")), (("x" * 256,) * 300, ())])
 def test_a_personal_model_knows_the_names_of_its_classes(tmp_path, labels, kept):
     """Unless they would not fit a header: then they are numbers, and the training is not lost."""
