@@ -264,6 +264,7 @@ def _text(invitation: Invitation, url: str, folder: Path, data: str) -> str:
         "[data]",
         f"source = {_quoted(source or 'digits')}     # or images, npz, csv, idx, each with a path; see edge-runtime --help",
         *where,
+        '# labels = ["cat", "dog"]     # names of all classes, if they have names: the same list on every device',
         "",
         "[state]",
         f"dir = {_quoted(str(folder.parent))}",
