@@ -134,6 +134,7 @@ class RunView:
                 self.about, self.run, self.rounds, self.held = record.about, record.run, {}, {}
                 self.finished, self._first, self.seconds = False, entry.seconds_wall, 0.0
             case Planned():
+                self.finished = False  # it was given more rounds
                 orders = {order.device: order for order in record.orders}
                 fetched = sum(self._fetched(order) for order in record.orders)
                 self.rounds[record.round] = RoundView(

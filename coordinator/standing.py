@@ -42,7 +42,7 @@ class Standing:
             higher, its `Close` or `Abandon` has still to be carried out: step `Resumed`.
         live: Blobs whose pieces may be at the broker, by digest.
         scales: Device to its `Device.memory_scale`.
-        finished: Whether the run has ended.
+        finished: Whether the run has ended; one that is given more rounds goes on.
         closed: Rounds that were closed: where there is none, the state is what the run began with.
     """
 
@@ -107,7 +107,7 @@ def _planned(standing: Standing, record: Planned) -> Standing:
     )
     opened, _ = step(planned, Issued(0.0))
     orders = {order.device: order for order in record.orders}
-    return replace(standing, round=opened, orders=orders, state=record.state or standing.state)
+    return replace(standing, round=opened, orders=orders, state=record.state or standing.state, finished=False)
 
 
 def _happened(standing: Standing, record: Arrived | Refused | Lost | Born | Deadline | Stopped) -> Standing:

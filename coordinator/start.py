@@ -53,9 +53,13 @@ def start(config: Config, *, instead: bool = False) -> int:
     algorithms.by_name(config.algo)
     state = Path(config.state)
     store, standing = prepare(config, state, instead=instead)
-    if standing.finished:
+    if standing.finished and standing.done >= config.rounds:
         store.journal.close()
-        return _left(state, "this run is finished; its model is %s (another one: other settings, and --replace)", say)
+        say(
+            "this run is finished after %d rounds; it goes on with more --rounds, another one begins by --replace",
+            standing.done,
+        )
+        return _left(state, "the model: %s", say)
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: stopping.append(caught))
@@ -113,7 +117,6 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
                 "algo": config.algo,
                 "model": spec.name,
                 "spec": ref.digest,
-                "rounds": config.rounds,
                 "seed": config.seed,
                 "federation": config.federation,
                 **({"weights": weights} if weights else {}),
@@ -163,8 +166,8 @@ def _weights(config: Config, spec: ModelSpec, spool: Spool, started: RunStarted 
 
 
 def digest(config: Config, weights: str = "") -> str:
-    """Name what defines a run's result: everything but the broker, the waiting and the evaluation; files by their content."""
-    parts = {"algo", "model", "rounds", "seed", "federation", "recipe", "params"}
+    """Name what defines a run: all but its length, the broker, the waiting and the evaluation; files by their content."""
+    parts = {"algo", "model", "seed", "federation", "recipe", "params"}
     chosen = {key: value for key, value in to_plain(config).items() if key in parts}
     chosen["select"] = config.round.select
     chosen |= {"weights": weights} if weights else {}

@@ -294,7 +294,7 @@ def test_a_finished_run_is_not_begun_again_by_other_settings(done: Run) -> None:
     again = run("start", "--config", str(done.state.parent / "coordinator.toml"))
     assert again.returncode == 0
     assert "this run is finished" in again.stderr
-    other = run("start", "--config", str(done.state.parent / "coordinator.toml"), "--rounds", "9")
+    other = run("start", "--config", str(done.state.parent / "coordinator.toml"), "--seed", "9")
     assert other.returncode == 2
     assert "holds a run with other settings" in other.stderr
 

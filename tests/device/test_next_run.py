@@ -45,7 +45,7 @@ def test_devices_stay_enrolled_from_run_to_run(fleet: Fleet) -> None:
         assert fleet.process.wait(60) == 0, fleet.log
         pi.said("the answer counts", 5)
     status = json.loads(fleet.run("status", "--json").stdout)
-    assert (status["finished"], len(status["rounds"]), status["about"]["rounds"]) == (True, 2, 2)
+    assert (status["finished"], len(status["rounds"])) == (True, 2)
     assert status["run"] != first.run
     assert {path: path.read_bytes() for path in keys} == keys
     models = {path.name for path in fleet.state.glob("*.safetensors")}

@@ -7,18 +7,24 @@ import logging
 import time
 from dataclasses import replace
 
-from coordinator import start, turn
+import numpy as np
+
+from coordinator import show, start, turn
 from coordinator.config import Config, RoundConfig
 from coordinator.journal import Abandoned, Closed, Evaluated, Finished, Planned
 from coordinator.mail import Mail
 from coordinator.round import Issued, Refused, open_round, step
 from tests.support.messages import a_refusal, a_reply, order_id
 from tests.support.scripted import DEVICES, Queue, born, offered, ran, refused
+from wire import zoo
 from wire.link import Denied, Published
 from wire.messages import BlobRef, Lead, Order
+from wire.spec import Structure, tensor_shapes
 from wire.spool import Spool
+from wire.tensor import write_blob
 
 DATA = bytes(range(250)) * 64
+SHAPES = tensor_shapes(zoo.by_name("digits-mlp"), Structure())
 UPDATE = BlobRef(hashlib.sha256(DATA).hexdigest(), len(DATA), 4000)
 
 
@@ -81,6 +87,24 @@ def test_a_run_in_which_nobody_has_answered_leaves_no_model(tmp_path, monkeypatc
         journal.append([Closed(2, state, DEVICES)])
     assert start.start(config) == 0, "one is enough"
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_rounds(tmp_path):
+    def script(queue: Queue, order: Order) -> None:
+        path = tmp_path / "update"
+        moves = {n: np.full(shape, 1e-3 * order.round, np.float32) for n, shape in SHAPES.items()}
+        offered(queue, order, write_blob(path, "update", moves), path.read_bytes())
+
+    straight, _ = ran(tmp_path / "straight", script, rounds=4)
+    short, _ = ran(tmp_path / "parts", script, rounds=2)
+    assert (short._standing.finished, short._standing.done) == (True, 2)
+    assert short._standing.state != straight._standing.state
+    longer, _ = ran(tmp_path / "parts", script, rounds=4)
+    assert (longer._standing.finished, longer._standing.done, longer._standing.closed) == (True, 4, 4)
+    assert longer._standing.state == straight._standing.state, "as if it had been so long from the beginning"
+    assert longer._run == short._run
+    view = show.read(tmp_path / "parts")
+    assert (view.finished, sorted(view.rounds)) == (True, [1, 2, 3, 4])
 
 
 # --- uploads that are cut off -----------------------------------------------------------------------------------------
