@@ -143,7 +143,7 @@ def _sent(blob: tensor.Blob, name: str, masks: Mapping[str, AnyMask]) -> np.ndar
 def problem_of(reply: Reply, order: Order | None, spec: ModelSpec) -> str:
     """Say why a reply's update need not even be fetched; empty where it should be."""
     asked = order.structures[0] if order is not None else reply.structure
-    if not _within(reply.structure, asked):
+    if not within(reply.structure, asked):
         return "the reply is for a structure that was not asked"
     if reply.update is None:
         return "the reply brings no update"
@@ -151,7 +151,7 @@ def problem_of(reply: Reply, order: Order | None, spec: ModelSpec) -> str:
     return f"an update of {size} bytes; at most {limit} make sense" if size > limit else ""
 
 
-def _within(structure: Structure, asked: Structure) -> bool:
+def within(structure: Structure, asked: Structure) -> bool:
     """Say whether a device may answer about a structure: what it was asked about, or a narrower width of that.
 
     Masks of a size are its own, so that of one with masks no narrower width can be answered.
