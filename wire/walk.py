@@ -12,6 +12,7 @@ from itertools import accumulate
 from math import prod
 
 from wire.masked import FLOAT, Masked, aligned, contracted
+from wire.ops import STATISTICS
 from wire.segments import Cuts, check, laid
 from wire.spec import ModelSpec, Node, Structure, node_shapes, tensor_shapes
 
@@ -130,6 +131,7 @@ def arrays(walk: Walk, *, inside: bool = True) -> Iterator[Interval]:
     yield from _activations(walk)
     yield from _temporaries(walk)
     yield from _gradients(walk)
+    yield from _sums(walk)
     if inside:
         yield from _copies(walk)
 
@@ -297,6 +299,24 @@ def _gradients(walk: Walk) -> Iterator[Interval]:
         end = walk.back(i) - (node.op in _VIEWS)
         if trained[node.name]:
             yield walk.size[node.name], min(born.get(node.name, end), end), end
+
+
+def several(nodes: Iterable[Node]) -> dict[str, list[int]]:
+    """Give the weights that are used more than once, with the places of the nodes that do; running statistics left out."""
+    uses: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        for role, name in node.params.items():
+            if role not in STATISTICS:
+                uses.setdefault(name, []).append(i)
+    return {name: places for name, places in uses.items() if len(places) > 1}
+
+
+def _sums(walk: Walk) -> Iterator[Interval]:
+    """Of a weight that is used again, the gradient so far: it waits for the next share, and their sum is made beside both."""
+    for name, places in several(walk.nodes if walk.backward else ()).items():
+        yield walk.tensors[name], walk.back(places[-1]) + 1, walk.back(places[0])
+        for i in places[:-1]:
+            yield walk.tensors[name], walk.back(i), walk.back(i)
 
 
 def _blocked(name: str, channels: int) -> int:

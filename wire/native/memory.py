@@ -10,12 +10,13 @@ import functools
 from dataclasses import replace
 
 from wire import memory
-from wire.masked import FLOAT, Masked
+from wire.masked import FLOAT, Masked, aligned
 from wire.memory import Pass, Prediction
 from wire.messages import Recipe
 from wire.native.plan import Asked, plan
 from wire.segments import Cuts
-from wire.spec import ModelSpec, Same, Structure
+from wire.spec import ModelSpec, Same, Structure, tensor_shapes
+from wire.walk import several
 
 _ORDER, _NODE = 192 << 10, 8 << 10
 """What Python makes for an order and for each node of its model: names, shapes, plans, views, and the gaps among these."""
@@ -53,6 +54,9 @@ def predict(
     if any(recipe.knobs.get(name) for name in _NARROWER) and structure.capacity and masked is None:
         narrower = structure.narrowed(structure.capacity - 1)
         takes = max(takes, arena(spec, narrower, Asked(batch, cuts=cuts, views=True)))
+    if not memory.holds_gradients(recipe, batch):
+        shapes = tensor_shapes(spec, structure)  # what several nodes use moves when all have given their share
+        takes += sum(aligned(shapes[name]) for name in several(spec.nodes))
     passes = Pass(0, takes, _lasting(spec, masked))
     return memory.with_pass(spec, structure, recipe, (batch, masked), passes, scale=scale)
 

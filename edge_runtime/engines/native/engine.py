@@ -15,7 +15,7 @@ from edge_runtime.engines.native import losses, straight
 from edge_runtime.engines.native.arena import Arena, aligned
 from edge_runtime.engines.native.dense import NATIVE
 from edge_runtime.engines.native.passes import Pass, Shared
-from edge_runtime.engines.native.sink import Weights, shared
+from edge_runtime.engines.native.sink import Weights
 from edge_runtime.engines.phase import Phase
 from edge_runtime.engines.views import opened, prefix
 from edge_runtime.engines.ways import Masked, Tools, agree
@@ -28,6 +28,7 @@ from wire.native.plan import Asked, lacks, plan
 from wire.norms import affines
 from wire.segments import Cuts, check
 from wire.spec import ModelSpec, Structure, node_shapes, statistics, tensor_shapes
+from wire.walk import several
 
 PASSES = 16
 """Passes that are kept ready: of each width a whole batch, what is left over at the end of an epoch, and both without a way
@@ -310,7 +311,7 @@ class NativeEngine:
     def _wire(self, spec: ModelSpec, structure: Structure) -> None:
         self._spec, self._structure = spec, structure
         runs = frozenset(tensor.name for tensor in spec.tensors if tensor.axes[0].outer > 1)
-        self._weights = Weights(self._params, self._held.masks, Wires(), shared(spec.nodes), runs)
+        self._weights = Weights(self._params, self._held.masks, Wires(), frozenset(several(spec.nodes)), runs)
         if self._held.layouts:
             sparse = Held(self._held.ways, self._held.layouts)
             kits = self._tools.kit, self._tools.backend

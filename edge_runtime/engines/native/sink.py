@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,9 +86,3 @@ class Weights:
             start, stop = max(first, run * each), min(last, (run + 1) * each)
             rows = into[run, start - run * each : stop - run * each]
             rows += gradient[start - first : stop - first].reshape(rows.shape)
-
-
-def shared(nodes: Sequence[Node]) -> frozenset[str]:
-    """Name the tensors that several nodes use."""
-    found = Counter(name for node in nodes for name in set(node.params.values()))
-    return frozenset(name for name, count in found.items() if count > 1)
