@@ -13,7 +13,7 @@ What is not as in the paper, and why:
 * The model travels down whole, because a device may have missed any number of sparse steps. So k bounds the upload alone,
   and the time that is held against the drop of the loss says so (`blocks.sparsify.exchange_time`).
 * The losses of k and the probed k' are measured by each device for its own update, cut to either, on one batch of its own
-  samples, and averaged; in the paper for the joined update, with one sample per device.
+  samples, and averaged over those that tell them; in the paper for the joined update, with one sample per device.
 
 With ``first = 1`` and ``adaptive = 0`` this is FedAvg of the same local steps, to the bit; with one step, FedSGD.
 """
@@ -116,8 +116,9 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     losses = dict.fromkeys(_LOSSES, 0.0)
     for answer, share in zip(answers, shares(samples), strict=True):
         _add(state, total, answer, share)
-        for name in _LOSSES:
-            losses[name] += share * answer.metrics.get(name, float("nan"))
+        told = [answer.metrics.get(name, math.nan) for name in _LOSSES]
+        for name, loss in zip(_LOSSES, told, strict=True) if answer.samples and all(map(math.isfinite, told)) else ():
+            losses[name] += share * loss
     step = total
     if state.scalars["k"] < total.size:
         chosen = sparsify.fair_top(_lists(state, answers), state.scalars["k"], total.size)

@@ -194,6 +194,19 @@ def test_k_follows_the_sign_of_what_the_losses_say():
     assert online.close(still, (answer("a", [1], [1.0]),)).scalars["search"] == still.scalars["search"]
 
 
+@pytest.mark.parametrize("samples", [0, 7])
+def test_who_tells_no_losses_has_no_say_and_silences_nobody(samples):
+    """A device without samples measures no loss; the others' word on k is the same with it and without."""
+    state, metrics = with_k(start(first=0.5), 400, probe=300), {"loss.start": 2.0, "loss.sent": 1.5, "loss.probe": 1.5}
+    others = (answer("a", [1], [1.0], 3, metrics), answer("b", [2], [1.0], 4, {**metrics, "loss.sent": 1.9}))
+    k = state.scalars["search"]["count"]
+    alone = online.close(state, others).scalars["search"]
+    assert alone["count"] != k
+    for silent in ({}, {"loss.start": 2.0}, {**metrics, "loss.probe": float("nan")}):
+        told = online.close(state, (*others, answer("c", [3], [1.0], samples, silent)))
+        assert told.scalars["search"] == alone
+
+
 def test_plans_draw_whole_numbers_within_bounds():
     counts = []
     for number in range(1, 60):
