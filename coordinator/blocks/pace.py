@@ -180,10 +180,12 @@ def _in_time(
 def heard(scalars: Mapping[str, Any], answers: Iterable[Answer]) -> dict[str, Any]:
     """Remember at which width each device has answered, until its time is known. Goes through the answers once.
 
-    A device that is not selected in the next round is heard of later: what was due of it stays.
+    A device that is not selected in the next round is heard of later: what was due of it stays. One without samples trains
+    nothing, and its turn says nothing of how long that takes, neither there nor where others are held against it.
     """
-    told = {answer.device: answer.structure.capacity for answer in answers}
-    return {**scalars, "due": latest(scalars.get("due", {}), told)}
+    told = {answer.device: (answer.samples, answer.structure.capacity) for answer in answers}
+    known = {name: capacity for name, capacity in scalars.get("due", {}).items() if name not in told}
+    return {**scalars, "due": latest(known, {name: capacity for name, (samples, capacity) in told.items() if samples})}
 
 
 def known(state: State, devices: Sequence[DeviceView]) -> State:

@@ -132,6 +132,19 @@ def test_devices_are_compared_at_the_widest_width_that_memory_holds():
     assert capacities(drafts) == {"a": 2, "b": 2, "c": 2}
 
 
+def test_turns_without_samples_are_no_measure_for_anybody():
+    """Of two devices the faster one is the measure; one that has nothing to train is over at once."""
+    state, drafts = nestfl.plan(start(slack=2.0), 1, tuple(map(view, "ab")), rng_of(0, 1))
+    a, b = answered(state, drafts)
+    state = nestfl.close(state, (dataclasses.replace(a, samples=0), b))
+    assert state.scalars["due"] == {"b": 2}
+    state, drafts = nestfl.plan(state, 2, (view("a", 0.1), view("b", 10.0)), rng_of(0, 2))
+    assert capacities(drafts) == {"a": 2, "b": 2}
+    unsettled = dataclasses.replace(state, scalars={**state.scalars, "due": {"a": 1}})
+    a, b = answered(state, drafts)
+    assert nestfl.close(unsettled, (dataclasses.replace(a, samples=0), b)).scalars["due"] == {"b": 2}
+
+
 def test_a_run_that_knows_no_slack_goes_on():
     state = start(deadline=4.0)
     old = {name: value for name, value in state.scalars["params"].items() if name != "slack"}
