@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -277,7 +278,9 @@ def main(words: Sequence[str]) -> None:
         outcome = advance(task) if isinstance(task, Task) else Outcome(error="expected a task")
     except NestlingError as error:
         outcome = Outcome(error=f"{type(error).__name__}: {error}")
-    write_frame(sys.stdout.buffer, outcome, STEP_BYTES)
+    # Without a buffer, which would be written at the end; with nobody at the other end nobody waits for it.
+    with suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb", buffering=0) as coordinator:
+        write_frame(coordinator, outcome, STEP_BYTES)
 
 
 if __name__ == "__main__":

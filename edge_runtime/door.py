@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+from edge_runtime import exits
 from wire.child import Ended, Said
 from wire.errors import Malformed, PeerError, StoreError, WorkerLost
 from wire.job import Done, Job, Ready, read_frame, write_frame
@@ -265,6 +266,14 @@ def entrance(number: int = 0) -> Pipe | Reception:
     if stat.S_ISSOCK(os.fstat(copy).st_mode):
         return Reception(socket.socket(fileno=copy))
     return Pipe(os.fdopen(copy, "rb"))
+
+
+def say(agent: IO[bytes], message: Any) -> None:
+    """Write one frame to the agent. One that has hung up is no failure: nobody waits for this process any more, so it ends."""
+    try:
+        write_frame(agent, message)
+    except (BrokenPipeError, ConnectionResetError):
+        raise SystemExit(exits.WORKER_OK) from None
 
 
 def _job(frame: Any) -> Job | None:

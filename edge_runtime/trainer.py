@@ -15,9 +15,10 @@ from pathlib import Path
 from edge_runtime import exits
 from edge_runtime.config import Config, load
 from edge_runtime.desk import TIMINGS
+from edge_runtime.door import say
 from edge_runtime.spawn import command, surroundings
 from wire.errors import ConfigError
-from wire.job import Failed, write_frame
+from wire.job import Failed
 from wire.schema import to_plain
 
 
@@ -30,8 +31,8 @@ def main(words: Sequence[str] | None = None) -> int:
         config = load(path)
     except ConfigError as error:
         print(f"edge-trainer: {error}", file=sys.stderr)
-        with os.fdopen(os.dup(1), "wb") as answers:
-            write_frame(answers, Failed("unsupported", str(error)[:2000], 0, 0))
+        with os.fdopen(os.dup(1), "wb", buffering=0) as answers:
+            say(answers, Failed("unsupported", str(error)[:2000], 0, 0))
         return exits.CONFIG
     os.environ.update(surroundings(config.worker.threads))
     from edge_runtime import worker  # it loads numpy, which reads what was just set

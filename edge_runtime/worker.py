@@ -24,7 +24,7 @@ from typing import IO
 from edge_runtime import calibrate, exits, personal, rules
 from edge_runtime.apart import Apart
 from edge_runtime.data import Dataset, Source, load
-from edge_runtime.door import Pipe, Reception, entrance
+from edge_runtime.door import Pipe, Reception, entrance, say
 from edge_runtime.engines import Engine, suited
 from edge_runtime.engines.arrays import Floats, Labels
 from edge_runtime.engines.update import finite
@@ -53,7 +53,7 @@ from wire.errors import (
     StoreError,
     Unsupported,
 )
-from wire.job import Done, Failed, Job, Progress, Ready, write_frame
+from wire.job import Done, Failed, Job, Progress, Ready
 from wire.maskfile import Held, read_masks
 from wire.memory import Prediction
 from wire.messages import Reason, Usage
@@ -362,7 +362,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--reserve", type=int, default=0, help="bytes that must stay available; 0: do not look")
     parser.add_argument("--preload", action="store_true", help="load the engine before the first order")
     options = parser.parse_args(words)
-    orders, answers = entrance(), os.fdopen(os.dup(1), "wb")
+    orders, answers = entrance(), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print must not get between the frames
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -371,11 +371,11 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.preload:
             warm(options.engine, options.threads, options.timings)
     except (NestlingError, ValueError) as error:
-        write_frame(answers, Failed("data" if isinstance(error, DataError) else "unsupported", str(error)[:2000], 0, 0))
+        say(answers, Failed("data" if isinstance(error, DataError) else "unsupported", str(error)[:2000], 0, 0))
         return exits.WORKER_UNFIT
     gauge = Gauge()
     shape = tuple(data.input_shape)
-    write_frame(answers, Ready(options.engine, gauge.bytes_base, len(data.train[0]), data.classes, shape))
+    say(answers, Ready(options.engine, gauge.bytes_base, len(data.train[0]), data.classes, shape))
     room = Limit(options.limit, options.reserve, gauge)
     process = Process(gauge, options.timings)
     work = functools.partial(perform, data=data, engine=options.engine, process=process, room=room)
@@ -385,12 +385,12 @@ def main(words: Sequence[str] | None = None) -> int:
 def _serve(orders: Pipe | Reception, answers: IO[bytes], work: Callable[..., Done | Failed], gauge: Gauge) -> int:
     while (job := orders.take()) is not None:
         try:
-            answer = work(job, report=lambda progress: write_frame(answers, progress))
+            answer = work(job, report=lambda progress: say(answers, progress))
         except Exception as error:  # noqa: BLE001 - whatever it is, the agent hears it before this process ends
             traceback.print_exc()
-            write_frame(answers, Failed("crash", f"{type(error).__name__}: {error}"[:2000], 0, gauge.peak()))
+            say(answers, Failed("crash", f"{type(error).__name__}: {error}"[:2000], 0, gauge.peak()))
             return exits.WORKER_CRASHED
-        write_frame(answers, answer)
+        say(answers, answer)
         if isinstance(answer, Failed) and answer.reason == "oom":
             return exits.WORKER_MEMORY  # what is mapped is never given back: the next order gets a fresh process
     return exits.WORKER_OK

@@ -251,6 +251,18 @@ def state(pid):
         return "Z"
 
 
+def test_a_worker_whose_agent_is_gone_before_its_first_word_ends_without_one(tmp_path):
+    """An agent that is killed while its worker starts cannot take it along: the kernel was not asked to yet."""
+    for source, place in (("digits", ""), ("npz", str(tmp_path / "nowhere.npz"))):
+        argv = [sys.executable, "-m", *command(json.dumps({"source": source, "path": place}), engine="native")]
+        worker = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert worker.stdout is not None
+        worker.stdout.close()
+        with worker:
+            assert worker.stderr is not None
+            assert (worker.stderr.read(), worker.wait(20.0)) == (b"", 0)
+
+
 def test_the_worker_offers_itself_to_the_oom_killer(worker):
     one = worker()
     one.next()

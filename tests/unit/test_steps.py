@@ -6,6 +6,8 @@ import io
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -30,7 +32,7 @@ from tests.support.messages import RUN, a_presence, a_reply, order_id
 from wire import zoo
 from wire.child import Ended, Said
 from wire.errors import StoreError, TooLarge
-from wire.job import STEP_BYTES, read_frame, write_frame
+from wire.job import STEP_BYTES, Progress, read_frame, write_frame
 from wire.spec import ModelSpec, Structure, encode
 from wire.spool import Spool
 
@@ -252,3 +254,13 @@ def test_ctrl_c_is_the_coordinators_business(tmp_path):
         os.kill(ready, signal.SIGINT)
         assert large.planned()[1].state
         large.steps.stop()
+
+
+def test_a_child_whose_coordinator_is_gone_ends_without_a_word():
+    words = [sys.executable, "-m", "coordinator.advance", "fedavg"]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    write_frame(child.stdin, Progress(0.0, None, 0))  # no task: what it would say is that
+    child.stdin.close()
+    assert (child.stderr.read(), child.wait(10.0)) == (b"", 0)
+    child.stderr.close()
