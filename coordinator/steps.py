@@ -17,7 +17,7 @@ from coordinator.round import Round
 from coordinator.select import choose
 from coordinator.standing import Standing
 from wire.child import Child, Ended, Said
-from wire.errors import StoreError, WorkerLost
+from wire.errors import ConfigError, StoreError, WorkerLost
 from wire.job import STEP_BYTES
 from wire.maskfile import WHOLE, Held, read_masks
 from wire.messages import BlobRef, Order
@@ -111,6 +111,7 @@ class Steps:
         """Take in the child's word.
 
         Raises:
+            ConfigError: The algorithm refuses its parameters.
             StoreError: It could not do its task.
         """
         if self._spare is not None and event.pid == self._spare.pid:  # it has died with nothing to do
@@ -124,6 +125,9 @@ class Steps:
         if not isinstance(outcome, Outcome):
             raise StoreError(f"closing or planning round {task.round} ended without a result: {event}")
         if outcome.error:
+            kind, _, said = outcome.error.partition(": ")
+            if kind == ConfigError.__name__:
+                raise ConfigError(said)
             raise StoreError(f"closing or planning round {task.round} failed: {outcome.error}")
         return self._ended(task, outcome)
 

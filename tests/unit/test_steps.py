@@ -31,7 +31,7 @@ from coordinator.steps import Step, Steps, Store
 from tests.support.messages import RUN, a_presence, a_reply, order_id
 from wire import zoo
 from wire.child import Ended, Said
-from wire.errors import StoreError, TooLarge
+from wire.errors import ConfigError, StoreError, TooLarge
 from wire.job import STEP_BYTES, Progress, read_frame, write_frame
 from wire.spec import ModelSpec, Structure, encode
 from wire.spool import Spool
@@ -116,10 +116,10 @@ def test_the_device_of_initial_pruning_is_waited_for_and_another_one_found_at_la
 class Large:
     """Steps of a model that is too large to be worked on beside the broker's messages, and what their children say."""
 
-    def __init__(self, folder: Path, journal: Journal, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, journal: Journal, spec: ModelSpec, params: dict[str, float | str] | None = None):
         self.spool = Spool(folder / "spool")
         self.store = Store(self.spool, journal, spec, self.spool.add_bytes(encode(spec)))
-        self.config = Config(algo="fedavg", model=spec.name, rounds=9)
+        self.config = Config(algo="fedavg", model=spec.name, rounds=9, params=params or {})
         self.heard: Queue[Said | Ended] = Queue()
         self.steps = Steps(self.config, self.store, self.heard.put)
         self.fleet = fleet_where_only_one_holds_the_model("d1")
@@ -254,6 +254,18 @@ def test_ctrl_c_is_the_coordinators_business(tmp_path):
         os.kill(ready, signal.SIGINT)
         assert large.planned()[1].state
         large.steps.stop()
+
+
+def test_parameters_that_cannot_be_are_the_configurations_fault_for_a_large_model_as_for_a_small_one(tmp_path):
+    said = []
+    for spec in (zoo.load("linear"), LARGE):
+        with closing(Journal(tmp_path / spec.name)) as journal:
+            steps = Large(tmp_path / f"{spec.name}-home", journal, spec, {"width": -1.0})
+            with pytest.raises(ConfigError) as caught:
+                steps.planned() if spec is LARGE else steps.steps.begin(Standing(), None, steps.fleet, closing=False)
+            said.append(str(caught.value))
+            assert not steps.steps.busy
+    assert said[0] == said[1]
 
 
 def test_a_child_whose_coordinator_is_gone_ends_without_a_word():
