@@ -269,6 +269,8 @@ class Agent:
                 self._keep.drop()
                 self._life.silence = float("inf")
                 self._life.used(now)
+                if self._life.ready is None:  # who was to say what this device brings may have gone with the order
+                    self._desk.start(now)
 
     def _work(self, order: Order, now: float) -> None:
         path = self._spool.path(order.spec.digest)
@@ -299,10 +301,6 @@ class Agent:
         self._life.used(now)
         if self._life.guest.standing == "still":
             self._desk.still()
-
-    def _granted(self) -> int:
-        """What an order may take above the best engine's base, as of this second; 0 means that nothing bounds it."""
-        return self._desk.means(self._grant)[0].bytes_budget
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -382,7 +380,8 @@ class Agent:
         if self._life.ready is None:
             return
         away = self._life.guest.standing == "away"
-        caps = None if away else self._life.caps(self._config, self._granted())
+        granted = self._desk.means(self._grant)[0].bytes_budget  # above the best engine's base; 0: nothing bounds it
+        caps = None if away else self._life.caps(self._config, granted)
         state: Literal["online", "bye"] = "bye" if away else "online"
         presence = Presence(self._config.device, state, self._session.boot, self._life.seq, caps)
         topic = topics.presence(self._config.federation, self._config.device)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from tests.support.devices import Agent, Script
 from tests.support.mosquitto import Mosquitto
-from wire.messages import Presence, Recipe
+from wire.messages import Ack, Presence, Recipe
 
 MIB = 1 << 20
 HEAVY = ("numpy", "torch", "psutil", "sqlite3", "cryptography", "click", "ssl", "asyncio")
@@ -137,6 +138,24 @@ def test_a_worker_that_dies_before_its_first_word_is_tried_again(script: Script,
         script.until(lambda: bool(agent.workers()))
         os.kill(agent.workers()[0], signal.SIGKILL)
         online(script)
+
+
+def test_an_order_that_ends_before_the_first_worker_has_said_a_word_leaves_no_device_that_nobody_knows(
+    script: Script, make: Callable[..., Agent]
+) -> None:
+    """Both waited for it at the broker. The order took the worker that was to tell what this device brings along."""
+    with make() as agent:
+        first = online(script)
+        order = script.order(1)
+        script.send(order)
+        script.wait_update(order.id)
+        script.commit(order.id)
+        script.until(lambda: not list((agent.root / "state" / "out").iterdir()))
+    late = replace(order, id="f" * 16, round=2)
+    script.send(late)
+    script.send(Ack(late.id, "unwanted"))
+    with make():
+        online(script, first.seq)
 
 
 def test_without_data_it_says_what_to_do_and_ends(make: Callable[..., Agent]) -> None:
