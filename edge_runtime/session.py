@@ -7,6 +7,7 @@ any          `Ordered`, new       fetching     `Forget` the old one, `Fetch`
 any          `Ordered`, older     same
 any          `Ordered`, ended     same         (a late copy; done again, its Keep would be promoted twice)
 any          `Ordered`, unmet     refusing     `Forget` the old one, `Refuse`: the owner's conditions do not hold
+offering     `Ordered`, new       offering     `Offer` again: the new one is taken up once the end of the offered one is told
 fetching     `Ordered`, same      fetching     (it is being worked on)
 working      `Ordered`, same      working
 offering     `Ordered`, same      offering     `Offer` again
@@ -31,6 +32,9 @@ any but idle `Led`, another run   idle         `Forget`
 offering     `Led`, `Silence`     offering     `Offer` again
 refusing     `Led`, `Silence`     refusing     `Refuse` again
 ============ ==================== ============ =====================================================
+
+A new order means that the round of the old one is over, not whether the answer was counted: the word on that may have been
+lost with a broker, and a Keep that is dropped although its update counts has that update's residual sent once more.
 
 What is not in the table changes nothing. `Forget` stops the worker and drops everything but the blobs, which stay cached. A
 new life starts idle, or offering when an earlier one had an answer (`Session.recalled`). An order that was not answered yet
@@ -203,6 +207,7 @@ class Session:
         refusal: What is being refused.
         run: Run of the last order whose end was told.
         ended: Round of that order; give both to a new life from the Keep.
+        following: What came while an answer was offered: the next order, once the end of this one is told.
     """
 
     device: str
@@ -213,6 +218,7 @@ class Session:
     refusal: Refusal | None = None
     run: str = ""
     ended: int = 0
+    following: Ordered | None = None
 
     @property
     def idle(self) -> Session:
@@ -254,6 +260,9 @@ def step(session: Session, event: Event) -> Step:
             return _led(session, event)
         case Silence():
             return session, _again(session)
+        case Unmet() | Met() if session.following is not None:
+            unmet = "the owner's conditions do not hold" if isinstance(event, Unmet) else ""
+            return replace(session, following=replace(session.following, unmet=unmet)), ()
         case Unmet() if session.order is not None and session.phase in ("fetching", "working"):
             return replace(session, phase="waiting"), (Hold(session.order.id),)
         case Met() if session.order is not None and session.phase == "waiting":
@@ -270,6 +279,9 @@ def _ordered(session: Session, event: Ordered) -> Step:
         return session, _again(session)
     if held is not None and held.run == order.run and held.round > order.round:
         return session, ()
+    if held is not None and held.run == order.run and session.phase == "offering":
+        older = session.following is not None and session.following.order.round > order.round
+        return session if older else replace(session, following=event), _again(session)
     forget = () if held is None else (Forget(held.id),)
     if event.unmet:
         taken = replace(session.idle, phase="fetching", order=order)
@@ -310,16 +322,24 @@ def _acked(session: Session, event: Acked) -> Step:
     if held is None or held.id != ack.order:
         return session, ()
     if ack.state == "unwanted":
-        return session.told, (Forget(held.id),)
+        return _over(session, Forget(held.id))
     if ack.state == "committed":
-        return session.told, (Promote(held), Forget(held.id))
+        return _over(session, Promote(held), Forget(held.id))
     return session, (Push(ack.have),) if session.phase == "offering" else ()
 
 
 def _cancelled(session: Session, event: Cancelled) -> Step:
     if session.order is None or session.order.id != event.cancel.order:
         return session, ()
-    return session.told, (Forget(session.order.id),)
+    return _over(session, Forget(session.order.id))
+
+
+def _over(session: Session, *effects: Effect) -> Step:
+    """End the order in hand, and begin the one that waited for that."""
+    if session.following is None:
+        return session.told, effects
+    begun, more = _ordered(session.told, session.following)
+    return begun, (*effects, *more)
 
 
 def _led(session: Session, event: Led) -> Step:

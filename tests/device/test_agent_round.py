@@ -79,6 +79,24 @@ def test_training_keeps_the_personal_model_when_it_is_committed(script: Script, 
     script.until(lambda: not list((agent.root / "state/out").glob("*.update")))
 
 
+def test_an_answer_whose_receipt_was_lost_is_offered_again_before_the_next_order_is_begun(
+    script: Script, agent: Agent
+) -> None:
+    """A broker that was killed may have lost the receipt, and the next order be the first that is heard."""
+    online(script)
+    order = script.order(1, recipe=Recipe(rule="sgd", batch=8))
+    script.send(order)
+    upload = script.wait_update(order.id, 60)
+    script.wait(Reply, where=lambda reply: reply.order == order.id)
+    following = script.order(2)
+    script.send(following)
+    script.wait(Reply, where=lambda reply: reply.order == order.id)
+    script.commit(order.id)
+    script.wait(Reply, where=lambda reply: reply.order == following.id)
+    kept = agent.root / "state/keep" / script.federation / "sgd"
+    assert hashlib.sha256(kept.read_bytes()).hexdigest() == upload.reply.keep
+
+
 def test_a_killed_agent_comes_back_with_a_higher_seq_and_its_answer(script: Script, agent: Agent) -> None:
     born = online(script)
     order = script.order(1)

@@ -128,10 +128,40 @@ def test_silence_and_a_coordinator_that_comes_back_have_answers_said_again(event
 @pytest.mark.parametrize("phase", BUSY)
 def test_a_newer_order_replaces_and_an_older_one_does_not(phase: str) -> None:
     newer, older = an_order("d0", 4), an_order("d0", 2)
+    assert step(PHASES[phase], Ordered(older)) == (PHASES[phase], ())
+    if phase == "offering":
+        return
     after, effects = step(PHASES[phase], Ordered(newer))
     assert (after.phase, after.order, effects) == ("fetching", newer, (Forget(ORDER.id), Fetch(newer)))
     assert (after.reply, after.refusal) == (None, None)
-    assert step(PHASES[phase], Ordered(older)) == (PHASES[phase], ())
+
+
+def test_a_newer_order_waits_until_it_is_known_whether_the_answer_on_offer_was_counted() -> None:
+    """The word may have been lost with a broker: a Keep that is dropped here has its residual sent twice."""
+    newer, newest = Ordered(an_order("d0", 4)), Ordered(an_order("d0", 5))
+    both, effects = step(OFFERING, newer)
+    assert (both, effects) == (replace(OFFERING, following=newer), (Offer(REPLY),))
+    assert step(both, newer) == (both, (Offer(REPLY),))
+    fetching = replace(FETCHING, order=newer.order, run=RUN, ended=3)
+    told = Acked(Ack(ORDER.id, "committed"))
+    assert step(both, told) == (fetching, (Promote(ORDER), Forget(ORDER.id), Fetch(newer.order)))
+    for unwanted in (Acked(Ack(ORDER.id, "unwanted")), Cancelled(Cancel(ORDER.id))):
+        assert step(both, unwanted) == (fetching, (Forget(ORDER.id), Fetch(newer.order)))
+    both, _ = step(both, newest)
+    assert step(both, newer) == (both, (Offer(REPLY),))
+    assert step(both, told)[0].order == newest.order
+    assert step(both, Led(Lead("online", BOOT, OTHER))) == (IDLE, (Forget(ORDER.id),))
+    refusing, _ = step(both, FAILED)  # the update's file was lost
+    assert step(refusing, told)[0].order == newest.order
+
+
+def test_an_order_that_waits_is_taken_up_as_the_owner_s_conditions_are_by_then() -> None:
+    both, _ = step(OFFERING, Ordered(an_order("d0", 4)))
+    unmet, effects = step(both, Unmet())
+    assert effects == ()
+    after, effects = step(unmet, Acked(Ack(ORDER.id, "committed")))
+    assert (after.phase, [type(effect) for effect in effects]) == ("refusing", [Promote, Forget, Refuse])
+    assert step(unmet, Met()) == (both, ())
 
 
 @pytest.mark.parametrize("phase", BUSY)
