@@ -2,7 +2,8 @@
 
 A device has lives: each start of its agent draws a new `boot` and a higher `seq`. MQTT keeps order within one
 connection only, so a will of an old life may come after the birth of a new one: of two presences the higher `seq`
-counts. Within one life the last word counts, and a sign of life corrects a wrong `lost`.
+counts, unless the life of the lower one beats when the other one's has ended. Within one life the last word counts, and a
+sign of life corrects a wrong `lost`.
 """
 
 from __future__ import annotations
@@ -98,8 +99,14 @@ class Fleet:
         return self._with(gone), Lost(gone.name, gone.seq)
 
     def beat(self, name: str, beat: Beat, now: float) -> tuple[Fleet, Born | None]:
-        """Take in a sign of life; it brings back a life that counts as lost; other lives' signs are ignored."""
+        """Take in a sign of life; it brings back a life that counts as lost; other lives' signs are ignored.
+
+        But an older life that outlives a newer one is the device: beats are neither retained nor queued, so who beats is here.
+        That is so after a second agent was started under this name and ended, and for a lost folder under a clock that is late.
+        """
         known = self.devices.get(name)
+        if known is not None and known.state != "online" and beat.seq < known.seq:
+            known = replace(known, state="lost", boot=beat.boot, seq=beat.seq)
         if known is None or known.boot != beat.boot or known.seq != beat.seq or known.state == "bye":
             return self, None
         following = replace(

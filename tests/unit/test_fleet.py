@@ -85,6 +85,21 @@ def test_beats_of_strangers_other_lives_and_the_departed_are_ignored() -> None:
     assert fleet.beat("d1", a_beat(2), 1.0) == (fleet, None)
 
 
+@pytest.mark.parametrize("state", ["lost", "bye"])
+def test_an_older_life_that_outlives_a_newer_one_is_brought_back_by_its_beats(state: str) -> None:
+    """A second agent of the same name was started and ended; the first one's presences are older than what is known."""
+    fleet = born(("d1", 2), ("d1", 9))
+    assert fleet.beat("d1", a_beat(2), 1.0) == (fleet, None)
+    fleet, _ = fleet.present(a_presence("d1", 9, state), 2.0)
+    assert fleet.present(a_presence("d1", 2), 3.0) == (fleet, None)
+    fleet, event = fleet.beat("d1", a_beat(2), 4.0)
+    assert event == Born("d1", 2)
+    assert [d.seq for d in fleet.online()] == [2]
+    assert fleet.beat("d1", a_beat(2), 5.0)[1] is None
+    fleet, event = fleet.present(a_presence("d1", 9), 6.0)
+    assert (event, fleet.devices["d1"].seq) == (Born("d1", 9), 9)
+
+
 def test_expire_tells_all_the_late_sorted_and_only_them() -> None:
     fleet = born(("d2", 1), ("d1", 1), ("d3", 1)).heard("d3", 30.0)
     fleet, gone = fleet.expire(31.0, 20.0)
