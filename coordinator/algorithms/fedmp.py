@@ -14,7 +14,7 @@ Jiang et al., "FedMP: Federated Learning through Adaptive Model Pruning in Heter
   has ``padding`` 1, ``quantile`` 0 and ``floor`` 1e-6, the least there is.
 * What a common deadline is worth `deadline` learns by a regression of the losses on the ratios (`blocks.worth`), or, with
   ``curve`` ``bandit``, by one bandit for the whole fleet (`blocks.common`).
-* A device whose memory does not hold its ratio gets the least that fits.
+* A device whose memory does not hold its ratio gets the least that fits; its bandit chooses from there on.
 * With `deadline`, not with the others: what is read of channels that nobody trains fades (`blocks.fade`). As they were drawn
   they make the whole model worse than its own sub-models.
 """
@@ -78,6 +78,7 @@ of ``grow``; 0 is never. After each round ``fade`` of every weight that reads a 
 """
 
 _POLICIES = ("eucb", "bounded", "deadline", "uniform")
+_BANDITS = ("eucb", "bounded")
 _CURVES = ("regression", "bandit")
 _WIDTHS_MAX = 64
 _HEARD = 3
@@ -126,7 +127,8 @@ def plan(
     distinct = _distinct(wanted.values())
     widths = widths_of(state.spec, [1.0 - ratio for ratio in distinct])
     levels = rank(state.spec, state.weights, widths, progressive=False)
-    scalars = {**known, "ratios": distinct}
+    bound = {name: ratio for name, ratio in least.items() if ratio and params["policy"] in _BANDITS}
+    scalars = {**known, "ratios": distinct, "least": bound}
     state = dataclasses.replace(state, round=round_number, levels=levels, widths=widths, scalars=scalars)
     return state, _drafts(state, recipe, devices, wanted, rng)
 
@@ -144,7 +146,8 @@ def close(state: State, answers: Answers | Iterable[Answer]) -> State:
     for answer in counted(answers, whole):
         client = clients.get(answer.device) or ratios.Client(bandit.fresh(_terms(params)).edges)
         ratio = state.scalars["ratios"][answer.structure.capacity]
-        told[answer.device] = ratios.heard(client, state.round, ratio, answer)
+        least = state.scalars.get("least", {}).get(answer.device, 0.0)  # a run of before knows none in its first round
+        told[answer.device] = ratios.heard(client, state.round, ratio, answer, least)
         widest = max(widest, answer.structure.capacity)
         del answer
     state = joined(state, answers, lambda cover: [1.0 / len(told)] * len(cover))
@@ -180,7 +183,7 @@ def _chosen(
         return _by_deadline(scalars, clients, devices, least)
     terms = _terms(params)
     known = {d.name: clients[d.name].bandit if d.name in clients else bandit.fresh(terms) for d in devices}
-    return {name: bandit.choose(one, terms, rng) for name, one in known.items()}
+    return {name: bandit.choose(one, terms, rng, least[name]) for name, one in known.items()}
 
 
 def _by_deadline(

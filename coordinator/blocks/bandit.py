@@ -103,15 +103,25 @@ def indices(bandit: Bandit, terms: Terms) -> Line:
     return found
 
 
-def choose(bandit: Bandit, terms: Terms, rng: np.random.Generator) -> float:
-    """Draw a ratio from the leaf of the highest index; of several, from any."""
+def choose(bandit: Bandit, terms: Terms, rng: np.random.Generator, least: float = 0.0) -> float:
+    """Draw a ratio from the leaf of the highest index; of several, from any.
+
+    Args:
+        bandit: As it is.
+        terms: Its constants.
+        rng: Drawn from twice.
+        least: The least ratio that the device can do. A leaf below it can never be played, so that it would be the one of the
+            highest index for ever; where there is none above it, the very top is given.
+    """
     found = indices(bandit, terms)
+    found[:-1][np.asarray(bandit.edges[1:-1]) <= least] = -np.inf
     leaf = int(rng.choice(np.flatnonzero(found == found.max())))
-    low, high = bandit.edges[leaf], bandit.edges[leaf + 1]
-    return float(min(low + (high - low) * rng.random(), np.nextafter(high, low)))
+    high = bandit.edges[leaf + 1]
+    low = min(high, max(bandit.edges[leaf], least))
+    return float(min(low + (high - low) * rng.random(), np.nextafter(high, bandit.edges[leaf])))
 
 
-def learnt(bandit: Bandit, terms: Terms, ratio: float, reward: float) -> Bandit:
+def learnt(bandit: Bandit, terms: Terms, ratio: float, reward: float, least: float = 0.0) -> Bandit:
     """Remember a play, and split its leaf there if that is wider than the granularity.
 
     Args:
@@ -119,16 +129,20 @@ def learnt(bandit: Bandit, terms: Terms, ratio: float, reward: float) -> Bandit:
         terms: Its constants.
         ratio: What was played. Where a device could not do what was chosen, what it did; it counts in the nearest leaf.
         reward: Finite.
+        least: As for `choose`; how wide a leaf is is counted from there.
     """
     keep = terms.window - 1
     ratios = (*bandit.ratios[max(0, len(bandit.ratios) - keep) :], ratio)
     rewards = (*bandit.rewards[max(0, len(bandit.rewards) - keep) :], reward)
-    return replace(bandit, edges=_split(bandit.edges, terms.granularity, ratio), ratios=ratios, rewards=rewards)
+    return replace(bandit, edges=_split(bandit.edges, terms.granularity, ratio, least), ratios=ratios, rewards=rewards)
 
 
-def _split(edges: Sequence[float], granularity: float, ratio: float) -> Sequence[float]:
+def _split(edges: Sequence[float], granularity: float, ratio: float, least: float) -> Sequence[float]:
     leaf = int(np.searchsorted(edges, ratio, side="right")) - 1
-    if not 0 <= leaf < len(edges) - 1 or not edges[leaf] < ratio or edges[leaf + 1] - edges[leaf] <= granularity:
+    if not 0 <= leaf < len(edges) - 1:
+        return edges
+    low = max(edges[leaf], least)
+    if not low < ratio or edges[leaf + 1] - low <= granularity:
         return edges
     return (*edges[: leaf + 1], ratio, *edges[leaf + 1 :])
 

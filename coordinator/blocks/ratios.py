@@ -40,6 +40,7 @@ class Due:
         before: The loss before.
         first: Mean training loss of the first local pass; 0 where the device did not say.
         took: Seconds from the issue of the order to the answer's arrival; 0 where they are not known.
+        least: The least ratio that the device can do.
     """
 
     round: int
@@ -48,6 +49,7 @@ class Due:
     before: float = 1.0
     first: float = 0.0
     took: float = 0.0
+    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def _client(rows: Sequence[Sequence[float]]) -> Client:
     return Client(edges, played, rewards, told, loss[0] if loss else None)
 
 
-def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> tuple[Client, Due]:
+def heard(client: Client, round_number: int, ratio: float, answer: Answer, least: float = 0.0) -> tuple[Client, Due]:
     """Take in an answer: give its device as it is then, and what is to be settled.
 
     The decrease is the ``loss`` (mean training loss of the last local pass) of the device's answer before this one, less that
@@ -159,13 +161,14 @@ def heard(client: Client, round_number: int, ratio: float, answer: Answer) -> tu
         round_number: The answer's.
         ratio: What was trained.
         answer: Its metrics are the device's word; what is no number in them is not used.
+        least: The least ratio that the device could have been asked for.
     """
     after, first = (answer.metrics.get(name, math.nan) for name in ("loss", "loss.first"))
     before, took = first if client.loss is None else client.loss, max(0.0, answer.seconds_turn)
     if not (math.isfinite(after) and math.isfinite(first)):
-        return client, Due(round_number, ratio, took=took)
+        return client, Due(round_number, ratio, took=took, least=least)
     decrease = before - after
-    due = Due(round_number, ratio, decrease if math.isfinite(decrease) else None, before, max(0.0, first), took)
+    due = Due(round_number, ratio, decrease if math.isfinite(decrease) else None, before, max(0.0, first), took, least)
     return dataclasses.replace(client, loss=after), due
 
 
@@ -186,7 +189,7 @@ def _turned(client: Client, due: Due, terms: bandit.Terms, earned: float | None)
     client = dataclasses.replace(client, turns=turns)
     if earned is None or not math.isfinite(earned):
         return client
-    after = bandit.learnt(client.bandit, terms, due.ratio, earned)
+    after = bandit.learnt(client.bandit, terms, due.ratio, earned, due.least)
     return dataclasses.replace(client, edges=after.edges, ratios=after.ratios, rewards=after.rewards)
 
 

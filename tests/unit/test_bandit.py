@@ -126,6 +126,34 @@ def test_a_chosen_ratio_is_inside_the_interval(plays, seed, low):
         assert low <= bandit.choose(found, terms, rng) < 0.8
 
 
+@settings(max_examples=50)
+@given(PLAYS, st.integers(0, 1000), st.floats(0.0, 0.79))
+def test_a_device_that_cannot_go_below_a_ratio_is_never_sent_there(plays, seed, least):
+    terms = Terms(0.0, 0.8, 0.05)
+    found, rng = played(terms, plays), np.random.default_rng(seed)
+    for _ in range(5):
+        assert least <= bandit.choose(found, terms, rng, least) < 0.8
+    same = [bandit.choose(found, terms, np.random.default_rng(seed), *more) for more in ((), (0.0,))]
+    assert same[0] == same[1]
+
+
+def test_a_leaf_is_as_wide_as_what_can_be_played_of_it():
+    terms = Terms(0.0, 0.8, 0.1)
+    found = bandit.learnt(bandit.fresh(terms), terms, 0.6, 1.0, 0.5)
+    assert found.edges == (0.0, 0.6, 0.8)
+    assert bandit.learnt(found, terms, 0.55, 1.0, 0.5).edges == (0.0, 0.6, 0.8), "of the first leaf a tenth is left"
+    assert bandit.learnt(found, terms, 0.55, 1.0, 0.45).edges == (0.0, 0.55, 0.6, 0.8)
+    assert bandit.learnt(found, terms, 0.45, 1.0, 0.45).edges == (0.0, 0.6, 0.8), "nothing can be played below"
+
+
+@pytest.mark.parametrize("least", [0.8, 0.9])
+def test_where_nothing_is_left_to_choose_it_is_the_very_top(least):
+    found = played(Terms(), [(0.1, 5.0), (0.5, 1.0)])
+    ratio = bandit.choose(found, Terms(), np.random.default_rng(0), least)
+    assert ratio < 0.8
+    assert ratio == pytest.approx(0.8)
+
+
 def test_a_draw_at_the_very_top_stays_below_the_edge():
     class Top:
         def choice(self, leaves):

@@ -1,4 +1,4 @@
-"""FedMP's deadlines where few of many devices are asked in a round: what the others' turns say of those that have had none."""
+"""FedMP's fleets: few of many devices are asked, and the others' turns must do for them; a device has little memory."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,8 @@ from coordinator.algorithms import fedmp
 from coordinator.blocks import deadline, ratios, worth
 from tests.support.models import random_arrays, small_cnn
 from tests.unit.test_fedmp import AMPLE, answer, start
+from wire.memory import predict, uniform
+from wire.messages import Recipe
 from wire.spec import Structure
 
 SPEC = small_cnn(channels=50, hidden=100)
@@ -150,3 +152,18 @@ def test_a_round_without_times_teaches_no_bandit_and_the_ratios_of_a_round_are_i
     state, chosen = played(state, ["slow-1"])
     facts = fedmp.facts(state)
     assert facts["ratio.least"] == facts["ratio.most"] == chosen["slow-1"], "not those of the round before"
+
+
+@pytest.mark.parametrize("policy", ["eucb", "bounded"])
+def test_a_bandit_explores_what_memory_leaves_of_the_ratios(policy):
+    """Nothing below the least ratio that fits is ever played: a leaf there would be the untried one in every round."""
+    limit = predict(SPEC, uniform(SPEC, 0.5), Recipe(batch=1, momentum=0.9, clip=2.0)).bound
+    state, found = start(spec=SPEC, policy=policy, high=0.9, **{"recipe.batch": 1.0}), []
+    for number in range(1, 41):
+        state, (draft,) = fedmp.plan(state, number, (DeviceView("a", limit, samples=5),), rng_of(0, number))
+        found.append(state.scalars["ratios"][draft.structure.capacity])
+        told, moves = {"loss.first": 2.0, "loss": 1.0}, random_arrays(SPEC, draft.structure, number, 1e-3)
+        state = fedmp.close(state, (answer(state, draft, 0, 5, told, moves, 1.0),))
+    assert 0.45 < min(found) < 0.55
+    assert len({round(ratio, 6) for ratio in found}) > 30, "the interval that is left is searched"
+    assert max(found) > 0.8
