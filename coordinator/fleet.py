@@ -101,8 +101,8 @@ class Fleet:
     def beat(self, name: str, beat: Beat, now: float) -> tuple[Fleet, Born | None]:
         """Take in a sign of life; it brings back a life that counts as lost; other lives' signs are ignored.
 
-        But an older life that outlives a newer one is the device: beats are neither retained nor queued, so who beats is here.
-        That is so after a second agent was started under this name and ended, and for a lost folder under a clock that is late.
+        But an older life that outlives a newer one is the device: beats are neither retained nor queued, so who beats is
+        here. It is so after a second agent of this name was started and ended, and for a lost folder under a late clock.
         """
         known = self.devices.get(name)
         if known is not None and known.state != "online" and beat.seq < known.seq:
