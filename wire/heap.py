@@ -55,12 +55,13 @@ def heap(walk: Walk) -> int:
 
 
 def lasting(walk: Walk) -> int:
-    """Give what stays between steps too. Cost: a look at each node."""
+    """Give what stays between steps too, logits among it. Cost: a look at each node."""
     found = sum(_PAGES.get(op, 0) for op in {node.op for node in walk.nodes})
     windows = [node for node in walk.nodes if node.op in ("conv2d", "conv1d")]
     single = [node for node in windows if node.attrs.get("kernel", 1) == 1 and node.attrs.get("groups", 1) == 1]
     found += _POINT * bool(single) + _CONV * (len(windows) - len(single))
-    return BASE + found + _SPARSE * bool(walk.panels or walk.dense)
+    logits = walk.size[walk.nodes[-1].name] if walk.backward else 0
+    return BASE + found + logits + _SPARSE * bool(walk.panels or walk.dense)
 
 
 def holes(walk: Walk) -> int:

@@ -132,6 +132,11 @@ def arrays(walk: Walk, *, inside: bool = True) -> Iterator[Interval]:
     yield from _temporaries(walk)
     yield from _gradients(walk)
     yield from _sums(walk)
+    yield (
+        walk.size[walk.nodes[-1].name] * (2 if walk.backward else 1),
+        len(walk.nodes),
+        len(walk.nodes),
+    )  # what a loss makes
     if inside:
         yield from _copies(walk)
 
@@ -231,6 +236,7 @@ def _activations(walk: Walk) -> Iterator[Interval]:
         if node.op == "stretch":
             values, gradients = walk.panels[node.name]
             yield values + gradients * walk.backward, 0, walk.end
+    last[walk.home[walk.nodes[-1].name]] = walk.end  # whoever takes the loss holds the logits
     for i, node in enumerate(walk.nodes):
         if walk.home[node.name] == node.name:
             yield walk.size[node.name], i, last[node.name]

@@ -1,4 +1,4 @@
-"""Weights that several nodes use: the gradient so far waits for the next share, and is counted."""
+"""What a step takes beside activations: gradients of a weight that is used again, and what a loss makes of many classes."""
 
 from __future__ import annotations
 
@@ -60,3 +60,21 @@ def test_the_native_engine_takes_for_a_fused_step_what_is_predicted():
     finally:
         tracemalloc.stop()
     assert held + peak <= native.predict(spec, WHOLE, recipe).peak
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_walk_has_what_a_loss_makes_of_many_classes(keep):
+    spec = export(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 20_000)), (8,)).spec
+    walk = Walk(spec, WHOLE, 32, backward=True)
+    found, seen = most(walk, arrays(walk, inside=False)), peak_of_step(spec, WHOLE, 32, keep=keep)
+    assert seen - LOSS <= found <= seen + LOSS
+
+
+@pytest.mark.parametrize(("engine", "predict"), [("torch", memory.predict), ("native", native.predict)])
+def test_logits_are_counted_as_often_as_they_are_held(engine, predict):
+    batch, classes = 64, 20_000
+    spec = export(nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, classes)), (8,)).spec
+    held = (
+        5 if engine == "torch" else 4
+    )  # of the step before, of this one, its gradient; torch has the odds' beside, twice
+    assert predict(spec, WHOLE, Recipe(batch=batch)).peak > held * 4 * batch * classes

@@ -57,6 +57,7 @@ def predict(
     if not memory.holds_gradients(recipe, batch):
         shapes = tensor_shapes(spec, structure)  # what several nodes use moves when all have given their share
         takes += sum(aligned(shapes[name]) for name in several(spec.nodes))
+    takes += 2 * aligned((batch, spec.classes))  # the logits, while those of the step before are still there
     passes = Pass(0, takes, _lasting(spec, masked))
     return memory.with_pass(spec, structure, recipe, (batch, masked), passes, scale=scale)
 
@@ -74,6 +75,7 @@ def predict_evaluation(
     if structure.capacity and masked is None:
         narrower = structure.narrowed(structure.capacity - 1)
         takes = max(takes, arena(spec, narrower, Asked(batch, backward=False, views=True)))
+    takes += aligned((batch, spec.classes))  # what the loss makes
     return memory.evaluated(spec, structure, masked, Pass(takes, _lasting(spec, masked)), scale)
 
 
