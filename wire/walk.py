@@ -132,11 +132,8 @@ def arrays(walk: Walk, *, inside: bool = True) -> Iterator[Interval]:
     yield from _temporaries(walk)
     yield from _gradients(walk)
     yield from _sums(walk)
-    yield (
-        walk.size[walk.nodes[-1].name] * (2 if walk.backward else 1),
-        len(walk.nodes),
-        len(walk.nodes),
-    )  # what a loss makes
+    of_loss = walk.size[walk.nodes[-1].name] * (2 if walk.backward else 1)
+    yield of_loss, len(walk.nodes), len(walk.nodes)
     if inside:
         yield from _copies(walk)
 
