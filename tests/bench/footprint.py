@@ -27,7 +27,7 @@ from tests.support.tls import TlsBroker
 from tests.support.transfer import random_file
 from wire import zoo
 from wire.job import Done, Failed
-from wire.messages import Presence, Recipe
+from wire.messages import Ack, Presence, Recipe
 from wire.spec import Structure
 
 MIB = 1 << 20
@@ -156,9 +156,8 @@ def _received(agent: Agent, script: Script, root: Path) -> Row:
     whole = agent.root / "state/spool" / ref.digest
     script.until(whole.exists, 120.0)
     peak = agent.memory("VmHWM")
-    script.until(
-        lambda: any(getattr(seen, "order", "") == order.id for seen in script.seen)
-    )  # what it says of random bytes
+    script.until(lambda: any(getattr(seen, "order", "") == order.id for seen in script.seen))
+    script.send(Ack(order.id, "unwanted"))  # what it makes of random bytes
     script.clear(ref)
     return Row("agent, receives 64 MB over TLS", "memory more than before", (peak - before) / MIB, "MiB", "lower", 2.0)
 
