@@ -156,7 +156,7 @@ class Agent:
             self._happen(table.Led(lead))
         elif place.room == "d" and place.kind == "order":
             guest = self._life.guest
-            unmet = f"not now: {guest.why}" if guest.standing == "away" else ""
+            unmet = f"not now: {guest.wanting}" if guest.standing == "away" else ""
             self._happen(table.Ordered(codec.decode(message.payload, Order), unmet))
         elif place.room == "d" and place.kind == "ack":
             self._happen(table.Acked(codec.decode(message.payload, Ack)))
@@ -336,7 +336,7 @@ class Agent:
             self._moved(move, now)
         order = self._session.order
         if order is not None and self._session.phase == "waiting" and now >= guest.hopeless:
-            self._happen(table.Failed(order.id, "busy", f"given back, no time is left to wait: {guest.why}"))
+            self._happen(table.Failed(order.id, "busy", f"given back, no time is left to wait: {guest.wanting}"))
 
     def _moved(self, move: Move, now: float) -> None:
         why = self._life.guest.why

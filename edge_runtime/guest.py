@@ -95,6 +95,11 @@ class Guest:
         return self._due
 
     @property
+    def wanting(self) -> str:
+        """What an order waits for, for people: what fails, or that all has to hold for longer."""
+        return self.why or f"all conditions hold, but not yet for {self._wanted.seconds_settle:g} s"
+
+    @property
     def quiet(self) -> bool:
         """Nothing large may be sent: the network costs."""
         return self.standing == "away" and not self._good.get(_NETWORK, True)

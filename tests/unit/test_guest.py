@@ -103,6 +103,17 @@ def test_how_often_it_looks(looked):
     assert guest.due <= 5.9 + WANTED.seconds_still
 
 
+def test_an_order_that_is_refused_while_all_settles_is_told_so(tmp_path):
+    temperature = tmp_path / "sys/class/thermal/thermal_zone0/temp"
+    write(tmp_path, {"sys/class/thermal/thermal_zone0/temp": "90000"})
+    guest = Guest(ConditionsConfig(celsius_max=70.0, seconds_settle=30.0, root=str(tmp_path)))
+    assert guest.tick(0.0) == "away"
+    assert guest.wanting == guest.why == "processor at 90 C, wanted: 70 C or less"
+    temperature.write_text("40000")
+    assert guest.tick(10.0) is None
+    assert (guest.standing, guest.wanting) == ("away", "all conditions hold, but not yet for 30 s")
+
+
 def test_the_network_that_costs_is_known_while_away(tmp_path):
     write(tmp_path, {"proc/net/route": "x\nwwan0 00000000 01 0003 0 0 0 00000000 0 0 0\n"})
     guest = Guest(ConditionsConfig(unmetered=True, root=str(tmp_path)))
