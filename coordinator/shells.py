@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +136,5 @@ def write(spool: Spool, kind: str, tensors: Mapping[str, np.ndarray[Any, Any]], 
 
 def into(spool: Spool, write_to: Callable[[Path], BlobRef]) -> BlobRef:
     """Write one blob into the spool by a function that is given a path. Not yet durable."""
-    handle, name = tempfile.mkstemp(dir=spool.root, prefix=".new-")
-    os.close(handle)
-    return spool.add_file(Path(name), write_to(Path(name)).digest)
+    with spool.beginning() as new:
+        return spool.add_file(new, write_to(new).digest)

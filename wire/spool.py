@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wire.chunks import Assembly, file_digest, sidecar_of
@@ -128,15 +129,25 @@ class Spool:
         if path.exists():
             return ref
         try:
-            file, name = tempfile.mkstemp(prefix=_NEW, dir=self.root)
-            with open(file, "wb", buffering=0) as stream:  # noqa: PTH123 - an open file, not a path
+            with self.beginning() as new, new.open("wb", buffering=0) as stream:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[stream.write(rest) :]
         except OSError as error:
             raise _store_error(path, error) from error
-        _move(Path(name), path)
+        _move(new, path)
         return ref
+
+    @contextmanager
+    def beginning(self) -> Iterator[Path]:
+        """Give an empty file for a blob that has no name yet; it is deleted when writing it fails, as on a full disk."""
+        file, name = tempfile.mkstemp(prefix=_NEW, dir=self.root)
+        os.close(file)
+        try:
+            yield Path(name)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
     def add_file(self, path: Path, digest: str = "") -> BlobRef:
         """Move a file here under its digest, which is computed unless the caller has just done so. Not yet durable.

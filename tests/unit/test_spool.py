@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import threading
 import time
 
 import pytest
 
+from coordinator.shells import into
 from wire import spool as spools
 from wire.errors import DigestMismatch, Malformed, StoreError
 from wire.messages import BlobRef
@@ -152,6 +154,22 @@ def test_sync_takes_digests_and_paths_and_nothing(tmp_path, monkeypatch):
         spool.sync(["ab" * 32])
     with pytest.raises(StoreError):
         spool.sync([ref.digest, "ab" * 32])
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
+    """A coordinator that is started again and again on a full disk would fill it with what it began each time."""
+    spool = Spool(tmp_path)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, most[1]))
+    try:
+        with pytest.raises(StoreError, match="too large"):
+            spool.add_bytes(DATA)
+        with pytest.raises(OSError, match="too large"):
+            into(spool, lambda path: BlobRef(REF.digest, path.write_bytes(DATA)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+    assert into(spool, lambda path: BlobRef(REF.digest, path.write_bytes(DATA))) == BlobRef(REF.digest, len(DATA))
 
 
 def test_sweep_keeps_what_is_named_or_open_and_foreign_files(tmp_path):
