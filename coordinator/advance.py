@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithm import Algorithm, DeviceView, Draft, Floats, State, rng_of
+from coordinator.algorithm import Algorithm, Arrays, DeviceView, Draft, Floats, State, rng_of
 from coordinator.algorithms import by_name, wanted_by
 from coordinator.answers import Answers
 from coordinator.blocks import norms
 from coordinator.blocks.initial import initial_weights
+from coordinator.config import Config
 from coordinator.facts import facts_of
 from coordinator.shells import Sized, encode_shells, encode_sizes, held_by, into, sizes_of, write
 from coordinator.weights import KIND, started
@@ -167,7 +168,7 @@ def advance(task: Task) -> Outcome:
         state = load_state(spool, task.state, spec)
     else:
         weights = started(spool, task.weights) if task.weights else initial_weights(spec, task.seed)
-        state = algorithm.init(spec, weights, {**task.params, **{f"recipe.{k}": v for k, v in task.recipe.items()}})
+        state = algorithm.init(spec, weights, _together(task.params, task.recipe))
         note = norms.advice(state)
     if task.closing:
         held, sizes = held_by(spec, state), sizes_of(spec, state)
@@ -181,6 +182,21 @@ def advance(task: Task) -> Outcome:
     shells, shell_of, structures = encode_shells(spool, spec, state)
     masks = into(spool, lambda path: write_masks(path, state.masks)) if state.masks else None
     return dataclasses.replace(outcome, shells=shells, shell_of=shell_of, structures=structures, masks=masks)
+
+
+def rehearse(config: Config, spec: ModelSpec, weights: Arrays) -> None:
+    """See that an algorithm takes its parameters with this model: a first round is planned, of no devices. Memory: the state.
+
+    Raises:
+        ConfigError: It does not; the text names the parameter.
+    """
+    algorithm = by_name(config.algo)
+    state = algorithm.init(spec, weights, _together(config.params, config.recipe))
+    algorithm.plan(state, 1, (), rng_of(config.seed, 1))
+
+
+def _together(params: Mapping[str, float | str], recipe: Mapping[str, float | str]) -> dict[str, float | str]:
+    return {**params, **{f"recipe.{name}": value for name, value in recipe.items()}}
 
 
 def _asked(task: Task, state: State) -> tuple[DeviceView, ...]:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from coordinator import algorithms
-from coordinator.advance import stored
+from coordinator.advance import rehearse, stored
+from coordinator.blocks.initial import initial_weights
 from coordinator.broker import Broker, Entrance, choose, instructions
 from coordinator.config import Config
 from coordinator.evaluate import Evaluator
@@ -25,7 +26,7 @@ from coordinator.mail import Mail, offline
 from coordinator.server import Server
 from coordinator.standing import Standing, absorb, fold
 from coordinator.steps import Store
-from coordinator.weights import read
+from coordinator.weights import read, started
 from wire import codec, topics, zoo
 from wire import spec as specs
 from wire.errors import ConfigError, StoreError, one_line
@@ -97,7 +98,8 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
     The journal goes on, so that what the one before left at the broker and learnt of devices' memory is known.
 
     Raises:
-        ConfigError: The folder holds a run with other settings, and there is to be no other instead.
+        ConfigError: The folder holds a run with other settings, and there is to be no other instead. Or the algorithm refuses
+            its parameters with this model: then no run has begun.
         StoreError: It cannot be read or written.
     """
     spec = zoo.load(config.model)
@@ -113,6 +115,7 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
             weights = _weights(config, spec, spool, None)
         spool.sync([ref.digest, *([weights] if weights else [])])
         if standing.started is None:
+            rehearse(config, spec, started(spool, weights) if weights else initial_weights(spec, config.seed))
             about: dict[str, str | int | float | bool] = {
                 "algo": config.algo,
                 "model": spec.name,
@@ -121,19 +124,19 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
                 "federation": config.federation,
                 **({"weights": weights} if weights else {}),
             }
-            started = RunStarted(run=secrets.token_hex(8), config=digest(config, weights), about=about)
+            begun = RunStarted(run=secrets.token_hex(8), config=digest(config, weights), about=about)
             if before is not None:
                 _set_aside(state, before.run)
-            journal.append([started])
-            standing = absorb(standing, started)
+            journal.append([begun])
+            standing = absorb(standing, begun)
     except BaseException:
         journal.close()
         raise
     return Store(spool, journal, spec, ref, weights), standing
 
 
-def _same(started: RunStarted, config: Config, weights: str, spec: BlobRef) -> bool:
-    return started.config == digest(config, weights) and started.about.get("spec") == spec.digest
+def _same(before: RunStarted, config: Config, weights: str, spec: BlobRef) -> bool:
+    return before.config == digest(config, weights) and before.about.get("spec") == spec.digest
 
 
 def _given_up(state: Path, standing: Standing, *, instead: bool) -> Standing:
@@ -157,11 +160,11 @@ def _set_aside(state: Path, run: str) -> None:
         raise StoreError(f"{model}: {error.strerror}") from error
 
 
-def _weights(config: Config, spec: ModelSpec, spool: Spool, started: RunStarted | None) -> str:
+def _weights(config: Config, spec: ModelSpec, spool: Spool, before: RunStarted | None) -> str:
     """Name what the run starts from. One that has begun needs the file no more: what it said then is in the spool."""
     file = Path(config.weights).expanduser()
-    if config.weights and started is not None and not file.exists():
-        return str(started.about.get("weights", ""))
+    if config.weights and before is not None and not file.exists():
+        return str(before.about.get("weights", ""))
     return stored(spool, read(file, spec)) if config.weights else ""
 
 

@@ -86,7 +86,8 @@ class Keep:
         """Let what was staged for an order count. False when nothing was: it was promoted before, or there was none.
 
         Raises:
-            StoreError: The disk refuses; `recover` tries again.
+            StoreError: The disk refuses; `recover` tries again. With no room for the note alone, the state counts all the
+                same, and a late copy of the order would be done once more.
         """
         rule = order.recipe.rule
         staged = self._staged(federation, rule, order.id)
@@ -94,13 +95,15 @@ class Keep:
             return False
         note = self._root / federation / _ENDED
         try:
-            new = note.with_suffix(".new")
-            new.write_text(f"{order.run} {order.round} {order.id} {rule}", "ascii")
-            flush(new)
-            new.replace(note)
-            flush(note.parent)
-            staged.replace(self._root / federation / rule)
-            flush(note.parent)
+            try:
+                new = note.with_suffix(".new")
+                new.write_text(f"{order.run} {order.round} {order.id} {rule}", "ascii")
+                flush(new)
+                new.replace(note)
+                flush(note.parent)
+            finally:
+                staged.replace(self._root / federation / rule)
+                flush(note.parent)
         except OSError as error:
             raise StoreError(f"{staged}: {error.strerror}") from error
         return True

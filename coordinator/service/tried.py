@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import algorithms
+from coordinator.advance import rehearse
+from coordinator.blocks.initial import initial_weights
 from coordinator.config import Config, load
 from coordinator.service.placed import CREDENTIALS, SETTINGS, STATE, Placed
 from wire import zoo
@@ -101,6 +103,12 @@ def _algorithm(config: Config) -> str:
     return config.algo
 
 
+def _parameters(config: Config) -> str:
+    spec = zoo.load(config.model)
+    rehearse(config, spec, initial_weights(spec, config.seed))
+    return f"{config.algo} plans a round of {spec.name} by them"
+
+
 def _model(config: Config) -> str:
     spec = zoo.load(config.model)
     if config.weights:
@@ -154,6 +162,7 @@ def _missing() -> str:
 _LOOKS: dict[str, Callable[[Config], str]] = {
     "algorithm": _algorithm,
     "model": _model,
+    "parameters": _parameters,
     "data": _data,
     "state": _state,
     "broker": _broker,

@@ -80,6 +80,23 @@ def test_what_the_broker_holds_is_remembered_through_a_run_that_is_given_up(tmp_
     assert standing.started.about["seed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("algo", "params", "said"),
+    [
+        ("fedavg", {"bogus": 1.0}, "'bogus' is not known here"),
+        ("nestfl", {"angle": -1.0}, "parameter angle"),
+        ("heterofl", {"calibrate": 3.0}, "without batch norms"),
+    ],
+)
+def test_what_an_algorithm_refuses_is_said_before_a_run_begins(
+    tmp_path: Path, algo: str, params: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        begun(tmp_path, algo=algo, params=params)
+    assert standing_of(tmp_path).started is None
+    begun(tmp_path, algo=algo).journal.close()
+
+
 def test_the_same_settings_go_on_whatever_replace_says(tmp_path: Path) -> None:
     begun(tmp_path, seed=1).journal.close()
     run = standing_of(tmp_path).started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +131,23 @@ def test_a_torn_note_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.ended").write_text("abc")
     assert keep.recover("home") == ("", 0)
+
+
+def test_a_full_disk_has_no_room_for_the_note_and_the_state_counts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the coordinator has counted would come a second time in the next update, if its residual did not."""
+    keep, order = Keep(tmp_path / "keep"), an_order("d0", 1)
+    staged(keep, tmp_path, order, b"one")
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(StoreError, match="No space left"):
+            keep.promote("home", order)
+    keep.drop()  # as the agent does when an order is over
+    held = keep.current("home", "sgd")
+    assert held is not None
+    assert held.read_bytes() == b"one"
