@@ -24,6 +24,10 @@ OVERHEAD = 0.5
 """Prior: what a step takes beside its multiplications, as a share of them at full density (PruneFL's Conv-2: 0.76)."""
 
 
+_ROUNDING = 1e-24
+"""What share of the sum of squares the spread of equal numbers may seem to have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """Seconds of a round.
@@ -164,10 +168,10 @@ def nnls(matrix: Matrix, target: Matrix) -> Matrix:
 
 
 def r_squared(target: Sequence[float], fitted: Sequence[float]) -> float:
-    """Give ``1 - sum (y - f)^2 / sum (y - mean)^2``; 0 where y never changes, since there is nothing to explain."""
+    """Give ``1 - sum (y - f)^2 / sum (y - mean)^2``; 0 where y never changes but for rounding: there is nothing to explain."""
     y, f = np.asarray(target, np.float64), np.asarray(fitted, np.float64)
     spread = float(np.square(y - y.mean()).sum()) if len(y) else 0.0
-    return 1.0 - float(np.square(y - f).sum()) / spread if spread > 0.0 else 0.0
+    return 1.0 - float(np.square(y - f).sum()) / spread if spread > _ROUNDING * float(np.square(y).sum()) else 0.0
 
 
 def fit(kept: Sequence[Sequence[int]], seconds: Sequence[float], prior: Line, trust: float) -> tuple[Line, float]:

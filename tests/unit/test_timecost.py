@@ -55,6 +55,7 @@ def test_r_squared_by_hand():
     assert r_squared([1.0, 2.0, 3.0], [1.5, 2.0, 2.5]) == pytest.approx(1.0 - 0.5 / 2.0)
     assert r_squared([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == 0.0
     assert r_squared([2.0, 2.0], [1.0, 3.0]) == 0.0
+    assert r_squared([0.1 + 0.2, 0.3, 0.3], [0.1, 0.2, 0.3]) == 0.0, "they differ by rounding alone"
     assert r_squared([], []) == 0.0
 
 
