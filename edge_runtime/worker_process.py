@@ -50,7 +50,7 @@ ASIDE = (
 """What a worker does not use unless something goes wrong."""
 ANSWERS: Mapping[str, Mapping[str, Any]] = {
     "gettext": {"gettext": lambda text: text, "ngettext": lambda one, many, n: one if n == 1 else many},
-    "inspect": {"cleandoc": lambda text: text, "signature": _signature},
+    "inspect": {"cleandoc": lambda text: text, "signature": _signature, "get_annotations": frugal.hints},
     "numpy._typing": {"NDArray": _Annotation},
     "numpy.typing": {"NDArray": _Annotation},
     "platform": {"system": lambda: os.uname().sysname, "python_implementation": lambda: "CPython"},

@@ -238,3 +238,18 @@ def test_libraries_that_data_may_need_load_beside_a_workers_stand_ins() -> None:
         "print(pathlib.Path('/a b').as_uri(), sys.modules['urllib.parse'] is found)\n"
     )
     assert said.splitlines() == ["(a)", "True 1", "file:///a%20b True"]
+
+
+def test_what_dataclasses_of_python_3_13_asks_needs_no_inspect() -> None:
+    said = run(
+        "from __future__ import annotations\n"
+        "import sys\n"
+        "from edge_runtime import frugal\n"
+        "frugal.put_aside()\n"
+        "import inspect\n"
+        "class One:\n    a: int\n"
+        "class Two(One):\n    def f(self, b: str) -> int: ...\n"
+        "print(inspect.get_annotations(One), inspect.get_annotations(Two), sys.modules['inspect'].__spec__ is None)\n"
+        "print(inspect.get_annotations(Two.f), sys.modules['inspect'].__spec__ is None)\n"
+    )
+    assert said.split("\n")[:2] == ["{'a': 'int'} {} True", "{'b': 'str', 'return': 'int'} False"]
