@@ -105,6 +105,7 @@ class Fleet:
         here. It is so after a second agent of this name was started and ended, and for a lost folder under a late clock.
         """
         known = self.devices.get(name)
+        highest = known.seq if known is not None else 0  # a round takes no word of an older life than it has heard of
         if known is not None and known.state != "online" and beat.seq < known.seq:
             known = replace(known, state="lost", boot=beat.boot, seq=beat.seq)
         if known is None or known.boot != beat.boot or known.seq != beat.seq or known.state == "bye":
@@ -117,7 +118,7 @@ class Fleet:
             done=beat.done,
             bytes_peak=beat.bytes_peak,
         )
-        return self._with(following), Born(name, known.seq) if known.state == "lost" else None
+        return self._with(following), Born(name, highest) if known.state == "lost" else None
 
     def heard(self, name: str, now: float) -> Fleet:
         """Count any other message as a sign of life, without bringing anybody back; to a quarter of a second."""

@@ -38,7 +38,7 @@ class RunStarted:
         run: Its token.
         config: Digest of what the operator asked for, so that a restart can tell another request.
         state: Digest of the state before the first round; may be empty until `Planned` names one.
-        about: For viewers: algorithm, model, seed, rounds, broker and the like.
+        about: For viewers: algorithm, model, seed and the like.
     """
 
     run: Token
@@ -121,7 +121,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The run has ended and does not go on after a restart."""
+    """The run has ended, and goes on only if it is given more rounds."""
 
     why: Text = ""
 

@@ -374,7 +374,7 @@ class Server:
 
     def _finished(self) -> bool:
         waiting = self._evaluator is not None and not self._evaluator.idle
-        done = self._standing.done >= self._config.rounds and not self._turn.rows
+        done = self._standing.settled and self._standing.done >= self._config.rounds and not self._turn.rows
         return done and not waiting and not self._steps.busy
 
     def _stop(self) -> None:

@@ -29,7 +29,7 @@ from coordinator.steps import Store
 from coordinator.weights import read, started
 from wire import codec, topics, zoo
 from wire import spec as specs
-from wire.errors import ConfigError, StoreError, one_line
+from wire.errors import ConfigError, one_line
 from wire.link import Address, Will
 from wire.link.mqtt import MqttLink
 from wire.messages import BlobRef, Lead
@@ -39,7 +39,7 @@ from wire.spool import Spool
 
 
 def start(config: Config, *, instead: bool = False) -> int:
-    """Run the service until its rounds are done (exit code 0), or until SIGTERM or Ctrl-C (130; the next start goes on).
+    """Run the service until its rounds are done (exit code 0; 4 where none was closed), or until SIGTERM or Ctrl-C (130).
 
     Raises:
         ConfigError: The algorithm, the model or the data set is not there, or the folder holds another run.
@@ -54,10 +54,10 @@ def start(config: Config, *, instead: bool = False) -> int:
     algorithms.by_name(config.algo)
     state = Path(config.state)
     store, standing = prepare(config, state, instead=instead)
-    if standing.finished and standing.done >= config.rounds:
+    if standing.finished and standing.settled and standing.done >= config.rounds:
         store.journal.close()
         say(
-            "this run is finished after %d rounds; it goes on with more --rounds, another one begins by --replace",
+            "this run is finished after %d rounds; it goes on with more --rounds; other settings with --replace begin another",
             standing.done,
         )
         return _left(state, "the model: %s", say)
@@ -107,7 +107,7 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
     ref = spool.add_bytes(specs.encode(spec))
     journal = Journal(state / JOURNAL)
     try:
-        standing = fold(journal.replay())
+        standing = over = fold(journal.replay())
         before = standing.started
         weights = _weights(config, spec, spool, before)
         if before is not None and not _same(before, config, weights, ref):
@@ -126,7 +126,7 @@ def prepare(config: Config, state: Path, *, instead: bool = False) -> tuple[Stor
             }
             begun = RunStarted(run=secrets.token_hex(8), config=digest(config, weights), about=about)
             if before is not None:
-                _set_aside(state, before.run)
+                _set_aside(state, over)
             journal.append([begun])
             standing = absorb(standing, begun)
     except BaseException:
@@ -150,14 +150,12 @@ def _given_up(state: Path, standing: Standing, *, instead: bool) -> Standing:
     return replace(standing, started=None)
 
 
-def _set_aside(state: Path, run: str) -> None:
-    """Keep the model of a run from that of the one that follows."""
-    model = state / MODEL
-    try:
-        if model.exists():
-            model.rename(model.with_stem(f"{model.stem}-{run}"))
-    except OSError as error:
-        raise StoreError(f"{model}: {error.strerror}") from error
+def _set_aside(state: Path, over: Standing) -> None:
+    """Keep the model of a run, as far as it has come: the one that follows sweeps away what it is made of."""
+    assert over.started is not None
+    if over.closed:
+        write_model(state, None, (state / MODEL).with_stem(f"model-{over.started.run}"))
+    (state / MODEL).unlink(missing_ok=True)
 
 
 def _weights(config: Config, spec: ModelSpec, spool: Spool, before: RunStarted | None) -> str:

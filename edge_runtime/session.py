@@ -7,7 +7,7 @@ any          `Ordered`, new       fetching     `Forget` the old one, `Fetch`
 any          `Ordered`, older     same
 any          `Ordered`, ended     same         (a late copy; done again, its Keep would be promoted twice)
 any          `Ordered`, unmet     refusing     `Forget` the old one, `Refuse`: the owner's conditions do not hold
-offering     `Ordered`, new       offering     `Offer` again: the new one is taken up once the end of the offered one is told
+offering     `Ordered`, next      offering     `Offer` again: the next one of the run, unmet or not, waits for the end of this
 fetching     `Ordered`, same      fetching     (it is being worked on)
 working      `Ordered`, same      working
 offering     `Ordered`, same      offering     `Offer` again
@@ -30,11 +30,15 @@ any but idle `Acked` unwanted     idle         `Forget`
 any but idle `Cancelled`          idle         `Forget`
 any but idle `Led`, another run   idle         `Forget`
 offering     `Led`, `Silence`     offering     `Offer` again
+offering     `Unmet`, `Met`       offering     (what is told of the order that waits, if one does)
+offering     `Acked` unwanted or  offering     (if it is about the order that waits: it does no more)
+             `Cancelled`
 refusing     `Led`, `Silence`     refusing     `Refuse` again
 ============ ==================== ============ =====================================================
 
-A new order means that the round of the old one is over, not whether the answer was counted: the word on that may have been
-lost with a broker, and a Keep that is dropped although its update counts has that update's residual sent once more.
+Where the table says idle and an order waits, that one is begun. A new order means that the round of the old one is over, not
+whether the answer was counted: the word on that may have been lost with a broker, and a Keep that is dropped although its
+update counts has that update's residual sent once more.
 
 What is not in the table changes nothing. `Forget` stops the worker and drops everything but the blobs, which stay cached. A
 new life starts idle, or offering when an earlier one had an answer (`Session.recalled`). An order that was not answered yet
@@ -320,7 +324,7 @@ def _failed(session: Session, event: Failed) -> Step:
 def _acked(session: Session, event: Acked) -> Step:
     ack, held = event.ack, session.order
     if held is None or held.id != ack.order:
-        return session, ()
+        return _without(session, ack.order) if ack.state == "unwanted" else session, ()
     if ack.state == "unwanted":
         return _over(session, Forget(held.id))
     if ack.state == "committed":
@@ -330,8 +334,14 @@ def _acked(session: Session, event: Acked) -> Step:
 
 def _cancelled(session: Session, event: Cancelled) -> Step:
     if session.order is None or session.order.id != event.cancel.order:
-        return session, ()
+        return _without(session, event.cancel.order), ()
     return _over(session, Forget(session.order.id))
+
+
+def _without(session: Session, order: str) -> Session:
+    """Forget an order that waited to be begun, if it is that one."""
+    waits = session.following is not None and session.following.order.id == order
+    return replace(session, following=None) if waits else session
 
 
 def _over(session: Session, *effects: Effect) -> Step:

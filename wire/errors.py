@@ -175,5 +175,5 @@ class StoreError(NestlingError):
 
 
 def of_disk(error: OSError) -> bool:
-    """Tell whether the system's error is about a file or the disk, and not about a socket or a process."""
+    """Tell whether the system's error is about a file (a program's too) or the disk, and not about a socket."""
     return error.filename is not None or error.errno in _DISK

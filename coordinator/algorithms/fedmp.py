@@ -128,7 +128,7 @@ def plan(
     widths = widths_of(state.spec, [1.0 - ratio for ratio in distinct])
     levels = rank(state.spec, state.weights, widths, progressive=False)
     bound = {name: ratio for name, ratio in least.items() if ratio and params["policy"] in _BANDITS}
-    scalars = {**known, "ratios": distinct, "least": bound}
+    scalars = {**known, "ratios": distinct, "least": roster.latest({}, bound)}
     state = dataclasses.replace(state, round=round_number, levels=levels, widths=widths, scalars=scalars)
     return state, _drafts(state, recipe, devices, wanted, rng)
 

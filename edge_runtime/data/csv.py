@@ -121,9 +121,14 @@ def _rows(path: Path, stream: IO[str]) -> Iterator[tuple[int, list[str]]]:
             yield line
             line = _line(path, stream)
 
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    reader, before = csv.reader(lines(), delimiter=delimiter), 0
     for row in reader:
-        yield reader.line_num, row
+        if reader.line_num > before + 1:
+            raise DataError(
+                f"{path}: a quote that begins in line {before + 1} does not end there: close it or take it away"
+            )
+        before = reader.line_num
+        yield before, row
 
 
 def _line(path: Path, stream: IO[str]) -> str:

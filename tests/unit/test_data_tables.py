@@ -35,8 +35,11 @@ def test_classes_are_written_as_the_labels_write_them(tmp_path):
 
 
 def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path):
-    with pytest.raises(DataError, match=r"t\.csv: not a readable table"):
-        load(table(tmp_path, '1,2,"cat\n3,4,dog\n5,6,cat\n'))
+    for text in ('1,2,"cat\n3,4,dog\n5,6,cat\n', '1,2,"cat\n3,4,dog"\n5,6,cat\n'):
+        with pytest.raises(DataError, match=r"t\.csv: a quote that begins in line 1 does not end there"):
+            load(table(tmp_path, text))
+    spaced = load(table(tmp_path, '"1" ,"2" ,"cat"\n"3" ,"4" ,"dog"\n'))
+    assert (spaced.train[0].tolist(), spaced.labels) == ([[1, 2], [3, 4]], ("cat", "dog"))
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (3, 1, 2, 2, 2, 2)])

@@ -7,9 +7,10 @@ import itertools
 import pytest
 from immutables import Map
 
-from coordinator.events import Born, Lost
+from coordinator.events import Born, Issued, Lost, Send
 from coordinator.fleet import Fleet, memory_scale, oom_scale
-from tests.support.messages import a_beat, a_presence, a_refusal, an_order
+from coordinator.round import open_round, step
+from tests.support.messages import RUN, a_beat, a_presence, a_refusal, an_order, order_id
 from wire.messages import Usage
 
 
@@ -93,8 +94,12 @@ def test_an_older_life_that_outlives_a_newer_one_is_brought_back_by_its_beats(st
     fleet, _ = fleet.present(a_presence("d1", 9, state), 2.0)
     assert fleet.present(a_presence("d1", 2), 3.0) == (fleet, None)
     fleet, event = fleet.beat("d1", a_beat(2), 4.0)
-    assert event == Born("d1", 2)
+    assert event == Born("d1", 9), "as high as what a round has heard, which takes no word of an older life"
     assert [d.seq for d in fleet.online()] == [2]
+    seat, _ = step(open_round(1, RUN, {"d1": order_id("d1", 1)}, quorum=None, seconds=1.0), Issued(0.0))
+    for heard in (Born("d1", 9), Lost("d1", 9)):
+        seat, _ = step(seat, heard)
+    assert step(seat, event)[1] == (Send("d1", order_id("d1", 1)),)
     assert fleet.beat("d1", a_beat(2), 5.0)[1] is None
     fleet, event = fleet.present(a_presence("d1", 9), 6.0)
     assert (event, fleet.devices["d1"].seq) == (Born("d1", 9), 9)

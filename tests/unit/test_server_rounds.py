@@ -6,10 +6,13 @@ import hashlib
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from coordinator import show, start, turn
+from coordinator.blocks.initial import initial_weights
 from coordinator.config import Config, RoundConfig
 from coordinator.journal import Abandoned, Closed, Evaluated, Finished, Planned
 from coordinator.mail import Mail
@@ -89,17 +92,54 @@ def test_a_run_in_which_nobody_has_answered_leaves_no_model(tmp_path, monkeypatc
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_rounds(tmp_path):
-    def script(queue: Queue, order: Order) -> None:
-        path = tmp_path / "update"
-        moves = {n: np.full(shape, 1e-3 * order.round, np.float32) for n, shape in SHAPES.items()}
-        offered(queue, order, write_blob(path, "update", moves), path.read_bytes())
+def moved(folder: Path):
+    """A script in which all devices answer each order."""
 
-    straight, _ = ran(tmp_path / "straight", script, rounds=4)
-    short, _ = ran(tmp_path / "parts", script, rounds=2)
+    def script(queue: Queue, order: Order) -> None:
+        moves = {n: np.full(shape, 1e-3 * order.round, np.float32) for n, shape in SHAPES.items()}
+        offered(queue, order, write_blob(folder / "update", "update", moves), (folder / "update").read_bytes())
+
+    return script
+
+
+def test_fewer_rounds_than_a_run_has_begun_lead_the_open_one_to_its_end(tmp_path):
+    def till_three(queue: Queue, order: Order) -> None:
+        if order.round < 3:
+            moved(tmp_path)(queue, order)
+
+    begun, _ = ran(tmp_path / "s", till_three, lambda server, _: server._standing.done == 2, rounds=5)
+    assert (begun._standing.done, begun._standing.settled) == (2, False)
+    ended, _ = ran(tmp_path / "s", moved(tmp_path), rounds=2)
+    assert (ended._standing.done, ended._standing.closed, ended._standing.settled) == (3, 3, True)
+    assert ended._standing.finished
+
+
+def test_the_model_of_a_run_that_another_replaces_is_kept_as_far_as_it_came(tmp_path):
+    def till_three(queue: Queue, order: Order) -> None:
+        if order.round < 3:
+            moved(tmp_path)(queue, order)
+
+    first, _ = ran(tmp_path / "s", till_three, lambda server, _: server._standing.done == 2, rounds=5)
+    config = Config(state=str(tmp_path / "s"), algo="fedavg", model="digits-mlp", seed=1)
+    store, standing = start.prepare(config, tmp_path / "s", instead=True)
+    store.journal.close()
+    assert standing.started.run != first._run
+    (kept,) = (tmp_path / "s").glob("model*.safetensors")
+    assert kept.name == f"model-{first._run}.safetensors"
+    with safe_open(kept, "numpy") as file:
+        assert file.metadata()["round"] == "2"
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    begun = initial_weights(zoo.by_name("digits-mlp"), 0)
+    for name, array in found.items():
+        np.testing.assert_allclose(array, begun[name] + np.float32(3e-3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_rounds(tmp_path):
+    straight, _ = ran(tmp_path / "straight", moved(tmp_path), rounds=4)
+    short, _ = ran(tmp_path / "parts", moved(tmp_path), rounds=2)
     assert (short._standing.finished, short._standing.done) == (True, 2)
     assert short._standing.state != straight._standing.state
-    longer, _ = ran(tmp_path / "parts", script, rounds=4)
+    longer, _ = ran(tmp_path / "parts", moved(tmp_path), rounds=4)
     assert (longer._standing.finished, longer._standing.done, longer._standing.closed) == (True, 4, 4)
     assert longer._standing.state == straight._standing.state, "as if it had been so long from the beginning"
     assert longer._run == short._run

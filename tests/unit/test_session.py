@@ -153,6 +153,9 @@ def test_a_newer_order_waits_until_it_is_known_whether_the_answer_on_offer_was_c
     assert step(both, Led(Lead("online", BOOT, OTHER))) == (IDLE, (Forget(ORDER.id),))
     refusing, _ = step(both, FAILED)  # the update's file was lost
     assert step(refusing, told)[0].order == newest.order
+    for over in (Acked(Ack(newest.order.id, "unwanted")), Cancelled(Cancel(newest.order.id))):
+        assert step(both, over) == (OFFERING, ()), "its round is over before it was begun"
+    assert step(both, Acked(Ack(newer.order.id, "unwanted"))) == (both, ())
 
 
 def test_an_order_that_waits_is_taken_up_as_the_owner_s_conditions_are_by_then() -> None:
