@@ -157,7 +157,9 @@ def _own_mosquitto(program: str, folder: Path) -> Broker:
     for port in _ports(folder):
         process = _run_mosquitto(program, folder, "127.0.0.1", port, "allow_anonymous true")
         if process is not None:
-            return Broker("mosquitto", f"mqtt://127.0.0.1:{port}", "ours, for this machine alone", process=process)
+            if _answers(process, port):
+                return Broker("mosquitto", f"mqtt://127.0.0.1:{port}", "ours, for this machine alone", process=process)
+            _end(process)
     raise BrokerUnreachable(f"mosquitto does not start: {_last_words(folder)}")
 
 

@@ -96,26 +96,37 @@ def way_in(state: Path) -> str:
 
 
 def _reload(state: Path, user: str, password: str) -> bool:
-    """Have a running broker read its files, and wait until it has; its number may belong to somebody else by now.
+    """Have a running broker read its files, and wait until it has; False where none runs, or it ends meanwhile.
 
     mosquitto forgets a signal that comes while it follows the one before. So each is waited for, under the register's lock,
     until a user is known that stands in the new files only.
     """
     folder = state / BROKER
+    pid = _running(folder)
     try:
-        pid = int((folder / "pid").read_text(encoding="ascii"))
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if os.fsencode(folder.resolve()) not in command:
+        if not pid:
             return False
         os.kill(pid, signal.SIGHUP)
-    except (OSError, ValueError):
+    except OSError:
         return False
     port, until = Address.parse(way_in(state)).port, time.monotonic() + _SECONDS_RELOAD
     while not _lets_in(port, user, password):
+        if _running(folder) != pid:  # it ends with the coordinator, which may have been killed just now
+            return False
         if time.monotonic() >= until:
             raise StoreError(f"{folder}: mosquitto (process {pid}) does not read its files; see {folder / 'log'}")
         time.sleep(_SECONDS_STEP)
     return True
+
+
+def _running(folder: Path) -> int:
+    """Give the number of the broker's process; 0 where there is none, or the number is somebody else's by now."""
+    try:
+        pid = int((folder / "pid").read_text(encoding="ascii"))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return 0
+    return pid if os.fsencode(folder.resolve()) in command else 0
 
 
 def _lets_in(port: int, user: str, password: str) -> bool:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import ssl
 import subprocess
+import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -303,3 +307,21 @@ def test_without_a_fleet_there_is_nobody_to_invite(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--minutes"):
             invite(tmp_path, "pi", seconds)
     assert invite(tmp_path, "pi", 60)[0].device == "pi"
+
+
+def test_a_broker_that_ends_while_it_is_to_read_its_files_is_none(tmp_path: Path) -> None:
+    """It ends with its coordinator: `revoke` right after that was killed found one that was on its way out."""
+    folder = tmp_path / access.BROKER
+    folder.mkdir()
+    (folder / access.DOOR).write_text("mqtt://127.0.0.1:1\npassword")
+    with subprocess.Popen(["true", str(folder)]) as none:
+        none.wait()  # a number that is nobody's by now
+        (folder / "pid").write_text(str(none.pid))
+        assert not access._reload(tmp_path, "u", "p")
+    code = "import signal; signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)]) as broker:  # a hangup ends it
+        (folder / "pid").write_text(str(broker.pid))
+        while os.fsencode(folder) not in Path(f"/proc/{broker.pid}/cmdline").read_bytes():
+            time.sleep(0.001)
+        assert not access._reload(tmp_path, "u", "p")
+    assert broker.returncode == -signal.SIGHUP
