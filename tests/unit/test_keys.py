@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import ssl
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -318,10 +316,13 @@ def test_a_broker_that_ends_while_it_is_to_read_its_files_is_none(tmp_path: Path
         none.wait()  # a number that is nobody's by now
         (folder / "pid").write_text(str(none.pid))
         assert not access._reload(tmp_path, "u", "p")
-    code = "import signal; signal.pause()"
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)]) as broker:  # a hangup ends it
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); print(1, flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as broker:
+        assert broker.stdout is not None
+        assert broker.stdout.readline() == b"1\n"  # from here on a hangup ends it
         (folder / "pid").write_text(str(broker.pid))
-        while os.fsencode(folder) not in Path(f"/proc/{broker.pid}/cmdline").read_bytes():
-            time.sleep(0.001)
-        assert not access._reload(tmp_path, "u", "p")
+        try:
+            assert not access._reload(tmp_path, "u", "p")
+        finally:
+            broker.kill()
     assert broker.returncode == -signal.SIGHUP
