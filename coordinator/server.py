@@ -227,7 +227,7 @@ class Server:
                 assert self._round is not None
                 wait = self._pace.abandoned(time.monotonic(), self._round)
                 self._turn.rows.append(Abandoned(self._round.number, why))
-                why += f"; the next one in {wait:.0f} s" if wait else ""
+                why += f"; the next one in {wait:.0f} s" if wait and self._round.number < self._config.rounds else ""
                 self._say(f"round {self._round.number} abandoned: {why}")
 
     def _tick(self) -> None:
